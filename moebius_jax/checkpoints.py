@@ -1,0 +1,330 @@
+"""Our own folder of weights: `config.json`, which says what it is, and `weights/`, an Orbax checkpoint.
+
+The tensors are stored under their dotted names in our modules ("down_blocks.0.resnets.0.conv1.…") as a
+nested tree, and restore straight onto any sharding: each device reads its own part.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from moebius_jax.errors import UserError
+from moebius_jax.files import replace_when_complete
+from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet, UNetConfig, VAEConfig
+from moebius_jax.models import vae as vae_model
+
+Architecture = UNetConfig | VAEConfig | ELatentLPIPSConfig
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+FORMAT = "moebius-jax"
+VERSION = 1
+STATISTICS = ("mean", "var")  # BatchNorm's running statistics, fp32 in every folder
+_KINDS: dict[str, type] = {"unet": UNetConfig, "vae": VAEConfig, "elatentlpips": ELatentLPIPSConfig}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """What `config.json` says.
+
+    Attributes:
+        architecture: the network's sizes and switches.
+        dtype: of the stored parameters.
+        source: where the weights came from; for the reader.
+    """
+
+    architecture: Architecture
+    dtype: str
+    source: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, np.ndarray | jax.Array],
+    *,
+    dtype: str,
+    source: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder; it appears under its name only when complete.
+
+    Args:
+        folder: to make.
+        architecture: of the network.
+        tensors: dotted name → array; exactly those of `abstract_tensors(architecture)`.
+        dtype: name of the parameters' dtype, for config.json.
+        source: free-form record of the origin.
+        overwrite: replace an existing folder.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+        ValueError: the tensors are not those of the architecture.
+    """
+    import orbax.checkpoint as ocp
+
+    expected = abstract_tensors(architecture)
+    if set(tensors) != set(expected):
+        raise ValueError(
+            f"tensors differ from the architecture's: {sorted(set(tensors) ^ set(expected))[:5]}"
+        )
+    kind = next(name for name, cls in _KINDS.items() if isinstance(architecture, cls))
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "dtype": dtype,
+        "architecture": architecture.to_dict(),
+        "source": source,
+    }
+    with replace_when_complete(folder, overwrite=overwrite) as partial:
+        partial.mkdir()
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / "weights").absolute(), _nest(tensors))
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: not a folder of ours, or written by a newer version.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "weights").is_dir():
+        hint = (
+            "; convert it first: python convert_weights.py SOURCE DEST"
+            if _has_released_weights(folder)
+            else ""
+        )
+        found = (
+            "no such folder" if not folder.exists() else "not a converted folder (config.json and weights/)"
+        )
+        raise UserError(f"{folder}: {found}{hint}")
+    try:
+        values = json.loads(path.read_text())
+        if values.get("format") != FORMAT:
+            raise UserError(f'{path}: not written by {FORMAT} (no "format": "{FORMAT}")')
+        if values["version"] > VERSION:
+            raise UserError(f"{path}: format version {values['version']}; this release reads up to {VERSION}")
+        architecture = _KINDS[values["kind"]].from_dict(values["architecture"])
+        return FolderConfig(architecture=architecture, dtype=values["dtype"], source=values["source"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def load_numpy(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors as NumPy arrays by dotted name, in their stored dtypes."""
+    config = read_config(folder)
+    tree = _restore(
+        folder, _with_dtype(config, None), lambda *_: jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    )
+    return {name: np.asarray(value) for name, value in tree.items()}
+
+
+def load_unet(
+    folder: str | Path,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype | None = None,
+    placement: Placement = None,
+    **changes: Any,
+) -> UNet:
+    """The U-Net in a converted folder, in evaluation mode.
+
+    Args:
+        folder: made by `convert_weights.py` or `save_unet`.
+        dtype: compute dtype.
+        param_dtype: dtype the parameters are kept in; None keeps the stored one.
+        placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
+            device.
+        changes: execution fields of `UNetConfig` (`position_order`, `platform`, `remat`).
+
+    Raises:
+        UserError: not a folder of a U-Net, or damaged.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if not isinstance(config.architecture, UNetConfig):
+        raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a U-Net")
+    kept = jnp.dtype(param_dtype or config.dtype)
+    build = lambda: UNet(
+        config.architecture.replace(**changes), dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0)
+    )
+    unet = nnx.eval_shape(build)
+    _fill(unet, _restore(folder, _with_dtype(config, kept), placement))
+    unet.eval()
+    return unet
+
+
+def load_vae(
+    folder: str | Path,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    placement: Placement = None,
+) -> VAE:
+    """The VAE in a converted folder; arguments and errors as for `load_unet`."""
+    folder = Path(folder)
+    config = read_config(folder)
+    if not isinstance(config.architecture, VAEConfig):
+        raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a VAE")
+    tensors = _restore(folder, _with_dtype(config, jnp.dtype(param_dtype)), placement)
+    return VAE(params=_nest(tensors), config=config.architecture, dtype=dtype)
+
+
+def load_elatentlpips(
+    folder: str | Path,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype | None = None,
+    placement: Placement = None,
+) -> ELatentLPIPS:
+    """The metric network in a converted folder; arguments and errors as for `load_unet`."""
+    folder = Path(folder)
+    config = read_config(folder)
+    if not isinstance(config.architecture, ELatentLPIPSConfig):
+        raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected E-LatentLPIPS")
+    kept = jnp.dtype(param_dtype or config.dtype)
+    network = nnx.eval_shape(
+        lambda: ELatentLPIPS(config.architecture, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
+    )
+    _fill(network, _restore(folder, _with_dtype(config, kept), placement))
+    network.eval()
+    return network
+
+
+def save_unet(
+    folder: str | Path, unet: UNet, *, source: dict[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Writes a U-Net as a folder `load_unet` reads."""
+    tensors = network_tensors(unet)
+    dtype = str(jnp.dtype(tensors["conv_norm_out.scale"].dtype))
+    save(Path(folder), unet.config, tensors, dtype=dtype, source=source or {}, overwrite=overwrite)
+
+
+def save_vae(
+    folder: str | Path, vae: VAE, *, source: dict[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Writes a VAE as a folder `load_vae` reads."""
+    tensors = _flatten(vae.params)
+    dtype = str(jnp.dtype(next(iter(tensors.values())).dtype))
+    save(Path(folder), vae.config, tensors, dtype=dtype, source=source or {}, overwrite=overwrite)
+
+
+def network_tensors(network: nnx.Module) -> dict[str, jax.Array]:
+    """Parameters and BatchNorm statistics of a module by dotted name."""
+    return {name: variable[...] for name, variable in _variables(network).items()}
+
+
+@functools.cache
+def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Dotted name → shape and fp32 dtype of every tensor of an architecture."""
+    if isinstance(architecture, VAEConfig):
+        return _flatten(vae_model.abstract_params(architecture))
+    cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
+    network = nnx.eval_shape(lambda: cls(architecture, rngs=nnx.Rngs(0)))
+    return {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in _variables(network).items()}
+
+
+def describe(architecture: Architecture) -> str:
+    """A name for messages: "student", "teacher", "ablation 8", "VAE", …"""
+    if isinstance(architecture, VAEConfig):
+        return "VAE"
+    if isinstance(architecture, ELatentLPIPSConfig):
+        return "E-LatentLPIPS network"
+    switches = _switches(architecture)
+    if switches == _switches(UNetConfig.student()):
+        return "student"
+    if switches == _switches(UNetConfig.teacher()):
+        return "teacher"
+    for experiment in (1, 2, 3, 4, 5, 6, 8):
+        if switches == _switches(UNetConfig.ablation(experiment)):
+            return f"ablation {experiment}"
+    return "U-Net"
+
+
+def _switches(config: UNetConfig) -> tuple[Any, ...]:
+    return (
+        config.self_mixer,
+        config.cross_mixer,
+        config.feed_forward,
+        config.residual_conv,
+        config.mid_block,
+        config.transformers,
+    )
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouE' else 'a'} {noun}"
+
+
+def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:
+    state = nnx.state(network, (nnx.Param, nnx.BatchStat))
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _fill(network: nnx.Module, tensors: Mapping[str, jax.Array]) -> None:
+    """Gives an abstract network its arrays."""
+    state = nnx.state(network, (nnx.Param, nnx.BatchStat))
+    flat = [(path, var.replace(tensors[".".join(map(str, path))])) for path, var in nnx.to_flat_state(state)]
+    nnx.update(network, nnx.from_flat_state(flat))
+
+
+def _with_dtype(config: FolderConfig, dtype: Dtype | None) -> dict[str, jax.ShapeDtypeStruct]:
+    kept = dtype or jnp.dtype(config.dtype)
+    return {
+        name: jax.ShapeDtypeStruct(a.shape, jnp.float32 if name.rpartition(".")[2] in STATISTICS else kept)
+        for name, a in abstract_tensors(config.architecture).items()
+    }
+
+
+def _restore(
+    folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], placement: Placement
+) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    if placement is None:
+        placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = placement if callable(placement) else lambda *_: placement
+    targets = {
+        n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(n, a.shape)) for n, a in abstract.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return _flatten(checkpointer.restore((folder / "weights").absolute(), _nest(targets)))
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder / 'weights'}: damaged, or not of the network in config.json ({reason})"
+        ) from None
+
+
+def _has_released_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob("**/diffusion_pytorch_model.*"))
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

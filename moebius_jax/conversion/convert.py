@@ -1,0 +1,180 @@
+"""A released weight file into one of our folders and back: a strict bijection."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moebius_jax import checkpoints
+from moebius_jax.checkpoints import Architecture
+from moebius_jax.conversion.architecture import detect_architecture
+from moebius_jax.conversion.names import Slot, counters, expected_tensors
+from moebius_jax.conversion.sources import Source, open_source, sha256
+from moebius_jax.errors import UserError
+from moebius_jax.files import replace_when_complete
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+BUFFERS = ("running_mean", "running_var")
+
+Track = Callable[..., Any]  # tqdm-like: wraps an iterable, takes desc=
+
+
+def convert_file(
+    source: Path,
+    dest: Path,
+    *,
+    dtype: str = "float32",
+    base: Path | None = None,
+    overwrite: bool = False,
+    track: Track = lambda items, **_: items,
+) -> Architecture:
+    """Converts one released weight file into the folder `dest`.
+
+    Args:
+        source: a `.bin`, `.pth`, `.pt` or `.safetensors` file, or a safetensors index.
+        dest: the folder to make (see `moebius_jax.checkpoints`); written aside and renamed when complete.
+        dtype: of the stored parameters: "float32", "float16" or "bfloat16". BatchNorm statistics stay fp32.
+        base: checkpoint whose BatchNorm statistics complete an EMA file.
+        overwrite: replace an existing `dest`.
+        track: wraps the loop over tensors, as tqdm does.
+
+    Returns:
+        The architecture read off the file.
+
+    Raises:
+        UserError: the file cannot be read or is not exactly one of the known networks.
+    """
+    opened = open_source(source)
+    if base is not None:
+        opened = _complete_with(opened, open_source(base))
+    architecture = detect_architecture(opened.shapes(), str(source))
+    expected = expected_tensors(architecture)
+    require_bijection(opened, expected, architecture)
+
+    tensors: dict[str, np.ndarray] = {}
+    for name, slot in track(expected.items(), desc="reading"):
+        array = _stored(slot, opened.tensors[name].load(), dtype)
+        if slot.path in tensors and not np.array_equal(tensors[slot.path], array, equal_nan=True):
+            raise UserError(f"{source}: {name} must repeat another tensor exactly and does not")
+        tensors[slot.path] = array
+    origin = {"file": source.name, "sha256": sha256(source)}
+    if base is not None:
+        origin["base"] = {"file": base.name, "sha256": sha256(base)}
+    checkpoints.save(dest, architecture, tensors, dtype=dtype, source=origin, overwrite=overwrite)
+    return architecture
+
+
+def verify_folder(
+    source: Path, dest: Path, *, base: Path | None = None, track: Track = lambda items, **_: items
+) -> int:
+    """Reads `dest` again and compares every tensor with `source`, bit for bit.
+
+    Returns:
+        The number of tensors compared.
+
+    Raises:
+        UserError: names every tensor that differs.
+    """
+    opened = open_source(source)
+    if base is not None:
+        opened = _complete_with(opened, open_source(base))
+    config = checkpoints.read_config(dest)
+    expected = expected_tensors(config.architecture)
+    require_bijection(opened, expected, config.architecture)
+    stored = checkpoints.load_numpy(dest)
+    different = [
+        name
+        for name, slot in track(expected.items(), desc="verifying")
+        if not _same_bits(stored[slot.path], _stored(slot, opened.tensors[name].load(), config.dtype))
+    ]
+    if different:
+        raise UserError(
+            _report(f"{dest}: {len(different)} tensors differ from {source}", [f"~ {n}" for n in different])
+        )
+    return len(expected)
+
+
+def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
+    """Writes a converted folder as a `.safetensors` file with the release's names and layouts.
+
+    BatchNorm counters, which carry nothing and are dropped by conversion, are written as zeros so that
+    torch's strict loading accepts the file.
+
+    Returns:
+        The number of tensors written.
+    """
+    from safetensors.numpy import save_file
+
+    if dest.suffix != ".safetensors":
+        raise UserError(f"{dest}: exports are .safetensors files")
+    config = checkpoints.read_config(folder)
+    expected = expected_tensors(config.architecture)
+    stored = checkpoints.load_numpy(folder)
+    released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
+    released |= {name: np.zeros((), np.int64) for name in counters(expected)}
+    with replace_when_complete(dest, overwrite=overwrite) as partial:
+        save_file(released, partial, metadata={"format": "pt"})
+    return len(released)
+
+
+def require_bijection(source: Source, expected: Mapping[str, Slot], architecture: Architecture) -> None:
+    """Every expected tensor is in the file once, in its shape, and nothing else is.
+
+    Raises:
+        UserError: a report with one line for each missing (-), extra (+), misshapen (~) or duplicate (!)
+            tensor.
+    """
+    found = source.shapes()
+    missing = set(expected) - set(found)
+    if source.is_ema and any(name.endswith(BUFFERS) for name in missing):
+        raise UserError(
+            f"{source.file}: an EMA file holds no BatchNorm statistics; name the checkpoint it was "
+            "trained beside: --base CHECKPOINT"
+        )
+    extra = set(found) - set(expected) - counters(dict(expected))
+    lines = [f"- {n} {list(expected[n].shape)} is missing" for n in sorted(missing)]
+    lines += [f"+ {n} {list(found[n])} is no part of this network" for n in sorted(extra)]
+    lines += [
+        f"~ {n} {list(found[n])}, expected {list(slot.shape)}"
+        for n, slot in expected.items()
+        if n in found and found[n] != slot.shape
+    ]
+    lines += source.problems
+    if lines:
+        kind = checkpoints.describe(architecture)
+        raise UserError(
+            _report(f"{source.file}: {len(lines)} tensors do not fit the {kind} it looks like", lines)
+        )
+
+
+def _stored(slot: Slot, array: np.ndarray, dtype: str) -> np.ndarray:
+    """A released tensor as the folder keeps it."""
+    if array.dtype not in (*DTYPES.values(), np.float64):
+        raise UserError(f"tensor {slot.path} is of type {array.dtype}; expected floating point")
+    is_statistic = slot.path.rpartition(".")[2] in checkpoints.STATISTICS
+    kept = np.float32 if is_statistic else DTYPES[dtype]
+    # Half precision keeps its own bits when the folder is of the same type; otherwise one rounding.
+    return np.ascontiguousarray(slot.layout.to_jax(array).astype(kept, copy=False))
+
+
+def _complete_with(source: Source, base: Source) -> Source:
+    """An EMA source with the BatchNorm statistics of `base`."""
+    if not source.is_ema:
+        raise UserError(f"{source.file}: --base completes EMA files only, and this is none")
+    buffers = {n: t for n, t in base.tensors.items() if n.endswith(BUFFERS)}
+    return Source(
+        file=source.file,
+        tensors={**buffers, **source.tensors},
+        is_ema=True,
+        problems=source.problems,
+    )
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _report(headline: str, lines: list[str]) -> str:
+    return "\n".join([headline + ":", *(f"  {line}" for line in lines)])

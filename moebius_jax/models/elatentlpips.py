@@ -1,0 +1,99 @@
+"""The network of E-LatentLPIPS: VGG16-BN features of 4-channel latents and one linear head per tap."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+from moebius_jax.models.convolutions import conv3x3, pointwise_conv
+from moebius_jax.models.norms import BatchNorm
+
+POOLED_GROUPS = (3, 4)  # VGG16 pools after all five groups; the metric drops the first three pools
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ELatentLPIPSConfig:
+    """Widths of the convolutions of each of the five groups; the defaults are the released network."""
+
+    in_channels: int = 4
+    groups: tuple[tuple[int, ...], ...] = (
+        (64, 64),
+        (128, 128),
+        (256, 256, 256),
+        (512, 512, 512),
+        (512, 512, 512),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"in_channels": self.in_channels, "groups": [list(g) for g in self.groups]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ELatentLPIPSConfig":
+        """Inverse of `to_dict`; raises ValueError on an unknown or missing field."""
+        if set(values) != {"in_channels", "groups"}:
+            raise ValueError(
+                f"E-LatentLPIPS config has fields {sorted(values)}, expected groups and in_channels"
+            )
+        return cls(in_channels=values["in_channels"], groups=tuple(tuple(g) for g in values["groups"]))
+
+
+class ConvNormRelu(nnx.Module):
+    """3x3 convolution with bias → BatchNorm → ReLU."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.conv = conv3x3(in_channels, out_channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = BatchNorm(out_channels, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        return jax.nn.relu(self.norm(self.conv(x)))
+
+
+class ELatentLPIPS(nnx.Module):
+    """Perceptual distance of two latents, spec "E-LatentLPIPS" without transforms and input scaling."""
+
+    def __init__(
+        self,
+        config: ELatentLPIPSConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        groups, heads = [], []
+        width = config.in_channels
+        for widths in config.groups:
+            layers = []
+            for out in widths:
+                layers.append(ConvNormRelu(width, out, **dtypes))
+                width = out
+            groups.append(nnx.List(layers))
+            heads.append(pointwise_conv(width, 1, use_bias=False, **dtypes))
+        self.groups = nnx.List(groups)
+        self.heads = nnx.List(heads)
+        self.eval()
+
+    def features(self, latents: Float[Array, "B H W 4"]) -> list[Float[Array, "B h w C"]]:
+        """The five taps, each divided by √(Σ_c f² + 1e-8)."""
+        taps = []
+        x = latents
+        for i, group in enumerate(self.groups):
+            for layer in group:
+                x = layer(x)
+            if i in POOLED_GROUPS:
+                x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            taps.append(x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-8))
+        return taps
+
+    def __call__(self, a: Float[Array, "B H W 4"], b: Float[Array, "B H W 4"]) -> Float[Array, "5 B"]:
+        """Distance per tap and item; their sum over taps is the metric's network part."""
+        pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
+        return jnp.stack([head(jnp.square(fa - fb)).mean((1, 2, 3)) for fa, fb, head in pairs])

@@ -1,0 +1,82 @@
+"""Normalisation layers. Statistics and arithmetic are fp32 whatever the compute dtype."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+GROUPS = 32  # GroupNorm groups of every published network
+
+
+def group_norm(
+    channels: int, *, eps: float, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+) -> nnx.GroupNorm:
+    """GroupNorm over 32 groups, with torch's two-pass variance."""
+    return nnx.GroupNorm(
+        channels,
+        GROUPS,
+        epsilon=eps,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with torch's default eps 1e-5 and two-pass variance."""
+    return nnx.LayerNorm(
+        channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm over every axis but the last, as torch keeps it.
+
+    flax's own layer stores the biased variance; torch stores the unbiased one and normalises with the
+    biased one, which decides the released running statistics (spec "Depthwise-separable conv").
+
+    In training mode the batch's own statistics are used and the running ones move by 1 - `decay`.
+    Under `jax.jit` with a sharded batch they are the statistics of the global batch.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        decay: float = 0.9,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.eps = eps
+        self.decay = decay
+        self.dtype = dtype
+        self.use_running_average = False
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        x = x.astype(jnp.float32)
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            var = jnp.square(x - mean).mean(axes)
+            count = x.size // x.shape[-1]
+            self._track(mean, var * count / max(count - 1, 1))
+        scale, bias = self.affine(mean, var)
+        return (x * scale + bias).astype(self.dtype)
+
+    def affine(self, mean: Float[Array, " C"], var: Float[Array, " C"]) -> tuple[Array, Array]:
+        """The layer as y = x·scale + bias for given statistics, in fp32."""
+        scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.eps)
+        return scale, self.bias[...].astype(jnp.float32) - mean * scale
+
+    def _track(self, mean: Float[Array, " C"], unbiased_var: Float[Array, " C"]) -> None:
+        for stat, value in ((self.mean, mean), (self.var, unbiased_var)):
+            stat[...] = self.decay * stat[...] + (1 - self.decay) * lax.stop_gradient(value)

@@ -1,0 +1,159 @@
+"""Local-λ's position term: one function, six orders of evaluation.
+
+Every order computes (spec "Local-λ", einsum letters as there)
+
+    λp[k,v,n] = Σ_δ w[δ,k] val[v, n+δ] + b[k]        Y[h,v,n] = Σ_k q[h,k,n] λp[k,v,n]
+
+over a window of p x p offsets δ with zeros outside the map. `conv3d` is the paper's grouped 3-D
+convolution. The product is linear in q and in val, so the sums may be taken in any order; what differs
+is the size of what lies in memory in between:
+
+    conv3d, conv2d_batch, conv2d_groups, toeplitz   λp, N·k·v per image
+    banded                                          q·w on p rows of the map, N·h·p·W
+    dense                                           q·w on the whole map, N·h·N
+
+Maps are [B, H, W, ...]; N = H·W, n = (y, x).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moebius_jax.models.config import PositionOrder
+
+Query = Float[Array, "B H W h k"]
+Value = Float[Array, "B H W v"]
+Kernel = Float[Array, "p p k"]
+Bias = Float[Array, " k"]
+Output = Float[Array, "B H W h v"]
+Lambdas = Float[Array, "B v H W k"]
+
+
+def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: PositionOrder) -> Output:
+    """Y of the position term, by the given order.
+
+    Args:
+        q: queries [B, H, W, h, k].
+        val: values [B, H, W, v], one for all heads.
+        kernel: window weights w [p, p, k], first axis rows; cross-correlation, p odd.
+        bias: b [k].
+        order: one of the names in the module's docstring (not "auto": see `choose_order`).
+
+    Returns:
+        [B, H, W, h, v] in the dtype of `q`.
+    """
+    if order in _LAMBDA_FIRST:
+        return jnp.einsum("byxhk,bvyxk->byxhv", q, _LAMBDA_FIRST[order](val, kernel) + bias)
+    # The bias meets every v alike, so it leaves the band and enters as one number per query.
+    return _QUERY_FIRST[order](q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
+
+
+def choose_order(height: int, width: int, platform: str | None = None) -> PositionOrder:
+    """The order "auto" stands for.
+
+    Args:
+        height, width: of the map, in positions.
+        platform: "cpu", "gpu" or "tpu"; None is the running one.
+    """
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        return "conv2d_batch" if height * width > 16 * 16 else "banded"
+    # Measured on one H200 in bf16 and fp32; λp no longer pays once N·k·v outweighs the band.
+    return "toeplitz" if width > 32 else "banded"
+
+
+def conv3d(val: Value, kernel: Kernel) -> Lambdas:
+    """The paper's form: val as a one-channel [v, H, W] volume, kernel 1 x p x p."""
+    p = kernel.shape[0]
+    return lax.conv_general_dilated(
+        jnp.moveaxis(val, -1, 1)[..., None],
+        kernel[None, :, :, None, :],
+        window_strides=(1, 1, 1),
+        padding=((0, 0), (p // 2, p // 2), (p // 2, p // 2)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def _conv2d_batch(val: Value, kernel: Kernel) -> Lambdas:
+    """The kernel is the same for every v: v joins the batch of a 2-D convolution."""
+    B, H, W, v = val.shape
+    images = jnp.moveaxis(val, -1, 1).reshape(B * v, H, W, 1)
+    lambdas = _conv2d(images, kernel[:, :, None, :], groups=1)
+    return lambdas.reshape(B, v, H, W, -1)
+
+
+def _conv2d_groups(val: Value, kernel: Kernel) -> Lambdas:
+    """A 2-D convolution with one group per v, the kernel repeated."""
+    B, H, W, v = val.shape
+    k = kernel.shape[-1]
+    lambdas = _conv2d(val, jnp.tile(kernel, (1, 1, v))[:, :, None, :], groups=v)
+    return jnp.moveaxis(lambdas.reshape(B, H, W, v, k), 3, 1)
+
+
+def _toeplitz(val: Value, kernel: Kernel) -> Lambdas:
+    """Along x a convolution is a product with a banded matrix [p·W, W·k]."""
+    rows = _neighbour_rows(val, kernel.shape[0])
+    return jnp.einsum("bydsv,dxsk->bvyxk", rows, _band(kernel, val.shape[2]))
+
+
+def _banded(q: Query, val: Value, kernel: Kernel) -> Output:
+    """q·w first, spread over the p neighbouring rows (d) of each position; then times those rows."""
+    rows = _neighbour_rows(val, kernel.shape[0])
+    scores = jnp.einsum("byxhk,dxsk->byhxds", q, _band(kernel, val.shape[2]))
+    return jnp.einsum("byhxds,bydsv->byxhv", scores, rows)
+
+
+def _dense(q: Query, val: Value, kernel: Kernel) -> Output:
+    """q·w first, spread over the whole map (r, s); then times val as it lies."""
+    _, H, W, _ = val.shape
+    rows_band = jnp.moveaxis(_band(kernel, W), 0, -2)  # [x, s, d, k]
+    full = _skew(jnp.broadcast_to(rows_band[:, :, None], (W, W, H, *rows_band.shape[2:])))  # [x, s, y, r, k]
+    scores = jnp.einsum("byxhk,xsyrk->byxhrs", q, full)
+    return jnp.einsum("byxhrs,brsv->byxhv", scores, val)
+
+
+_LAMBDA_FIRST = {
+    "conv3d": conv3d,
+    "conv2d_batch": _conv2d_batch,
+    "conv2d_groups": _conv2d_groups,
+    "toeplitz": _toeplitz,
+}
+_QUERY_FIRST = {"banded": _banded, "dense": _dense}
+
+
+def _conv2d(images: Array, kernel: Array, groups: int) -> Array:
+    radius = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        window_strides=(1, 1),
+        padding=((radius, radius), (radius, radius)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _neighbour_rows(val: Value, p: int) -> Float[Array, "B H p W v"]:
+    """For each row y, the p rows around it, zeros beyond the edge."""
+    H = val.shape[1]
+    padded = jnp.pad(val, ((0, 0), (p // 2, p // 2), (0, 0), (0, 0)))
+    return jnp.stack([padded[:, d : d + H] for d in range(p)], axis=2)
+
+
+def _band(kernel: Kernel, width: int) -> Float[Array, "p W W k"]:
+    """band[d, x, s, k] = w[d, s - x + p//2, k], zero outside the window."""
+    p, _, k = kernel.shape
+    return _skew(jnp.broadcast_to(kernel[:, None], (p, width, p, k)))
+
+
+def _skew(windows: Float[Array, "*a n p k"]) -> Float[Array, "*a n n k"]:
+    """Moves window i (along p) so that its centre lies on column i of an n-wide row.
+
+    A row padded to n+p and read again n+p-1 wide starts one place further right each time. Pads,
+    reshapes and slices only: the gradient needs no scatter.
+    """
+    *a, n, p, k = windows.shape
+    padded = jnp.pad(windows, [(0, 0)] * (len(a) + 1) + [(0, n), (0, 0)])
+    flat = padded.reshape(*a, n * (n + p), k)[..., : n * (n + p - 1), :]
+    return flat.reshape(*a, n, n + p - 1, k)[..., p // 2 : p // 2 + n, :]

@@ -1,0 +1,226 @@
+"""The latent U-Net: teacher, student and every ablation, told apart by a `UNetConfig`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int, Shaped
+
+from moebius_jax.models.blocks import Downsample, ResidualBlock, Transformer, Upsample
+from moebius_jax.models.config import UNetConfig
+from moebius_jax.models.convolutions import residual_conv
+from moebius_jax.models.embeddings import TimestepEmbedding
+from moebius_jax.models.initializers import linear
+from moebius_jax.models.norms import group_norm
+
+Map = Float[Array, "B H W C"]
+
+
+@struct.dataclass
+class UNetOutput:
+    """What a U-Net call returns.
+
+    Attributes:
+        sample: predicted noise ε, fp32 [B, H, W, 4].
+        features: the spec's `block_outputs`: each down level's output after its downsampler, then the
+            mid block's if there is one, then each up level's after its upsampler; [B, H_i, W_i, C_i].
+    """
+
+    sample: Float[Array, "B H W 4"]
+    features: tuple[Map, ...]
+
+
+class Level(nnx.Module):
+    """One level of either half: residual blocks, each followed by a transformer where the level has them."""
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        map_size: int,
+        config: UNetConfig,
+        *,
+        has_transformers: bool,
+        resample: type[Downsample] | type[Upsample] | None,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """`widths` are the (in, out) channels of the residual blocks."""
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(a, b, config, **dtypes) for a, b in widths])
+        transformers = (
+            [Transformer(b, map_size, config, **dtypes) for _, b in widths] if has_transformers else []
+        )
+        self.attentions = nnx.List(transformers)
+        self.resample = resample(widths[-1][1], **dtypes) if resample else None
+
+    def unit(self, index: int, x: Map, time: Array, context: Array) -> Map:
+        """Residual block `index` and its transformer."""
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if self.attentions else x
+
+
+class MidBlock(nnx.Module):
+    """Residual, transformer, residual at the lowest resolution (teacher only)."""
+
+    def __init__(
+        self,
+        channels: int,
+        map_size: int,
+        config: UNetConfig,
+        *,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(channels, channels, config, **dtypes) for _ in range(2)])
+        self.attentions = nnx.List([Transformer(channels, map_size, config, **dtypes)])
+
+    def __call__(self, x: Map, time: Array, context: Array) -> Map:
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UNet(nnx.Module):
+    """ε(latents, t, category), spec "One U-Net, four switches".
+
+    `train()` and `eval()` switch BatchNorm between batch and running statistics; a new network is in
+    training mode, a loaded one in evaluation mode.
+
+    Args:
+        config: the architecture.
+        dtype: compute dtype of matrix products and convolutions.
+        param_dtype: dtype the parameters are kept in.
+        rngs: the stream "params" draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.dtype = dtype
+        first = config.channels[0]
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.embedding_dim,
+            embedding_init=nnx.initializers.normal(1.0),
+            **dtypes,
+        )
+        self.encoder_hid_proj = linear(config.embedding_dim, config.context_dim, **dtypes)
+        self.time_embedding = TimestepEmbedding(first, **dtypes)
+        self.conv_in = residual_conv(config.residual_conv, config.in_channels, first, **dtypes)
+        down, up = _level_widths(config)
+        sizes = [config.latent_size // 2**i for i in range(len(config.channels))]
+        self.down_blocks = nnx.List(
+            [
+                Level(
+                    widths,
+                    sizes[i],
+                    config,
+                    has_transformers=config.transformers[i],
+                    resample=Downsample if i < len(down) - 1 else None,
+                    **dtypes,
+                )
+                for i, widths in enumerate(down)
+            ]
+        )
+        self.mid_block = (
+            MidBlock(config.channels[-1], sizes[-1], config, **dtypes) if config.mid_block else None
+        )
+        self.up_blocks = nnx.List(
+            [
+                Level(
+                    widths,
+                    sizes[-1 - i],
+                    config,
+                    has_transformers=config.transformers[-1 - i],
+                    resample=Upsample if i < len(up) - 1 else None,
+                    **dtypes,
+                )
+                for i, widths in enumerate(up)
+            ]
+        )
+        self.conv_norm_out = group_norm(first, eps=1e-5, **dtypes)
+        self.conv_out = residual_conv(config.residual_conv, first, config.out_channels, **dtypes)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B H W 9"],
+        timesteps: Shaped[Array, " B"],
+        input_ids: Int[Array, "B 10"],
+    ) -> UNetOutput:
+        """Predicts the noise in `latents`.
+
+        Args:
+            latents: [noisy latents 4, mask 1 (1 = hole), masked-image latents 4] on the last axis.
+            timesteps: 0 to 999, one per item.
+            input_ids: rows of the category table; 0..9 is the condition, 10..19 the unconditional branch.
+
+        Raises:
+            ValueError: the map cannot be halved once per level, or Interactive-λ was trained at another size.
+        """
+        _check_map(latents.shape, self.config)
+        time = self.time_embedding(timesteps)
+        context = self.encoder_hid_proj(self.embedding(input_ids))
+        features = []
+
+        x = self.conv_in(latents.astype(self.dtype))
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.unit(i, x, time, context)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)
+                skips.append(x)
+            features.append(x)
+
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
+            features.append(x)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.unit(i, jnp.concatenate([x, skips.pop()], axis=-1), time, context)
+            if level.resample is not None:
+                x = level.resample(x)
+            features.append(x)
+
+        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return UNetOutput(sample=x.astype(jnp.float32), features=tuple(features))
+
+
+def _level_widths(config: UNetConfig) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
+    """(in, out) channels of every residual block: of the down levels, then of the up levels."""
+    x = config.channels[0]
+    skips = [x]
+    down = []
+    for i, width in enumerate(config.channels):
+        down.append([(x if j == 0 else width, width) for j in range(config.layers_per_block)])
+        last = i == len(config.channels) - 1
+        skips += [width] * (config.layers_per_block + (not last))
+        x = width
+    up = []
+    for width in reversed(config.channels):
+        level = []
+        for _ in range(config.layers_per_block + 1):
+            level.append((x + skips.pop(), width))
+            x = width
+        up.append(level)
+    return down, up
+
+
+def _check_map(shape: tuple[int, ...], config: UNetConfig) -> None:
+    factor = 2 ** (len(config.channels) - 1)
+    if len(shape) != 4 or shape[-1] != config.in_channels or shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"latents have shape {tuple(shape)}; expected [B, H, W, {config.in_channels}] with H and W "
+            f"multiples of {factor}"
+        )
