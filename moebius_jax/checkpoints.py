@@ -156,10 +156,7 @@ def load_unet(
     if not isinstance(config.architecture, UNetConfig):
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a U-Net")
     kept = jnp.dtype(param_dtype or config.dtype)
-    build = lambda: UNet(
-        config.architecture.replace(**changes), dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0)
-    )
-    unet = nnx.eval_shape(build)
+    unet = abstract_network(config.architecture.replace(**changes), dtype=dtype, param_dtype=kept)
     _fill(unet, _restore(folder, _with_dtype(config, kept), placement))
     unet.eval()
     return unet
@@ -194,9 +191,7 @@ def load_elatentlpips(
     if not isinstance(config.architecture, ELatentLPIPSConfig):
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected E-LatentLPIPS")
     kept = jnp.dtype(param_dtype or config.dtype)
-    network = nnx.eval_shape(
-        lambda: ELatentLPIPS(config.architecture, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
-    )
+    network = abstract_network(config.architecture, dtype=dtype, param_dtype=kept)
     _fill(network, _restore(folder, _with_dtype(config, kept), placement))
     network.eval()
     return network
@@ -230,9 +225,26 @@ def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeS
     """Dotted name → shape and fp32 dtype of every tensor of an architecture."""
     if isinstance(architecture, VAEConfig):
         return _flatten(vae_model.abstract_params(architecture))
-    cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
-    network = nnx.eval_shape(lambda: cls(architecture, rngs=nnx.Rngs(0)))
+    network = abstract_network(architecture)
     return {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in _variables(network).items()}
+
+
+def abstract_network(
+    architecture: UNetConfig | ELatentLPIPSConfig,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+) -> UNet | ELatentLPIPS:
+    """A network of shapes instead of arrays, to be filled."""
+    cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
+    return nnx.eval_shape(lambda: cls(architecture, dtype=dtype, param_dtype=param_dtype, rngs=_SameKey()))
+
+
+class _SameKey:
+    """Stands in for `nnx.Rngs` where only shapes matter: its counters take seconds to trace."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def describe(architecture: Architecture) -> str:

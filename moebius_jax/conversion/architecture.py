@@ -40,7 +40,8 @@ def detect_architecture(shapes: Shapes, file: str) -> Architecture:
                 raise UserError(f"{file}: the tensors do not fit together: {error}") from None
     some = ", ".join(list(shapes)[:3]) or "no tensors"
     raise UserError(
-        f"{file}: not a Moebius or PixelHacker U-Net, an SDXL-layout VAE or an E-LatentLPIPS network; it holds {some}"
+        f"{file}: not a Moebius or PixelHacker U-Net, an SDXL-layout VAE or an E-LatentLPIPS network; "
+        f"it holds {some}"
     )
 
 
@@ -109,7 +110,7 @@ def _elatentlpips(shapes: Shapes) -> ELatentLPIPSConfig:
     groups: dict[int, list[tuple[int, int]]] = {}
     for name, shape in shapes.items():
         match = re.fullmatch(r"net\.slice(\d+)\.(\d+)\.weight", name)
-        if match and len(shape) == 4:  # noqa: PLR2004 - a convolution, not its norm
+        if match and len(shape) == 4:
             groups.setdefault(int(match[1]), []).append((int(match[2]), shape[0]))
     return ELatentLPIPSConfig(
         in_channels=shapes["net.slice1.0.weight"][1],

@@ -123,9 +123,9 @@ def _layout(architecture: Architecture, path: str, rank: int) -> Layout:
         return layouts.POSITION_TABLE
     if not path.endswith(".kernel"):
         return layouts.SAME
-    if rank == 4:  # noqa: PLR2004 - the rank of a 2-D convolution's kernel
+    if rank == 4:
         return layouts.CONV
-    if rank == 3:  # noqa: PLR2004
+    if rank == 3:
         return layouts.POSITION_CONV if ".position." in path else layouts.DEPTHWISE
     return layouts.POINTWISE if _is_pointwise_conv(architecture, path) else layouts.LINEAR
 

@@ -76,7 +76,7 @@ class UNetConfig:
         object.__setattr__(self, "transformers", tuple(self.transformers))
         if len(self.transformers) != len(self.channels):
             raise ValueError(
-                f"transformers has {len(self.transformers)} entries for {len(self.channels)} levels of channels"
+                f"transformers has {len(self.transformers)} entries for {len(self.channels)} levels"
             )
         for width in self.channels:
             if width % 32 or width % (2 * self.num_heads):

@@ -36,4 +36,6 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
     scale, bias = norm.affine(norm.mean[...], norm.var[...])
     kernel = layer.kernel[...]
     layer.kernel = nnx.Param((kernel.astype(jnp.float32) * scale).astype(kernel.dtype))
-    layer.bias = nnx.Param(bias.astype(kernel.dtype))
+    layer.bias = nnx.data(nnx.Param(bias.astype(kernel.dtype)))  # it was None, which nnx takes as static
+    if isinstance(layer, nnx.Linear):
+        layer.use_bias = True

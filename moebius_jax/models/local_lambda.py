@@ -55,7 +55,7 @@ class LocalLambda(nnx.Module):
         q = q.reshape(B, H, W, self.num_heads, -1)
         key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2)).astype(self.dtype)
         content = jnp.einsum("byxk,byxv->bkv", key, val)
-        order = choose_order(H, W, self.platform) if self.order == "auto" else self.order
+        order = choose_order(W, self.platform) if self.order == "auto" else self.order
         kernel, bias = (
             self.position.kernel[...].astype(self.dtype),
             self.position.bias[...].astype(self.dtype),

@@ -49,18 +49,18 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
     return _QUERY_FIRST[order](q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
 
 
-def choose_order(height: int, width: int, platform: str | None = None) -> PositionOrder:
+def choose_order(width: int, platform: str | None = None) -> PositionOrder:
     """The order "auto" stands for.
 
     Args:
-        height, width: of the map, in positions.
+        width: of the map, in positions.
         platform: "cpu", "gpu" or "tpu"; None is the running one.
     """
     platform = platform or jax.default_backend()
-    if platform == "cpu":
-        return "conv2d_batch" if height * width > 16 * 16 else "banded"
-    # Measured on one H200 in bf16 and fp32; λp no longer pays once N·k·v outweighs the band.
-    return "toeplitz" if width > 32 else "banded"
+    # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
+    # positions a side (benchmarks/RESULTS.md). On TPUs memory traffic decides, and by the compiler's
+    # count they cross between 16 and 32.
+    return "toeplitz" if width > (16 if platform == "tpu" else 32) else "banded"
 
 
 def conv3d(val: Value, kernel: Kernel) -> Lambdas:

@@ -1,0 +1,94 @@
+"""What the command-line programs share: errors as one line, progress bars, quiet libraries."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moebius_jax.errors import UserError
+
+FAILED = 1  # exit status when anything asked for was not done
+
+
+def run(program: Callable[[], int]) -> int:
+    """Runs a program's body; a `UserError` becomes a message on stderr and exit status 1."""
+    quiet_libraries()
+    try:
+        return program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)
+        return 130
+
+
+def quiet_libraries() -> None:
+    """Keeps routine chatter of libraries out of the terminal; errors still come through."""
+    # diffusers would load torch for classes we do not use, where torch is installed.
+    os.environ.setdefault("USE_TORCH", "0")
+    for name in ("absl", "orbax", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
+
+
+def progress(items: Iterable[Any], desc: str = "", **options: Any) -> Iterable[Any]:
+    """`items` behind a progress bar on a terminal, silent elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=desc, disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+def enable_compilation_cache(folder: Path | None = None) -> None:
+    """Keeps compiled programs between runs, by default in ~/.cache/moebius-jax."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ and folder is None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(folder or home / "moebius-jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class CompileClock:
+    """Measures the time jax spends tracing, lowering and compiling inside a `with` block.
+
+    Compilation happens inside the first call of a function, so it cannot be timed from outside; jax
+    reports its phases as time spans, which nest.
+    """
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "CompileClock":
+        from jax import monitoring
+
+        monitoring.register_event_time_span_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from jax import monitoring
+
+        monitoring.unregister_event_time_span_listener(self._listen)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the union of the spans."""
+        total, until = 0.0, 0.0
+        for start, end in sorted(self._spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    def _listen(self, event: str, start: float, end: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._spans.append((start, end))
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Deprecations inside libraries concern us, not the person at the terminal.
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)

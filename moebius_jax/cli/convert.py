@@ -1,0 +1,93 @@
+"""`convert_weights.py`: released PyTorch files to folders of ours, and back."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moebius_jax.cli.common import progress, run
+
+_DESCRIPTION = """\
+Convert released weights (Moebius, PixelHacker, the ablations, the VAE, E-LatentLPIPS) to a folder for
+moebius-jax.
+
+What the file is, and every size of it, is read off its tensors. Each tensor must fit exactly; otherwise
+nothing is written and every difference is listed: - missing, + unknown, ~ of another shape, ! duplicate.
+"""
+
+_EXAMPLES = """\
+examples:
+  python convert_weights.py ft_places2/diffusion_pytorch_model.bin converted/ft_places2
+  python convert_weights.py Moebius/ converted/            # a folder in the Hub's layout, all variants
+  python convert_weights.py model_EMA.bin converted/ema --base diffusion_pytorch_model.bin
+  python convert_weights.py converted/ft_places2 --export back.safetensors
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.py",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", type=Path, help=".bin, .pth or .safetensors file, or a folder of the Hub's layout"
+    )
+    parser.add_argument(
+        "dest", type=Path, nargs="?", help="folder to make: config.json and an Orbax checkpoint"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the stored parameters (default float32; BatchNorm statistics always are)",
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="CHECKPOINT", help="supplies the BatchNorm statistics an EMA file lacks"
+    )
+    parser.add_argument("--verify", action="store_true", help="read DEST again and compare every tensor")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write SOURCE, a converted folder, as a released-style .safetensors",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST if it exists")
+    args = parser.parse_args(argv)
+    if (args.dest is None) == (args.export is None):
+        parser.error("give DEST to convert, or --export FILE to go the other way")
+    return run(lambda: _export(args) if args.export else _convert(args))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from moebius_jax.conversion import export_file
+
+    count = export_file(args.source, args.export, overwrite=args.overwrite)
+    print(f"{args.export}: {count} tensors")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from moebius_jax import checkpoints
+    from moebius_jax.conversion import convert_file, verify_folder
+    from moebius_jax.conversion.hub import find_weights
+
+    files = find_weights(args.source) if args.source.is_dir() else {"": args.source}
+    for name, file in files.items():
+        dest = args.dest / name
+        architecture = convert_file(
+            file, dest, dtype=args.dtype, base=args.base, overwrite=args.overwrite, track=progress
+        )
+        tensors = checkpoints.abstract_tensors(architecture)
+        parameters = sum(
+            a.size for n, a in tensors.items() if n.rpartition(".")[2] not in checkpoints.STATISTICS
+        )
+        print(f"{dest}: {checkpoints.describe(architecture)}, {parameters:,} parameters")
+        if args.verify:
+            print(f"{dest}: {verify_folder(file, dest, base=args.base, track=progress)} tensors verified")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Cutting a window out at the model's size, and pasting the result back at full resolution."""
+
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from scipy import ndimage
+
+from moebius_jax.imaging.color import color_shift
+from moebius_jax.imaging.regions import Window
+
+Rgb = UInt8[np.ndarray, "H W 3"]
+Hole = Bool[np.ndarray, "H W"]
+
+
+def cut(
+    rgb: Rgb, hole: Hole, window: Window, size: int
+) -> tuple[UInt8[np.ndarray, "S S 3"], Bool[np.ndarray, "S S"]]:
+    """The window's pixels and hole at size x size.
+
+    Beyond the image's edge both continue as their mirror image. A pixel of a shrunken hole is a hole if any
+    of the pixels it stands for is.
+    """
+    image = _resize(_extract(rgb, window), size)
+    mask = Image.fromarray(_extract(hole, window).astype(np.uint8) * 255)
+    if window.side != size:
+        mask = mask.resize(
+            (size, size), Image.Resampling.BOX if window.side > size else Image.Resampling.NEAREST
+        )
+    return image, np.asarray(mask) > 0
+
+
+def paste(
+    rgb: Rgb, result: UInt8[np.ndarray, "S S 3"], window: Window, *, blur: float, match_color: bool
+) -> Rgb:
+    """A copy of `rgb` with the window's part of the hole filled from `result`.
+
+    The hole is replaced whole; around it the result fades out over `blur` pixels (measured at the model's
+    resolution: a window that was shrunk three times fades over three times as many). Pixels farther away
+    keep their exact values.
+
+    Args:
+        rgb: the image.
+        result: the model's picture of the window, S x S.
+        window: where it was cut.
+        blur: width of the fade in pixels, 0 for none.
+        match_color: shift the result's colours so that they agree with the image around the hole.
+    """
+    H, W, _ = rgb.shape
+    y0, y1 = max(window.top, 0), min(window.top + window.side, H)
+    x0, x1 = max(window.left, 0), min(window.left + window.side, W)
+    inside = (slice(y0, y1), slice(x0, x1))
+    filled = _resize(result, window.side)[
+        y0 - window.top : y1 - window.top, x0 - window.left : x1 - window.left
+    ]
+    hole = window.hole[inside]
+    weight = feather(hole, blur * max(1.0, window.side / result.shape[0]))[..., None]
+    original = rgb[inside].astype(np.float64)
+    fill = filled.astype(np.float64)
+    if match_color:
+        fill = fill + color_shift(original, fill, hole)
+    blended = np.clip(np.rint(fill * weight + original * (1 - weight)), 0, 255).astype(np.uint8)
+    out = rgb.copy()
+    out[inside] = np.where(weight > 0, blended, rgb[inside])
+    return out
+
+
+def feather(hole: Hole, width: float) -> Float[np.ndarray, "H W"]:
+    """1 in the hole, falling to 0 at `width` pixels from it along a half cosine."""
+    if width <= 0 or hole.all():
+        return hole.astype(np.float64)
+    distance = ndimage.distance_transform_edt(~hole)
+    return np.where(distance < width, 0.5 + 0.5 * np.cos(math.pi * np.minimum(distance / width, 1.0)), 0.0)
+
+
+def _extract(array: np.ndarray, window: Window) -> np.ndarray:
+    """The window of an image, mirrored at the edges where it reaches beyond them."""
+    H, W = array.shape[:2]
+    rows = _mirror(np.arange(window.top, window.top + window.side), H)
+    columns = _mirror(np.arange(window.left, window.left + window.side), W)
+    return array[rows[:, None], columns]
+
+
+def _mirror(index: np.ndarray, length: int) -> np.ndarray:
+    """Reflection without repeating the edge, as often as needed."""
+    if length == 1:
+        return np.zeros_like(index)
+    period = 2 * (length - 1)
+    folded = np.mod(index, period)
+    return np.where(folded < length, folded, period - folded)
+
+
+def _resize(rgb: Rgb, size: int) -> Rgb:
+    if rgb.shape[0] == size:
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.LANCZOS))
