@@ -21,6 +21,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet, UNetConfig, VAEConfig
 from moebius_jax.models import vae as vae_model
+from moebius_jax.models.initializers import KeyStream
 
 Architecture = UNetConfig | VAEConfig | ELatentLPIPSConfig
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
@@ -88,7 +89,7 @@ def save(
     with replace_when_complete(folder, overwrite=overwrite) as partial:
         partial.mkdir()
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((partial / "weights").absolute(), _nest(tensors))
+            checkpointer.save((partial / "weights").absolute(), nest(tensors))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -157,7 +158,7 @@ def load_unet(
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a U-Net")
     kept = jnp.dtype(param_dtype or config.dtype)
     unet = abstract_network(config.architecture.replace(**changes), dtype=dtype, param_dtype=kept)
-    _fill(unet, _restore(folder, _with_dtype(config, kept), placement))
+    fill(unet, _restore(folder, _with_dtype(config, kept), placement))
     unet.eval()
     return unet
 
@@ -175,7 +176,7 @@ def load_vae(
     if not isinstance(config.architecture, VAEConfig):
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a VAE")
     tensors = _restore(folder, _with_dtype(config, jnp.dtype(param_dtype)), placement)
-    return VAE(params=_nest(tensors), config=config.architecture, dtype=dtype)
+    return VAE(params=nest(tensors), config=config.architecture, dtype=dtype)
 
 
 def load_elatentlpips(
@@ -192,7 +193,7 @@ def load_elatentlpips(
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected E-LatentLPIPS")
     kept = jnp.dtype(param_dtype or config.dtype)
     network = abstract_network(config.architecture, dtype=dtype, param_dtype=kept)
-    _fill(network, _restore(folder, _with_dtype(config, kept), placement))
+    fill(network, _restore(folder, _with_dtype(config, kept), placement))
     network.eval()
     return network
 
@@ -237,14 +238,9 @@ def abstract_network(
 ) -> UNet | ELatentLPIPS:
     """A network of shapes instead of arrays, to be filled."""
     cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
-    return nnx.eval_shape(lambda: cls(architecture, dtype=dtype, param_dtype=param_dtype, rngs=_SameKey()))
-
-
-class _SameKey:
-    """Stands in for `nnx.Rngs` where only shapes matter: its counters take seconds to trace."""
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
+    return nnx.eval_shape(
+        lambda: cls(architecture, dtype=dtype, param_dtype=param_dtype, rngs=KeyStream(jax.random.key(0)))
+    )
 
 
 def describe(architecture: Architecture) -> str:
@@ -271,7 +267,6 @@ def _switches(config: UNetConfig) -> tuple[Any, ...]:
         config.feed_forward,
         config.residual_conv,
         config.mid_block,
-        config.transformers,
     )
 
 
@@ -284,7 +279,7 @@ def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def _fill(network: nnx.Module, tensors: Mapping[str, jax.Array]) -> None:
+def fill(network: nnx.Module, tensors: Mapping[str, jax.Array]) -> None:
     """Gives an abstract network its arrays."""
     state = nnx.state(network, (nnx.Param, nnx.BatchStat))
     flat = [(path, var.replace(tensors[".".join(map(str, path))])) for path, var in nnx.to_flat_state(state)]
@@ -312,7 +307,7 @@ def _restore(
     }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return _flatten(checkpointer.restore((folder / "weights").absolute(), _nest(targets)))
+            return _flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -324,7 +319,8 @@ def _has_released_weights(folder: Path) -> bool:
     return folder.is_dir() and any(folder.glob("**/diffusion_pytorch_model.*"))
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names → nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, leaf = name.split(".")

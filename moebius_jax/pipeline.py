@@ -22,6 +22,7 @@ from moebius_jax.imaging.picture import Picture, mask_from_pil, picture_from_pil
 from moebius_jax.inpaint import InpaintOptions, Item, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models import vae as vae_model
+from moebius_jax.models.initializers import KeyStream
 from moebius_jax.sampling.sampler import Sampler, SamplingOptions, data_mesh
 from moebius_jax.sampling.schedulers import Solver
 
@@ -120,7 +121,7 @@ class MoebiusInpaintPipeline:
 
         @jax.jit
         def weights() -> nnx.State:
-            return nnx.state(UNet(config, dtype=dtype, rngs=nnx.Rngs(seed)))
+            return nnx.state(UNet(config, dtype=dtype, rngs=KeyStream(jax.random.key(seed))))
 
         unet = checkpoints.abstract_network(config, dtype=dtype)
         nnx.update(unet, weights())

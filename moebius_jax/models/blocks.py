@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.convolutions import conv3x3, pointwise_conv, residual_conv
+from moebius_jax.models.convolutions import Conv3x3, residual_conv
 from moebius_jax.models.cross_attention import CrossAttention
 from moebius_jax.models.feed_forward import GEGLU, MixFFN
 from moebius_jax.models.gated_linear_attention import GatedLinearAttention
-from moebius_jax.models.initializers import linear
 from moebius_jax.models.interactive_lambda import InteractiveLambda
+from moebius_jax.models.linear import linear, pointwise_conv
 from moebius_jax.models.local_lambda import LocalLambda
 from moebius_jax.models.norms import group_norm, layer_norm
+from moebius_jax.models.precision import Precision
 
 Map = Float[Array, "B H W C"]
 
@@ -28,18 +28,17 @@ class ResidualBlock(nnx.Module):
         out_channels: int,
         config: UNetConfig,
         *,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm1 = group_norm(in_channels, eps=1e-5, **dtypes)
-        self.conv1 = residual_conv(config.residual_conv, in_channels, out_channels, **dtypes)
-        self.time_emb_proj = linear(4 * config.channels[0], out_channels, **dtypes)
-        self.norm2 = group_norm(out_channels, eps=1e-5, **dtypes)
-        self.conv2 = residual_conv(config.residual_conv, out_channels, out_channels, **dtypes)
+        common = {"precision": precision, "rngs": rngs}
+        self.norm1 = group_norm(in_channels, eps=1e-5, **common)
+        self.conv1 = residual_conv(config.residual_conv, in_channels, out_channels, **common)
+        self.time_emb_proj = linear(4 * config.channels[0], out_channels, thin=True, **common)
+        self.norm2 = group_norm(out_channels, eps=1e-5, **common)
+        self.conv2 = residual_conv(config.residual_conv, out_channels, out_channels, **common)
         self.conv_shortcut = (
-            pointwise_conv(in_channels, out_channels, use_bias=True, **dtypes)
+            pointwise_conv(in_channels, out_channels, use_bias=True, thin=True, **common)
             if in_channels != out_channels
             else None
         )
@@ -60,26 +59,25 @@ class TransformerBlock(nnx.Module):
         map_size: int,
         config: UNetConfig,
         *,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm1 = layer_norm(channels, **dtypes)
+        common = {"precision": precision, "rngs": rngs}
+        self.norm1 = layer_norm(channels, **common)
         if config.self_mixer == "gla":
-            self.self_mixer = GatedLinearAttention(channels, config, **dtypes)
+            self.self_mixer = GatedLinearAttention(channels, config, **common)
         else:
-            self.self_mixer = LocalLambda(channels, config, **dtypes)
-        self.norm2 = layer_norm(channels, **dtypes)
+            self.self_mixer = LocalLambda(channels, config, **common)
+        self.norm2 = layer_norm(channels, **common)
         if config.cross_mixer == "attention":
-            self.cross_mixer = CrossAttention(channels, config, **dtypes)
+            self.cross_mixer = CrossAttention(channels, config, **common)
         else:
-            self.cross_mixer = InteractiveLambda(channels, map_size, config, **dtypes)
-        self.norm3 = layer_norm(channels, **dtypes)
+            self.cross_mixer = InteractiveLambda(channels, map_size, config, **common)
+        self.norm3 = layer_norm(channels, **common)
         if config.feed_forward == "geglu":
-            self.feed_forward = GEGLU(channels, **dtypes)
+            self.feed_forward = GEGLU(channels, **common)
         else:
-            self.feed_forward = MixFFN(channels, config, **dtypes)
+            self.feed_forward = MixFFN(channels, config, **common)
 
     def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:
         x = x + self.self_mixer(self.norm1(x))
@@ -96,15 +94,14 @@ class Transformer(nnx.Module):
         map_size: int,
         config: UNetConfig,
         *,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm = group_norm(channels, eps=1e-6, **dtypes)
-        self.proj_in = pointwise_conv(channels, channels, use_bias=True, **dtypes)
-        self.block = TransformerBlock(channels, map_size, config, **dtypes)
-        self.proj_out = pointwise_conv(channels, channels, use_bias=True, **dtypes)
+        common = {"precision": precision, "rngs": rngs}
+        self.norm = group_norm(channels, eps=1e-6, **common)
+        self.proj_in = pointwise_conv(channels, channels, use_bias=True, thin=True, **common)
+        self.block = TransformerBlock(channels, map_size, config, **common)
+        self.proj_out = pointwise_conv(channels, channels, use_bias=True, thin=True, **common)
         self.remat = config.remat
 
     def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:
@@ -118,8 +115,8 @@ class Transformer(nnx.Module):
 class Downsample(nnx.Module):
     """3x3 convolution, stride 2, padding 1 on every side."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.conv = conv3x3(channels, channels, stride=2, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        self.conv = Conv3x3(channels, channels, stride=2, precision=precision, rngs=rngs)
 
     def __call__(self, x: Map) -> Map:
         return self.conv(x)
@@ -128,8 +125,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest x2, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.conv = conv3x3(channels, channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        self.conv = Conv3x3(channels, channels, precision=precision, rngs=rngs)
 
     def __call__(self, x: Map) -> Map:
         B, H, W, C = x.shape

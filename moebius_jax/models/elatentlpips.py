@@ -10,8 +10,10 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from moebius_jax.models.convolutions import conv3x3, pointwise_conv
+from moebius_jax.models.convolutions import Conv3x3
+from moebius_jax.models.linear import pointwise_conv
 from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.precision import Precision
 
 POOLED_GROUPS = (3, 4)  # VGG16 pools after all five groups; the metric drops the first three pools
 
@@ -45,11 +47,9 @@ class ELatentLPIPSConfig:
 class ConvNormRelu(nnx.Module):
     """3x3 convolution with bias → BatchNorm → ReLU."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ) -> None:
-        self.conv = conv3x3(in_channels, out_channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.norm = BatchNorm(out_channels, dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        self.conv = Conv3x3(in_channels, out_channels, precision=precision, rngs=rngs)
+        self.norm = BatchNorm(out_channels, precision=precision)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         return jax.nn.relu(self.norm(self.conv(x)))
@@ -66,17 +66,17 @@ class ELatentLPIPS(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        common = {"precision": Precision(dtype=dtype, param_dtype=param_dtype), "rngs": rngs}
         self.config = config
         groups, heads = [], []
         width = config.in_channels
         for widths in config.groups:
             layers = []
             for out in widths:
-                layers.append(ConvNormRelu(width, out, **dtypes))
+                layers.append(ConvNormRelu(width, out, **common))
                 width = out
             groups.append(nnx.List(layers))
-            heads.append(pointwise_conv(width, 1, use_bias=False, **dtypes))
+            heads.append(pointwise_conv(width, 1, use_bias=False, **common))
         self.groups = nnx.List(groups)
         self.heads = nnx.List(heads)
         self.eval()

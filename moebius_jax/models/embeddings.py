@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Shaped
 
-from moebius_jax.models.initializers import linear
+from moebius_jax.models.linear import linear
+from moebius_jax.models.precision import Precision
 
 
 def sinusoidal_embedding(timesteps: Shaped[Array, " B"], width: int) -> Float[Array, "B width"]:
@@ -20,10 +20,10 @@ def sinusoidal_embedding(timesteps: Shaped[Array, " B"], width: int) -> Float[Ar
 class TimestepEmbedding(nnx.Module):
     """Sinusoid → Linear → SiLU → Linear, from C0 to 4·C0 channels."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear_1 = linear(channels, 4 * channels, **dtypes)
-        self.linear_2 = linear(4 * channels, 4 * channels, **dtypes)
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        options = {"thin": True, "precision": precision, "rngs": rngs}
+        self.linear_1 = linear(channels, 4 * channels, **options)
+        self.linear_2 = linear(4 * channels, 4 * channels, **options)
 
     def __call__(self, timesteps: Shaped[Array, " B"]) -> Float[Array, "B D"]:
         return self.linear_2(

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.initializers import linear
+from moebius_jax.models.linear import linear
+from moebius_jax.models.precision import Precision
 
 GATE_RANK = 16  # fixed in every release (spec "Skeleton")
 GATE_TEMPERATURE = 16.0  # log α = logsigmoid(·) / 16
@@ -69,24 +69,22 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
 class GatedLinearAttention(nnx.Module):
     """Causal GLA over the row-major tokens of the map (spec "Teacher parts")."""
 
-    def __init__(
-        self, channels: int, config: UNetConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.q_proj = linear(channels, channels // 2, use_bias=False, **dtypes)
-        self.k_proj = linear(channels, channels // 2, use_bias=False, **dtypes)
-        self.v_proj = linear(channels, channels, use_bias=False, **dtypes)
-        self.g_proj = linear(channels, channels, use_bias=False, **dtypes)
-        self.decay_down = linear(channels, GATE_RANK, use_bias=False, **dtypes)
-        self.decay_up = linear(GATE_RANK, channels // 2, **dtypes)
+    def __init__(self, channels: int, config: UNetConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        self.q_proj = linear(channels, channels // 2, use_bias=False, **common)
+        self.k_proj = linear(channels, channels // 2, use_bias=False, **common)
+        self.v_proj = linear(channels, channels, use_bias=False, **common)
+        self.g_proj = linear(channels, channels, use_bias=False, **common)
+        self.decay_down = linear(channels, GATE_RANK, use_bias=False, **common)
+        self.decay_up = linear(GATE_RANK, channels // 2, **common)
         self.norm = nnx.RMSNorm(
             channels // config.num_heads,
             epsilon=1e-6,
-            dtype=dtype,
-            param_dtype=param_dtype,
+            dtype=precision.stream_dtype,
+            param_dtype=precision.param_dtype,
             rngs=rngs,
         )
-        self.o_proj = linear(channels, channels, use_bias=False, **dtypes)
+        self.o_proj = linear(channels, channels, use_bias=False, **common)
         self.num_heads = config.num_heads
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -1,15 +1,16 @@
 """Interactive-λ, the student's cross mixer: lambda functions of the context tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.convolutions import pointwise_conv
-from moebius_jax.models.initializers import linear
+from moebius_jax.models.linear import linear, pointwise_conv
 from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.precision import Precision
 
 
 class InteractiveLambda(nnx.Module):
@@ -28,21 +29,20 @@ class InteractiveLambda(nnx.Module):
         map_size: int,
         config: UNetConfig,
         *,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
         depth = channels // config.num_heads
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        thin = {"use_bias": False, "thin": True, "precision": precision, "rngs": rngs}
         table_shape = (map_size**2, config.context_length, depth)
-        self.to_q = pointwise_conv(channels, channels, use_bias=False, rngs=rngs, **dtypes)
-        self.to_k = linear(config.context_dim, depth, use_bias=False, rngs=rngs, **dtypes)
-        self.to_v = linear(config.context_dim, depth, use_bias=False, rngs=rngs, **dtypes)
-        self.norm_q = BatchNorm(channels, **dtypes)
-        self.norm_v = BatchNorm(depth, **dtypes)
-        self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, param_dtype))
+        self.to_q = pointwise_conv(channels, channels, **thin)
+        self.to_k = linear(config.context_dim, depth, **thin)
+        self.to_v = linear(config.context_dim, depth, **thin)
+        self.norm_q = BatchNorm(channels, precision=precision)
+        self.norm_v = BatchNorm(depth, precision=precision)
+        self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
         self.num_heads = config.num_heads
-        self.dtype = dtype
+        self.dtype, self.precision = precision.operands(thin=True)
 
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
         """Raises ValueError when the map or the context is not of the trained size."""
@@ -59,5 +59,6 @@ class InteractiveLambda(nnx.Module):
         q = q.reshape(B, H * W, self.num_heads, -1)
         key = jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype)
         table = self.position_table[...].astype(self.dtype)
-        scores = jnp.einsum("bnhk,blk->bnhl", q, key) + jnp.einsum("bnhk,nlk->bnhl", q, table)
-        return jnp.einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
+        einsum = functools.partial(jnp.einsum, precision=self.precision)
+        scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
+        return einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)

@@ -1,33 +1,37 @@
-"""Normalisation layers. Statistics and arithmetic are fp32 whatever the compute dtype."""
+"""Normalisation layers: statistics and arithmetic in fp32 whatever the dtypes, results in `stream_dtype`."""
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
+
+from moebius_jax.models.precision import Precision
 
 GROUPS = 32  # GroupNorm groups of every published network
 
 
-def group_norm(
-    channels: int, *, eps: float, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
+def group_norm(channels: int, *, eps: float, precision: Precision, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """GroupNorm over 32 groups, with torch's two-pass variance."""
     return nnx.GroupNorm(
         channels,
         GROUPS,
         epsilon=eps,
         use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
+        dtype=precision.stream_dtype,
+        param_dtype=precision.param_dtype,
         rngs=rngs,
     )
 
 
-def layer_norm(channels: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(channels: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm with torch's default eps 1e-5 and two-pass variance."""
     return nnx.LayerNorm(
-        channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        channels,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        dtype=precision.stream_dtype,
+        param_dtype=precision.param_dtype,
+        rngs=rngs,
     )
 
 
@@ -41,22 +45,14 @@ class BatchNorm(nnx.Module):
     Under `jax.jit` with a sharded batch they are the statistics of the global batch.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        eps: float = 1e-5,
-        decay: float = 0.9,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-    ) -> None:
-        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+    def __init__(self, channels: int, *, eps: float = 1e-5, decay: float = 0.9, precision: Precision) -> None:
+        self.scale = nnx.Param(jnp.ones(channels, precision.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, precision.param_dtype))
         self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
         self.eps = eps
         self.decay = decay
-        self.dtype = dtype
+        self.dtype = precision.stream_dtype
         self.use_running_average = False
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:

@@ -10,8 +10,9 @@ from moebius_jax.models.blocks import Downsample, ResidualBlock, Transformer, Up
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import residual_conv
 from moebius_jax.models.embeddings import TimestepEmbedding
-from moebius_jax.models.initializers import linear
+from moebius_jax.models.linear import linear
 from moebius_jax.models.norms import group_norm
+from moebius_jax.models.precision import Precision
 
 Map = Float[Array, "B H W C"]
 
@@ -41,18 +42,17 @@ class Level(nnx.Module):
         *,
         has_transformers: bool,
         resample: type[Downsample] | type[Upsample] | None,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
         """`widths` are the (in, out) channels of the residual blocks."""
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.resnets = nnx.List([ResidualBlock(a, b, config, **dtypes) for a, b in widths])
+        common = {"precision": precision, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(a, b, config, **common) for a, b in widths])
         transformers = (
-            [Transformer(b, map_size, config, **dtypes) for _, b in widths] if has_transformers else []
+            [Transformer(b, map_size, config, **common) for _, b in widths] if has_transformers else []
         )
         self.attentions = nnx.List(transformers)
-        self.resample = resample(widths[-1][1], **dtypes) if resample else None
+        self.resample = resample(widths[-1][1], **common) if resample else None
 
     def unit(self, index: int, x: Map, time: Array, context: Array) -> Map:
         """Residual block `index` and its transformer."""
@@ -69,13 +69,12 @@ class MidBlock(nnx.Module):
         map_size: int,
         config: UNetConfig,
         *,
-        dtype: Dtype,
-        param_dtype: Dtype,
+        precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.resnets = nnx.List([ResidualBlock(channels, channels, config, **dtypes) for _ in range(2)])
-        self.attentions = nnx.List([Transformer(channels, map_size, config, **dtypes)])
+        common = {"precision": precision, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(channels, channels, config, **common) for _ in range(2)])
+        self.attentions = nnx.List([Transformer(channels, map_size, config, **common)])
 
     def __call__(self, x: Map, time: Array, context: Array) -> Map:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -90,8 +89,9 @@ class UNet(nnx.Module):
 
     Args:
         config: the architecture.
-        dtype: compute dtype of matrix products and convolutions.
+        dtype: compute dtype of the bulk of the products, see `Precision`.
         param_dtype: dtype the parameters are kept in.
+        stream_dtype: dtype of everything between them; equal to `dtype`, the network is faster and rougher.
         rngs: the stream "params" draws the initial weights.
     """
 
@@ -101,21 +101,26 @@ class UNet(nnx.Module):
         *,
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
+        stream_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        precision = Precision(dtype=dtype, stream_dtype=stream_dtype, param_dtype=param_dtype)
+        common = {"precision": precision, "rngs": rngs}
+        thin = {"precision": precision.thin(), "rngs": rngs}
         self.config = config
-        self.dtype = dtype
+        self.dtype = stream_dtype
         first = config.channels[0]
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.embedding_dim,
             embedding_init=nnx.initializers.normal(1.0),
-            **dtypes,
+            dtype=stream_dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
-        self.encoder_hid_proj = linear(config.embedding_dim, config.context_dim, **dtypes)
-        self.time_embedding = TimestepEmbedding(first, **dtypes)
-        self.conv_in = residual_conv(config.residual_conv, config.in_channels, first, **dtypes)
+        self.encoder_hid_proj = linear(config.embedding_dim, config.context_dim, thin=True, **common)
+        self.time_embedding = TimestepEmbedding(first, **common)
+        self.conv_in = residual_conv(config.residual_conv, config.in_channels, first, **thin)
         down, up = _level_widths(config)
         sizes = [config.latent_size // 2**i for i in range(len(config.channels))]
         self.down_blocks = nnx.List(
@@ -126,13 +131,13 @@ class UNet(nnx.Module):
                     config,
                     has_transformers=config.transformers[i],
                     resample=Downsample if i < len(down) - 1 else None,
-                    **dtypes,
+                    **common,
                 )
                 for i, widths in enumerate(down)
             ]
         )
         self.mid_block = (
-            MidBlock(config.channels[-1], sizes[-1], config, **dtypes) if config.mid_block else None
+            MidBlock(config.channels[-1], sizes[-1], config, **common) if config.mid_block else None
         )
         self.up_blocks = nnx.List(
             [
@@ -142,13 +147,13 @@ class UNet(nnx.Module):
                     config,
                     has_transformers=config.transformers[-1 - i],
                     resample=Upsample if i < len(up) - 1 else None,
-                    **dtypes,
+                    **common,
                 )
                 for i, widths in enumerate(up)
             ]
         )
-        self.conv_norm_out = group_norm(first, eps=1e-5, **dtypes)
-        self.conv_out = residual_conv(config.residual_conv, first, config.out_channels, **dtypes)
+        self.conv_norm_out = group_norm(first, eps=1e-5, **common)
+        self.conv_out = residual_conv(config.residual_conv, first, config.out_channels, **thin)
 
     def __call__(
         self,

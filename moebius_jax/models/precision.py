@@ -1,0 +1,47 @@
+"""Which numbers are computed in which dtype."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The dtypes of one network.
+
+    In bfloat16 every rounding of a layer's output costs about 0.2 % of the predicted noise, and they add up:
+    rounding everything ends at 5 % (full student, golden input). So only the *bulk* is in `dtype`: operands
+    of the feed-forward, of the residual blocks' and resampling convolutions, of the teacher's mixers and of
+    the products with Local-λ's lambdas. What lies between them, and the *thin* products that feed the
+    residual stream everywhere (projections in and around the student's mixers, shortcuts, first and last
+    convolution, time and context), is in `stream_dtype`. That ends at 1.8 % (benchmarks/RESULTS.md).
+
+    Attributes:
+        dtype: of the bulk's operands; sums are accumulated in fp32.
+        stream_dtype: of everything else. Equal to `dtype` it gives the fastest and roughest network.
+        param_dtype: what parameters are kept in.
+        all_thin: whether this part of the network is thin throughout.
+    """
+
+    dtype: Dtype = jnp.float32
+    stream_dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    all_thin: bool = False
+
+    def operands(self, thin: bool = False) -> tuple[Dtype, lax.Precision | None]:
+        """Dtype of a product's operands and how it is multiplied.
+
+        Accelerators multiply fp32 in fewer bits by default, on TPUs in bfloat16's. Thin fp32 products beside
+        a half-precision bulk are HIGH: three bfloat16 passes there, tensor-float-32 on GPUs. An all-fp32
+        network leaves it to the user's `jax_default_matmul_precision`.
+        """
+        if not (thin or self.all_thin):
+            return self.dtype, None
+        is_mixed = jnp.dtype(self.stream_dtype) != jnp.dtype(self.dtype)
+        return self.stream_dtype, lax.Precision.HIGH if is_mixed else None
+
+    def thin(self) -> "Precision":
+        """The dtypes of a part that is thin throughout."""
+        return dataclasses.replace(self, all_thin=True)

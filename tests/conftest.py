@@ -1,0 +1,103 @@
+"""Eight simulated devices, full fp32 precision, and small networks every test can use."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing downloads during tests; the Hub tests start their own server
+os.environ["USE_TORCH"] = "0"  # diffusers would import torch, for nothing
+
+import jax
+import numpy as np
+import pytest
+import synth
+from safetensors.numpy import save_file
+
+from moebius_jax import MoebiusInpaintPipeline, UNetConfig, checkpoints
+from moebius_jax.conversion.architecture import detect_architecture
+from moebius_jax.conversion.names import expected_tensors
+from moebius_jax.models import VAE, UNet, VAEConfig
+from moebius_jax.sampling.sampler import data_mesh
+
+# GPUs and TPUs would otherwise multiply fp32 matrices in lower precision.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# A network of the student's kind for 64 px squares, a hundredth of a second a step.
+TINY_UNET = UNetConfig.student(
+    channels=(32, 64),
+    transformers=(True, True),
+    num_heads=4,
+    latent_size=8,
+    embedding_dim=16,
+    context_dim=16,
+)
+TINY_VAE = VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1)
+
+
+def network_from_synth(name: str, **options) -> UNet:
+    """The network of a manifest with its synthetic weights, in evaluation mode."""
+    shapes = {key: tuple(shape) for key, shape in synth.manifest(name).items()}
+    architecture = detect_architecture(shapes, name)
+    draw = synth.metric_tensor if name.startswith("elatentlpips") else synth.tensor
+    tensors = {
+        slot.path: slot.layout.to_jax(draw(key, slot.shape))
+        for key, slot in expected_tensors(architecture).items()
+    }
+    if isinstance(architecture, VAEConfig):
+        return VAE(params=checkpoints.nest(tensors), config=architecture)
+    network = checkpoints.abstract_network(architecture, **options)
+    checkpoints.fill(network, {k: jax.numpy.asarray(v) for k, v in tensors.items()})
+    network.eval()
+    return network
+
+
+@pytest.fixture(scope="session")
+def student_mini() -> UNet:
+    return network_from_synth("student_mini")
+
+
+@pytest.fixture(scope="session")
+def teacher_mini() -> UNet:
+    return network_from_synth("teacher_mini")
+
+
+@pytest.fixture(scope="session")
+def vae_mini() -> VAE:
+    return network_from_synth("vae_mini")
+
+
+@pytest.fixture(scope="session")
+def student_mini_file(tmp_path_factory) -> "os.PathLike[str]":
+    """A release file of the small student."""
+    path = tmp_path_factory.mktemp("release") / "student_mini.safetensors"
+    save_file(synth.state_dict("student_mini"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> MoebiusInpaintPipeline:
+    """Untrained, for 64 px squares, on one device."""
+    return MoebiusInpaintPipeline.untrained(TINY_UNET, TINY_VAE, mesh=data_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipeline, tmp_path_factory) -> "os.PathLike[str]":
+    """The tiny pipeline, saved."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """A picture-like uint8 image, 80 x 112."""
+    y, x = np.mgrid[:80, :112]
+    waves = [127 + 100 * np.sin(x / a + y / b) for a, b in ((9, 14), (23, 7), (11, 31))]
+    return np.stack(waves, -1).astype(np.uint8)
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    """A hole of 20 x 24 pixels in `photo`, white."""
+    grey = np.zeros((80, 112), np.uint8)
+    grey[30:50, 40:64] = 255
+    return grey

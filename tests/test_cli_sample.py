@@ -1,0 +1,265 @@
+"""`sample.py` as a person types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moebius_jax.cli.pairing import plan_tasks
+from moebius_jax.cli.sample import main
+from moebius_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def files(photo, mask, tmp_path):
+    """Three images, and masks for them; one is named with _mask."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i, name in enumerate(("a", "b", "c")):
+        Image.fromarray(np.roll(photo, 9 * i, 1)).save(tmp_path / f"images/{name}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{name}{'_mask' if name == 'b' else ''}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def sample(files, tiny_folder, capsys):
+    """Runs sample.py in this process on the tiny pipeline; returns status, stdout and stderr."""
+
+    def run(*arguments, image="images", mask="masks", output="out"):
+        status = main(
+            [
+                *(
+                    "--image",
+                    str(files / image),
+                    "--mask",
+                    str(files / mask),
+                    "--output",
+                    str(files / output),
+                ),
+                *("--model", str(tiny_folder), "--num-inference-steps", "2", "--no-compilation-cache"),
+                *arguments,
+            ]
+        )
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_folder_in_folder_out(sample, files):
+    status, out, _ = sample("--grid")
+    assert status == 0
+    assert names(files / "out") == [f"{n}{g}.png" for n in "abc" for g in ("", "_grid")]
+    assert "3 results in" in out
+    assert "images/s" in out
+    assert "of compiling" in out
+    for name in "abc":
+        result = np.asarray(Image.open(files / f"out/{name}.png"))
+        image = np.asarray(Image.open(files / f"images/{name}.png"))
+        assert result.shape == image.shape
+        np.testing.assert_array_equal(result[:20], image[:20])
+        assert (result[35:45, 45:60] != image[35:45, 45:60]).any()
+
+
+def test_a_picture_comes_out_the_same_alone(sample, files):
+    sample("--batch-size", "8", "--seed", "5")
+    sample(
+        "--batch-size", "8", "--seed", "5", image="images/b.png", mask="masks/b_mask.png", output="alone.png"
+    )
+    np.testing.assert_array_equal(Image.open(files / "alone.png"), Image.open(files / "out/b.png"))
+
+
+def test_one_mask_serves_all_and_existing_results_are_kept(sample, files):
+    sample(image="images/a.png", mask="masks/a.png", output="out/a.png")
+    before = (files / "out/a.png").stat().st_mtime_ns
+    status, out, _ = sample(mask="masks/a.png")
+    assert status == 0
+    assert "1 of 3 results exist already and are kept" in out
+    assert (files / "out/a.png").stat().st_mtime_ns == before
+    status, _, _ = sample("--overwrite", mask="masks/a.png")
+    assert status == 0
+    assert (files / "out/a.png").stat().st_mtime_ns > before
+    status, out, _ = sample(mask="masks/a.png")
+    assert status == 0
+    assert "3 of 3 results exist already" in out
+
+
+def test_samples_have_seeds_of_their_own(sample, files):
+    status, _, _ = sample("--num-samples", "2", "--seed", "9", image="images/a.png", mask="masks/a.png")
+    assert status == 0
+    assert names(files / "out") == ["a_0.png", "a_1.png"]
+    sample("--seed", "10", image="images/a.png", mask="masks/a.png", output="ten/a.png")
+    second = np.asarray(Image.open(files / "out/a_1.png"))
+    np.testing.assert_array_equal(second, Image.open(files / "ten/a.png"))
+    assert (second != np.asarray(Image.open(files / "out/a_0.png"))).any()
+
+
+def test_failures_are_listed_and_the_rest_is_done(sample, files, photo):
+    (files / "images/broken.png").write_bytes(b"not a picture")
+    Image.fromarray(np.full((80, 112), 255, np.uint8)).save(files / "masks/broken.png")
+    Image.fromarray(photo).save(files / "images/lonely.png")
+    Image.fromarray(photo[:40]).save(files / "images/small.png")
+    Image.open(files / "masks/a.png").save(files / "masks/small.png")
+    Image.open(files / "masks/a.png").save(files / "masks/stray.png")
+    status, out, err = sample()
+    assert status == 1
+    assert "3 results in" in out
+    assert names(files / "out") == ["a.png", "b.png", "c.png"]
+    report = err[err.index("4 not done:") :]
+    assert f"{files}/images/lonely.png: no mask lonely.* in" in report
+    assert f"{files}/masks/stray.png: no image goes with this mask" in report
+    assert f"{files}/images/broken.png: not an image" in report
+    assert (
+        f"{files}/masks/small.png: the mask is 112 x 80 pixels and {files}/images/small.png is 112 x 40"
+        in report
+    )
+    assert "Traceback" not in err
+
+
+def test_masks_that_look_wrong_warn(sample, files):
+    Image.fromarray(np.zeros((80, 112), np.uint8)).save(files / "masks/a.png")
+    status, _, err = sample(image="images/a.png", mask="masks/a.png", output="o.png")
+    assert status == 0
+    assert f"warning: {files}/masks/a.png: nothing to repaint; the image is returned unchanged" in err
+    np.testing.assert_array_equal(Image.open(files / "o.png"), Image.open(files / "images/a.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "paths", "message"),
+    [
+        ([], {"image": "nowhere"}, "nowhere: no such image file or folder"),
+        ([], {"mask": "nowhere.png"}, "nowhere.png: no such mask file or folder"),
+        ([], {"output": "out.png"}, "is a folder, so the output must be one too"),
+        (["--num-samples", "0"], {}, "--num-samples is 0; expected 1 or more"),
+        (["--seed", "-3"], {}, "--seed is -3"),
+        (["--strength", "0"], {}, "strength is 0.0"),
+        (["--num-inference-steps", "5000"], {}, "num_inference_steps is 5000"),
+        (["--mask-dilation", "-1"], {}, "mask_dilation is -1"),
+        (["--process-id", "2"], {}, "--process-id is 2; expected 0 to 0"),
+        (["--variant", "ft_ffhq"], {}, "holds one model"),
+        (["--model", "/nowhere/at/all"], {}, "neither a folder nor a Hub repository"),
+    ],
+)
+def test_mistakes_are_one_line(sample, files, arguments, paths, message):
+    status, out, err = sample(*arguments, **paths)
+    assert status == 1
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err + out
+    assert not (files / "out").exists()
+
+
+def test_empty_folder(sample, files):
+    (files / "empty").mkdir()
+    status, _, err = sample(image="empty")
+    assert status == 1
+    assert "no images here (looked for .png" in err
+
+
+def test_untrained_only_when_allowed(files, monkeypatch, capsys):
+    """Without the Hub the full-size network would run untrained; here it is only asked for."""
+    from conftest import TINY_UNET, TINY_VAE
+
+    from moebius_jax.pipeline import MoebiusInpaintPipeline
+
+    untrained = MoebiusInpaintPipeline.untrained
+    monkeypatch.setattr(
+        MoebiusInpaintPipeline, "untrained", lambda **options: untrained(TINY_UNET, TINY_VAE, **options)
+    )
+    arguments = ["--image", str(files / "images/a.png"), "--mask", str(files / "masks/a.png")]
+    arguments += ["--output", str(files / "o.png"), "--num-inference-steps", "2", "--no-compilation-cache"]
+    monkeypatch.setenv("HF_HOME", str(files / "hf"))
+    assert main(arguments) == 1
+    assert "the Hub cannot be reached" in capsys.readouterr().err
+    assert main([*arguments, "--allow-untrained"]) == 0
+    assert "running with UNTRAINED random weights" in capsys.readouterr().err
+    assert (files / "o.png").exists()
+
+
+def test_several_processes_share_the_files(files, tiny_folder):
+    def start(i):
+        return subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    "sample.py",
+                    "--image",
+                    str(files / "images"),
+                    "--mask",
+                    str(files / "masks"),
+                ),
+                *("--output", str(files / "out"), "--model", str(tiny_folder), "--num-inference-steps", "2"),
+                *("--no-compilation-cache", "--num-processes", "2", "--process-id", str(i)),
+            ],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    processes = [start(0), start(1)]
+    outputs = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert "2 results in" in outputs[0]
+    assert "1 results in" in outputs[1]
+    assert names(files / "out") == ["a.png", "b.png", "c.png"]
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out
+    assert "--mask-dilation" in out
+
+
+class TestPairing:
+    def touch(self, folder, *names):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        return folder
+
+    def test_same_stem_twice_is_refused(self, tmp_path):
+        images = self.touch(tmp_path / "i", "a.png", "a.jpg", "b.png")
+        masks = self.touch(tmp_path / "m", "a.png", "b.png")
+        tasks, problems = plan_tasks(images, masks, tmp_path / "o", seed=0, num_samples=1)
+        assert [t.image.name for t in tasks] == ["a.jpg", "b.png"]
+        assert problems == [f"{images}/a.png: same name as a.jpg; rename one image"]
+
+    def test_exact_stem_wins_and_hidden_files_are_left_out(self, tmp_path):
+        images = self.touch(tmp_path / "i", "a.png", ".hidden.png", "notes.txt")
+        masks = self.touch(tmp_path / "m", "a_mask.png", "a.png")
+        tasks, problems = plan_tasks(images, masks, tmp_path / "o", seed=0, num_samples=1)
+        assert [t.mask.name for t in tasks] == ["a.png"]
+        assert problems == [f"{masks}/a_mask.png: no image goes with this mask"]
+
+    def test_index_depends_on_the_name_only(self, tmp_path):
+        few = self.touch(tmp_path / "few", "b.png")
+        many = self.touch(tmp_path / "many", "a.png", "b.png", "c.png")
+        mask = self.touch(tmp_path / "m", "m.png") / "m.png"
+        (alone,), _ = plan_tasks(few, mask, tmp_path / "o", seed=0, num_samples=1)
+        together, _ = plan_tasks(many, mask, tmp_path / "o", seed=0, num_samples=1)
+        assert together[1].index == alone.index
+        assert len({t.index for t in together}) == 3
+
+    def test_seeds_wrap(self, tmp_path):
+        image = self.touch(tmp_path / "i", "a.png") / "a.png"
+        tasks, _ = plan_tasks(image, image, tmp_path / "o.png", seed=2**32 - 1, num_samples=2)
+        assert [t.seed for t in tasks] == [2**32 - 1, 0]
+        assert [t.output.name for t in tasks] == ["o_0.png", "o_1.png"]
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(UserError, match="no such image"):
+            plan_tasks(tmp_path / "x", tmp_path, tmp_path, seed=0, num_samples=1)

@@ -1,0 +1,160 @@
+"""Downloads through huggingface_hub itself, from a server on this machine.
+
+Each download runs in a process of its own: huggingface_hub reads its environment when it is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synth
+from hub_server import COMMIT, serve
+from safetensors.numpy import save_file
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+FETCH = "from moebius_jax.conversion import hub; print(hub.fetch({!r}, {!r}))"
+
+
+def run(code_or_args, home, endpoint, **changes):
+    """Python code or command-line arguments, with the Hub at `endpoint` and its caches in `home`."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XLA_"))}
+    env |= {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        **changes,
+    }
+    args = ["-c", code_or_args] if isinstance(code_or_args, str) else code_or_args
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """hustvl/Moebius and hustvl/PixelHacker with small networks."""
+    root = tmp_path_factory.mktemp("hub")
+    for repository, subfolder, name in (
+        ("hustvl/Moebius", "ft_ffhq", "student_mini"),
+        ("hustvl/PixelHacker", "vae", "vae_mini"),
+    ):
+        folder = root / repository / subfolder
+        folder.mkdir(parents=True)
+        tensors = {k: torch.from_numpy(v) for k, v in synth.state_dict(name).items()}
+        torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(repositories):
+    with serve(repositories) as (endpoint, log):
+        yield endpoint, log
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("hf_home")
+
+
+def test_fetched_and_converted_once(server, home):
+    endpoint, log = server
+    first = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, endpoint)
+    assert first.returncode == 0, first.stderr
+    folder = Path(last_line(first.stdout))
+    assert folder == home / "moebius-jax/hustvl--Moebius" / COMMIT / "ft_ffhq"
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert any(line.startswith("GET /hustvl/Moebius/resolve/main/ft_ffhq") for line in log)
+    log.clear()
+    second = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, endpoint)
+    assert last_line(second.stdout) == str(folder)
+    assert not [line for line in log if line.startswith("GET") and "resolve" in line], "downloaded twice"
+    assert (folder / "config.json").stat().st_mtime_ns == written, "converted twice"
+
+
+def test_offline_uses_the_cache(server, home):
+    fetched = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, server[0])
+    assert fetched.returncode == 0, fetched.stderr
+    offline = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert last_line(offline.stdout) == last_line(fetched.stdout)
+
+
+def test_a_pipeline_from_the_hub(server, home):
+    code = (
+        "from moebius_jax import MoebiusInpaintPipeline as P; import numpy as np;"
+        "p = P.from_pretrained('hustvl/Moebius', variant='ft_ffhq');"
+        "print(p.guidance_scale, p.sampler.image_size)"
+    )
+    result = run(code, home, server[0])
+    assert result.returncode == 0, result.stderr
+    assert last_line(result.stdout) == "2.0 256"
+
+
+SAMPLE = ["sample.py", "--image", "{0}/i.png", "--mask", "{0}/m.png", "--output", "{0}/o.png"]
+
+
+@pytest.fixture
+def pictures(photo, mask, tmp_path):
+    from PIL import Image
+
+    Image.fromarray(photo).save(tmp_path / "i.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    return [argument.format(tmp_path) for argument in SAMPLE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "expected"),
+    [
+        (
+            ["--variant", "ft_cats"],
+            {},
+            "error: hustvl/Moebius: has no ft_cats/diffusion_pytorch_model.bin; the released",
+        ),
+        (["--model", "hustvl/Nothing"], {}, "error: hustvl/Nothing: no such repository at http://127.0.0.1"),
+        (
+            ["--variant", "pretrained"],
+            {"HF_HUB_OFFLINE": "1"},
+            "error: hustvl/Moebius: the Hub cannot be reached and pretrained/",
+        ),
+        (
+            ["--variant", "pretrained"],
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "error: hustvl/Moebius: the Hub cannot be reached",
+        ),
+        (["--model", "a/b/c"], {}, "error: a/b/c: neither a folder nor a Hub repository"),
+    ],
+)
+def test_failures_are_one_line(server, home, pictures, arguments, changes, expected, tmp_path):
+    result = run(pictures + arguments, home, server[0], **changes)
+    assert result.returncode == 1
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith(expected), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_offline_message_says_what_to_fetch_and_where_to_put_it(home, pictures):
+    result = run(pictures, home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    line = last_line(result.stderr)
+    assert "/hustvl/Moebius/resolve/main/pretrained/diffusion_pytorch_model.bin" in line
+    assert "convert_weights.py FILE DEST" in line
+
+
+def test_a_folder_of_the_hubs_layout_converts_whole(repositories, tmp_path):
+    save_file(
+        synth.state_dict("student_mini"),
+        repositories / "hustvl/PixelHacker/diffusion_pytorch_model.safetensors",
+    )
+    from moebius_jax.cli.convert import main
+
+    source = repositories / "hustvl/Moebius"
+    assert main([str(source), str(tmp_path / "all"), "--verify"]) == 0
+    assert (tmp_path / "all/ft_ffhq/config.json").is_file()

@@ -1,0 +1,273 @@
+"""`MoebiusInpaintPipeline`: what comes in, what comes out, and what must stay as it was."""
+
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import synth
+from PIL import Image
+
+from moebius_jax import MoebiusInpaintPipeline, UserError
+from moebius_jax.imaging import masks
+from moebius_jax.sampling.sampler import data_mesh
+
+STEPS = {"num_inference_steps": 2, "output_type": "np"}
+
+
+def far_from(mask, pixels):
+    """Where no hole is within so many pixels."""
+    return ~masks.dilate(mask > 127, 2 * pixels + 1)
+
+
+class TestAnySize:
+    @pytest.mark.parametrize("shape", [(80, 112), (64, 64), (33, 47), (300, 200), (20, 150), (9, 7)])
+    def test_same_size_and_untouched_outside(self, tiny_pipeline, shape):
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (*shape, 3), np.uint8)
+        mask = np.zeros(shape, np.uint8)
+        mask[shape[0] // 3 : shape[0] // 2, shape[1] // 3 : shape[1] // 2 + 1] = 255
+        (out,) = tiny_pipeline(image, mask, mask_blur=0, **STEPS).images
+        assert out.shape == image.shape
+        np.testing.assert_array_equal(out[mask == 0], image[mask == 0])
+        assert (out[mask > 0] != image[mask > 0]).any()
+
+    def test_feather_reaches_no_further_than_it_says(self, tiny_pipeline, photo, mask):
+        (out,) = tiny_pipeline(photo, mask, mask_blur=4, padding_mask_crop=8, **STEPS).images
+        keep = far_from(mask, 5)
+        np.testing.assert_array_equal(out[keep], photo[keep])
+        near = ~keep & (mask == 0)
+        assert (out[near] != photo[near]).any()
+
+    def test_far_regions_are_both_filled(self, tiny_pipeline):
+        image = np.full((100, 900, 3), 90, np.uint8)
+        mask = np.zeros((100, 900), np.uint8)
+        mask[40:60, 20:40] = mask[10:30, 850:880] = 255
+        batches = []
+        original = tiny_pipeline.sampler.__class__.__call__
+
+        def watch(self, images, *args):
+            batches.append(len(images))
+            return original(self, images, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny_pipeline.sampler.__class__, "__call__", watch)
+            (out,) = tiny_pipeline(image, mask, mask_blur=0, **STEPS).images
+        assert batches == [1, 1]
+        for hole in (np.s_[40:60, 20:40], np.s_[10:30, 850:880]):
+            assert (out[hole] != 90).any()
+        np.testing.assert_array_equal(out[mask == 0], 90)
+
+    def test_alpha_and_grey(self, tiny_pipeline, photo, mask):
+        alpha = Image.fromarray(np.dstack([photo, photo[..., 0]]))
+        (out,) = tiny_pipeline(alpha, Image.fromarray(mask), num_inference_steps=2).images
+        assert out.mode == "RGBA"
+        np.testing.assert_array_equal(np.asarray(out)[..., 3], photo[..., 0])
+        (grey,) = tiny_pipeline(
+            Image.fromarray(photo[..., 1]), Image.fromarray(mask), num_inference_steps=2
+        ).images
+        assert grey.mode == "L"
+        keep = far_from(mask, 10)
+        np.testing.assert_array_equal(np.asarray(grey)[keep], photo[..., 1][keep])
+
+
+class TestMasks:
+    def test_black_returns_the_image(self, tiny_pipeline, photo):
+        with pytest.warns(masks.MaskWarning, match="nothing to repaint"):
+            (out,) = tiny_pipeline(photo, np.zeros((80, 112), np.uint8), **STEPS).images
+        np.testing.assert_array_equal(out, photo)
+
+    def test_invert(self, tiny_pipeline, photo, mask):
+        (out,) = tiny_pipeline(photo, 255 - mask, invert_mask=True, **STEPS).images
+        np.testing.assert_array_equal(out, tiny_pipeline(photo, mask, **STEPS).images[0])
+
+    def test_bool_float_and_zero_one_masks_mean_the_same(self, tiny_pipeline, photo, mask):
+        reference = tiny_pipeline(photo, mask, **STEPS).images[0]
+        for other in (mask > 0, (mask > 0).astype(np.float32)):
+            np.testing.assert_array_equal(tiny_pipeline(photo, other, **STEPS).images[0], reference)
+        with pytest.warns(masks.MaskWarning, match="holds only 0 and 1"):
+            np.testing.assert_array_equal(tiny_pipeline(photo, mask // 255, **STEPS).images[0], reference)
+
+    def test_dilation_repaints_more(self, tiny_pipeline, photo, mask):
+        (out,) = tiny_pipeline(photo, mask, mask_dilation=9, mask_blur=0, **STEPS).images
+        changed = (out != photo).any(-1)
+        assert not changed[masks.dilate(mask > 127, 9) == 0].any()
+        assert changed[(mask == 0) & masks.dilate(mask > 127, 9)].any()
+
+
+class TestBatches:
+    def test_item_of_a_batch_is_the_item_alone(self, tiny_pipeline, photo, mask):
+        images = [photo, 255 - photo, photo[:, :64]]
+        holes = [mask, mask, mask[:, :64]]
+        together = tiny_pipeline(images, holes, seed=7, batch_size=4, **STEPS).images
+        for i in range(3):
+            (alone,) = tiny_pipeline(
+                images[i], holes[i], seed=7, image_indices=[i], batch_size=4, **STEPS
+            ).images
+            np.testing.assert_array_equal(alone, together[i])
+
+    def test_seeds_of_their_own(self, tiny_pipeline, photo, mask):
+        a, b = tiny_pipeline([photo, photo], mask, seed=[3, 4], **STEPS).images
+        assert (a != b).any()
+        (alone,) = tiny_pipeline(photo, mask, seed=4, batch_size=2, **STEPS).images
+        np.testing.assert_array_equal(alone, b)
+
+    def test_more_images_than_the_batch_keep_their_order(self, tiny_pipeline, mask):
+        images = [np.full((64, 64, 3), 20 * i, np.uint8) for i in range(5)]
+        out = tiny_pipeline(images, mask[:64, :64], mask_blur=0, batch_size=2, **STEPS).images
+        assert [int(o[0, 0, 0]) for o in out] == [0, 20, 40, 60, 80]
+
+    def test_sharded_over_eight_devices(self, tiny_pipeline, photo, mask):
+        images = [np.roll(photo, i, 1) for i in range(3)]
+        wide = MoebiusInpaintPipeline(tiny_pipeline.unet, tiny_pipeline.vae, mesh=data_mesh(jax.devices()))
+        for a, b in zip(
+            wide(images, mask, **STEPS).images, tiny_pipeline(images, mask, **STEPS).images, strict=True
+        ):
+            assert np.abs(a.astype(int) - b).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def pipe(student_mini, vae_mini):
+    return MoebiusInpaintPipeline(student_mini, vae_mini, mesh=data_mesh(jax.devices()[:1]))
+
+
+class TestRelease:
+    """`mode="release"` on the golden run's inputs; its numbers are in test_sampling and test_imaging."""
+
+    def test_golden_run(self, pipe, monkeypatch):
+        """The release's draws in place of ours give the release's pictures."""
+        from moebius_jax.sampling import sampler
+
+        vectors = synth.golden("pipeline_mini")
+
+        def normal(i, *shape):
+            return jax.numpy.asarray(synth.nhwc(synth.inputs(f"pipe.draw.{i}", shape)))
+
+        noise = normal(2, 2, 4, 32, 32) + 0.0357 * normal(3, 2, 4, 1, 1)
+        monkeypatch.setattr(sampler, "draw_normal", lambda _keys, draw, _shape: normal(draw, 2, 4, 32, 32))
+        monkeypatch.setattr(sampler, "draw_noise", lambda *_: noise)
+        out = {}
+        for kind, options in (
+            ("plain", {"paste": False}),
+            ("paste", {}),
+            ("compensate", {"match_color": True}),
+        ):
+            out[kind] = pipe(
+                [vectors["image_0"], vectors["image_1"]],
+                [vectors["mask_0"], vectors["mask_1"]],
+                mode="release",
+                num_inference_steps=5,
+                guidance_scale=2.0,
+                callback_on_step_end=lambda *_: {},  # step by step, so that the noise above is used
+                output_type="np",
+                **options,
+            ).images
+        for kind, images in out.items():
+            for i, image in enumerate(images):
+                difference = np.abs(image.astype(int) - vectors[f"{kind}_{i}"])
+                assert difference.max() <= 1
+                assert (difference == 0).mean() >= 0.999
+
+    def test_other_sizes_are_squashed(self, tiny_pipeline, photo, mask):
+        (out,) = tiny_pipeline(photo, mask, mode="release", **STEPS).images
+        assert out.shape == (64, 64, 3)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mode": "stretch"}, "mode is 'stretch'; expected crop or release"),
+            ({"mask_blur": -1}, "mask_blur is -1"),
+            ({"padding_mask_crop": -5}, "padding_mask_crop is -5"),
+            ({"paste": False}, "needs mode='release'"),
+            ({"output_type": "latent"}, "output_type is 'latent'"),
+            ({"seed": -1}, "seed is -1; expected 0 to"),
+            ({"seed": [1, 2]}, "1 images, 2 seeds"),
+            ({"strength": 2.0}, "strength is 2.0"),
+            ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+            ({"scheduler": "euler"}, "scheduler is 'euler'"),
+        ],
+    )
+    def test_bad_values_are_named(self, tiny_pipeline, photo, mask, options, message):
+        with pytest.raises(UserError, match=message):
+            tiny_pipeline(photo, mask, **options)
+
+    def test_bad_images_are_named(self, tiny_pipeline, photo, mask):
+        with pytest.raises(UserError, match="mask 0: the mask is 64 x 80 pixels and image 0 is 112 x 80"):
+            tiny_pipeline(photo, mask[:, :64])
+        with pytest.raises(UserError, match="2 images and 3 masks"):
+            tiny_pipeline([photo] * 2, [mask] * 3)
+        with pytest.raises(UserError, match="image 1: an array of int32"):
+            tiny_pipeline([photo, photo.astype(np.int32)], mask)
+        with pytest.raises(UserError, match=r"image 0: floating-point values from 0.0 to 255.0"):
+            tiny_pipeline(photo.astype(float) * 0 + np.eye(80, 112)[..., None] * 255, mask)
+        with pytest.raises(UserError, match=r"image 0: an array of shape \(2, 80, 112, 3\)"):
+            tiny_pipeline(np.stack([photo, photo]), mask)
+        with pytest.raises(UserError, match="no images given"):
+            tiny_pipeline([], mask)
+
+    def test_nan_names_the_image(self, tiny_pipeline, photo, mask):
+        def poison(_pipe, _step, _timestep, tensors):
+            return {"latents": tensors["latents"].at[1].set(np.nan)}
+
+        with pytest.raises(UserError, match="image 1: the network produced NaN"):
+            tiny_pipeline([photo, photo], mask, callback_on_step_end=poison, **STEPS)
+
+    def test_callback_arguments(self, tiny_pipeline, photo, mask):
+        seen = []
+        tiny_pipeline(
+            photo,
+            mask,
+            num_inference_steps=3,
+            strength=1.0,
+            callback_on_step_end=lambda pipe, i, t, tensors: seen.append(
+                (pipe is tiny_pipeline, i, t, set(tensors))
+            ),
+        )
+        assert seen == [(True, i, t, {"latents"}) for i, t in enumerate((666, 333, 0))]
+
+
+class TestLoading:
+    def test_saved_and_loaded_is_the_same(self, tiny_pipeline, tiny_folder, photo, mask):
+        loaded = MoebiusInpaintPipeline.from_pretrained(tiny_folder, mesh=data_mesh(jax.devices()[:1]))
+        np.testing.assert_array_equal(
+            loaded(photo, mask, **STEPS).images[0], tiny_pipeline(photo, mask, **STEPS).images[0]
+        )
+
+    def test_saving_again_needs_overwrite(self, tiny_pipeline, tiny_folder):
+        with pytest.raises(UserError, match="exists already"):
+            tiny_pipeline.save_pretrained(tiny_folder)
+        tiny_pipeline.save_pretrained(tiny_folder, overwrite=True)
+
+    def test_converted_layouts(self, tiny_folder, tmp_path):
+        shutil.copytree(tiny_folder / "unet", tmp_path / "hub/ft_ffhq")
+        with pytest.raises(UserError, match=r"no VAE beside it .*name a converted one"):
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub", variant="ft_ffhq")
+        shutil.copytree(tiny_folder / "vae", tmp_path / "hub/vae")
+        assert (
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub", variant="ft_ffhq").guidance_scale == 2.0
+        )
+        assert MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq").guidance_scale == 2.5
+        with pytest.raises(UserError, match="nor the variant pretrained/"):
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub")
+
+    def test_variant_of_a_saved_pipeline_is_refused(self, tiny_folder):
+        with pytest.raises(UserError, match="holds one model; leave out variant='ft_ffhq'"):
+            MoebiusInpaintPipeline.from_pretrained(tiny_folder, variant="ft_ffhq")
+
+    def test_damaged_pipeline_file(self, tiny_folder, tmp_path):
+        shutil.copytree(tiny_folder, tmp_path / "p")
+        (tmp_path / "p/pipeline.json").write_text("[]")
+        with pytest.raises(UserError, match=r"pipeline\.json: damaged"):
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "p")
+
+    def test_half_precision_runs(self, tiny_folder, photo, mask):
+        pipe = MoebiusInpaintPipeline.from_pretrained(
+            tiny_folder, dtype=jax.numpy.bfloat16, mesh=data_mesh(jax.devices()[:1])
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (out,) = pipe(photo, mask, **STEPS).images
+        assert out.shape == photo.shape

@@ -1,0 +1,220 @@
+"""The sampling core: the release's trajectory, guidance, keys, compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synth
+from flax import nnx
+
+from moebius_jax.sampling.denoise import (
+    denoise,
+    draw_noise,
+    guided_noise,
+    image_keys,
+    inpaint_latents,
+    single_step,
+    start_latents,
+    unet_predict,
+)
+from moebius_jax.sampling.latents import decode, encode
+from moebius_jax.sampling.sampler import Sampler, SamplingOptions, data_mesh, inference_copy
+from moebius_jax.sampling.schedulers import solver_steps
+
+
+@pytest.fixture(scope="module")
+def run(vae_mini):
+    """The golden run's inputs, encoded with its own draws."""
+    vectors = synth.golden("pipeline_mini")
+
+    def normal(i, *shape):
+        return jnp.asarray(synth.nhwc(synth.inputs(f"pipe.draw.{i}", shape)))
+
+    images = np.stack([vectors["image_0"], vectors["image_1"]])
+    holes = np.stack([vectors["mask_0"], vectors["mask_1"]]) > 127
+    conditions = encode(vae_mini, images, holes, normal(0, 2, 4, 32, 32), normal(1, 2, 4, 32, 32))
+    noise = normal(2, 2, 4, 32, 32) + 0.0357 * normal(3, 2, 4, 1, 1)
+    steps = solver_steps("ddim", 5, 0.99)
+    return vectors, conditions, start_latents(conditions.image_latents, noise, steps), steps
+
+
+@pytest.mark.parametrize("prepare", [lambda u: u, inference_copy], ids=["as released", "folded"])
+def test_trajectory_and_images(run, prepare, student_mini, vae_mini):
+    vectors, conditions, latents, steps = run
+    graphdef, params = nnx.split(prepare(student_mini))
+    before = jnp.zeros_like(latents)
+    for i, expected in enumerate(vectors["latents"]):
+        latents, before = single_step(
+            graphdef,
+            params,
+            latents,
+            before,
+            conditions.mask,
+            conditions.masked_latents,
+            steps.at_step(i),
+            jnp.float32(2.0),
+            guided=True,
+        )
+        assert synth.relative_error(latents, synth.nhwc(expected)) < 1e-4
+    images, finite = decode(vae_mini, latents, truncate=True)
+    assert finite.all()
+    for i in (0, 1):
+        difference = np.abs(np.asarray(images[i], int) - vectors[f"plain_{i}"])
+        assert difference.max() <= 1
+        assert (difference == 0).mean() >= 0.999
+
+
+def test_scan_is_the_steps(run, student_mini):
+    vectors, conditions, latents, steps = run
+    graphdef, params = nnx.split(student_mini)
+
+    @jax.jit
+    def loop(params, latents):
+        predict = unet_predict(graphdef, params)
+        return denoise(predict, latents, conditions.mask, conditions.masked_latents, steps, jnp.float32(2.0))
+
+    assert synth.relative_error(loop(params, latents), synth.nhwc(vectors["latents"][-1])) < 1e-4
+
+
+def toy_predict(calls):
+    """A network whose noise depends on everything it is given; notes the batch it was called with."""
+
+    def predict(model_input, _, input_ids):
+        calls.append(model_input.shape[0])
+        mean_id = input_ids.mean(-1)[:, None, None, None]
+        return jnp.tanh(model_input[..., :4] + model_input[..., 5:]) * model_input[..., 4:5] + 0.01 * mean_id
+
+    return predict
+
+
+class TestGuidance:
+    def noise(self, scale, guided, calls):
+        latents, masked = (jnp.asarray(synth.inputs(n, (3, 8, 8, 4))) for n in ("a", "b"))
+        mask = jnp.ones((3, 8, 8, 1))
+        return guided_noise(
+            toy_predict(calls), latents, mask, masked, jnp.int32(5), jnp.float32(scale), guided=guided
+        )
+
+    def test_formula(self):
+        calls = []
+        conditional, unconditional = self.noise(1, True, calls), self.noise(0, True, calls)
+        expected = unconditional + 2.5 * (conditional - unconditional)
+        np.testing.assert_allclose(self.noise(2.5, True, calls), expected, atol=1e-5)
+        # ids 0..9 are the condition, 10..19 are not: their means differ by 10.
+        np.testing.assert_allclose(unconditional - conditional, 0.1, atol=1e-5)
+
+    def test_scale_one_takes_one_pass(self):
+        calls = []
+        single = self.noise(1, False, calls)
+        assert calls == [3]
+        np.testing.assert_allclose(single, self.noise(1, True, calls), atol=1e-6)
+        assert calls == [3, 6]
+
+
+def test_keys_depend_on_own_numbers_only():
+    keys = image_keys(jnp.array([[7, 3, 0], [7, 4, 0], [8, 3, 0], [7, 3, 1]], jnp.uint32))
+    alone = image_keys(jnp.array([[8, 3, 0]], jnp.uint32))
+    noise = draw_noise(keys, (8, 8, 4), jnp.float32(0.0357))
+    np.testing.assert_array_equal(noise[2], draw_noise(alone, (8, 8, 4), jnp.float32(0.0357))[0])
+    assert len(np.unique(np.asarray(noise[:, 0, 0, 0]))) == 4
+
+
+def test_noise_offset_moves_whole_channels():
+    keys = image_keys(jnp.arange(30, dtype=jnp.uint32).reshape(10, 3))
+    plain, offset = (draw_noise(keys, (16, 16, 4), jnp.float32(x)) for x in (0.0, 2.0))
+    moved = np.asarray(offset - plain)
+    assert np.ptp(moved, axis=(1, 2)).max() < 1e-5
+    assert moved[:, 0, 0].std() > 1
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_pipeline):
+    return tiny_pipeline.sampler
+
+
+def batch(n):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 64, 64, 3), np.uint8)
+    holes = np.zeros((n, 64, 64), bool)
+    holes[:, 16:40, 24:48] = True
+    return images, holes, np.array([(5, i, 0) for i in range(n)])
+
+
+def test_item_in_batch_is_item_alone(sampler):
+    images, holes, seeds = batch(4)
+    options = SamplingOptions(num_inference_steps=3)
+    together = np.asarray(sampler(images, holes, seeds, options)[0])
+    for i in range(4):
+        # In the same batch shape nothing at all may differ ...
+        shuffled = np.roll(np.arange(4), i)
+        moved = np.asarray(sampler(images[shuffled], holes[shuffled], seeds[shuffled], options)[0])
+        np.testing.assert_array_equal(moved[i], together[0])
+        # ... in another, matrix products are split differently and may round differently.
+        alone = np.asarray(sampler(images[i : i + 1], holes[i : i + 1], seeds[i : i + 1], options)[0])
+        assert np.abs(alone[0].astype(int) - together[i]).max() <= 1
+
+
+def test_seed_and_index_change_the_result(sampler):
+    images, holes, _ = batch(1)
+    options = SamplingOptions(num_inference_steps=3)
+    results = [
+        np.asarray(sampler(images, holes, np.array([numbers]), options)[0])
+        for numbers in ((5, 0, 0), (6, 0, 0), (5, 1, 0), (5, 0, 1))
+    ]
+    for i in range(4):
+        for j in range(i):
+            assert (results[i] != results[j]).any()
+
+
+def test_guidance_seed_and_start_do_not_recompile(sampler):
+    images, holes, seeds = batch(2)
+    sampler(images, holes, seeds, SamplingOptions(num_inference_steps=4, strength=0.75))
+    compiled = inpaint_latents._cache_size()
+    for changed in (
+        SamplingOptions(num_inference_steps=4, strength=0.75, guidance_scale=4.5),
+        SamplingOptions(num_inference_steps=4, strength=0.75, noise_offset=0.1),
+        SamplingOptions(num_inference_steps=3, strength=1.0),
+        SamplingOptions(num_inference_steps=3, strength=1.0, scheduler="dpmpp_2m"),
+    ):
+        sampler(images[::-1].copy(), holes, seeds + 1, changed)
+    assert inpaint_latents._cache_size() == compiled
+    sampler(images, holes, seeds, SamplingOptions(num_inference_steps=4, strength=0.75, guidance_scale=1.0))
+    assert inpaint_latents._cache_size() == compiled + 1
+
+
+def test_callback_sees_and_changes_latents(sampler):
+    images, holes, seeds = batch(1)
+    options = SamplingOptions(num_inference_steps=4)
+    seen = []
+
+    def watch(index, timestep, latents):
+        seen.append((index, timestep, latents.shape))
+        return latents
+
+    watched = sampler(images, holes, seeds, options, watch)[0]
+    assert seen == [(0, 500, (1, 8, 8, 4)), (1, 250, (1, 8, 8, 4)), (2, 0, (1, 8, 8, 4))]
+    scanned = np.asarray(sampler(images, holes, seeds, options)[0]).astype(int)
+    assert np.abs(np.asarray(watched) - scanned).max() <= 1
+    changed = sampler(images, holes, seeds, options, lambda *_: jnp.zeros((1, 8, 8, 4)))[0]
+    assert np.abs(np.asarray(changed) - scanned).max() > 1
+
+
+def test_nan_is_reported_per_item(sampler):
+    images, holes, seeds = batch(2)
+
+    def poison(_index, _timestep, latents):
+        return latents.at[1].set(jnp.nan)
+
+    _, finite = sampler(images, holes, seeds, SamplingOptions(num_inference_steps=2), poison)
+    np.testing.assert_array_equal(finite, [True, False])
+
+
+def test_sharded_is_unsharded(tiny_pipeline):
+    images, holes, seeds = batch(8)
+    options = SamplingOptions(num_inference_steps=3)
+    one = np.asarray(tiny_pipeline.sampler(images, holes, seeds, options)[0]).astype(int)
+    sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, data_mesh(jax.devices()))
+    assert sampler.batch_size(3) == 8
+    result, _ = sampler(images, holes, seeds, options)
+    assert len(result.sharding.device_set) == 8
+    assert np.abs(np.asarray(result) - one).max() <= 1

@@ -1,0 +1,205 @@
+"""Whole networks against the release (parity pyramid, second floor), and what must not change them."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synth
+from conftest import TINY_UNET, network_from_synth
+from flax import nnx
+
+from moebius_jax import UNet, fold_batch_norm
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sampling.sampler import inference_copy
+
+TOLERANCE = 1e-4
+
+
+def jitted(network):
+    graphdef, state = nnx.split(network)
+    call = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    return lambda *args: call(state, *args)
+
+
+def arguments(name, shape, vectors):
+    return (
+        jnp.asarray(synth.nhwc(synth.inputs(name, shape))),
+        jnp.asarray(vectors["timesteps"]),
+        jnp.asarray(vectors["input_ids"]),
+    )
+
+
+def mini_arguments():
+    return arguments("student_mini.x", (2, 9, 32, 32), synth.golden("teacher_mini_eval"))
+
+
+def test_student_mini(student_mini):
+    vectors = {k.removeprefix("eval/"): v for k, v in synth.golden("student_mini_eval").items()}
+    out = jitted(student_mini)(*arguments("student_mini.x", (2, 9, 32, 32), vectors))
+    assert synth.relative_error(out.sample, synth.nhwc(vectors["sample"])) < TOLERANCE
+    assert len(out.features) == 6
+    for i, feature in enumerate(out.features):
+        assert synth.relative_error(feature, synth.nhwc(vectors[f"block{i}"])) < TOLERANCE
+
+
+def test_teacher_mini(teacher_mini):
+    vectors = synth.golden("teacher_mini_eval")
+    out = jitted(teacher_mini)(*mini_arguments())
+    assert synth.relative_error(out.sample, synth.nhwc(vectors["sample"])) < TOLERANCE
+    assert len(out.features) == 9
+    for i, feature in enumerate(out.features):
+        assert synth.relative_error(feature, synth.nhwc(vectors[f"block{i}"])) < TOLERANCE
+
+
+def check_full(out, vectors):
+    assert synth.relative_error(out.sample, synth.nhwc(vectors["sample"])) < TOLERANCE
+    for i, feature in enumerate(out.features):
+        tap = np.asarray(feature, np.float64)
+        assert synth.relative_error(tap.mean((1, 2)), vectors[f"block{i}_mean"]) < TOLERANCE
+        assert synth.relative_error(tap[:, :4, :4, :16], synth.nhwc(vectors[f"block{i}_corner"])) < TOLERANCE
+        if f"block{i}_std" in vectors:
+            std = tap.std((1, 2), ddof=1)
+            assert synth.relative_error(std, vectors[f"block{i}_std"]) < TOLERANCE
+
+
+def test_student_full_in_fp32_and_bf16():
+    vectors = synth.golden("student_full")
+    args = arguments("student_full.x", (2, 9, 64, 64), vectors)
+    network = network_from_synth("student")
+    out = jitted(network)(*args)
+    check_full(out, vectors)
+    half = network_from_synth("student", dtype=jnp.bfloat16)
+    for variant in (half, inference_copy(half)):
+        noise = np.asarray(jitted(variant)(*args).sample)
+        assert noise.dtype == np.float32
+        assert np.linalg.norm(noise - out.sample) / np.linalg.norm(out.sample) <= 0.02
+
+
+def test_teacher_full():
+    gc.collect()  # 3.4 GB of weights
+    vectors = synth.golden("teacher_full")
+    out = jitted(network_from_synth("teacher"))(
+        *arguments(str(vectors["input_name"]), (1, 9, 64, 64), vectors)
+    )
+    check_full(out, vectors)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["stored", "remat"])
+def step(request):
+    """One training step of the small student: loss, output, running statistics, gradients."""
+    network = network_from_synth("student_mini")
+    for _, module in nnx.iter_modules(network):
+        if hasattr(module, "remat"):
+            module.remat = request.param
+    network.train()
+    vectors = synth.golden("student_mini_train")
+    noise = jnp.asarray(synth.nhwc(synth.inputs("student_mini.noise", (2, 4, 32, 32))))
+    graphdef, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
+    evaluation = {k.removeprefix("eval/"): v for k, v in synth.golden("student_mini_eval").items()}
+    args = arguments("student_mini.x", (2, 9, 32, 32), evaluation)
+
+    def loss(params, statistics):
+        # Merging takes over the variables it is given; a copy keeps the caller's out of the trace.
+        network = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, statistics))
+        out = network(*args)
+        return jnp.mean(jnp.square(out.sample - noise)), (out, nnx.state(network, nnx.BatchStat))
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (out, statistics)), gradients = step(params, statistics)
+    return vectors, value, out, statistics, gradients
+
+
+class TestTraining:
+    """The small student in training mode: batch statistics, gradients, running statistics."""
+
+    def slots(self):
+        from moebius_jax.conversion.names import expected_tensors
+
+        return expected_tensors(network_from_synth("student_mini").config)
+
+    def released(self, state, name, slots):
+        flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
+        return slots[name].layout.to_torch(np.asarray(flat[slots[name].path]))
+
+    def test_forward(self, step):
+        vectors, value, out, *_ = step
+        assert abs(value / vectors["loss"] - 1) < TOLERANCE
+        assert synth.relative_error(out.sample, synth.nhwc(vectors["sample"])) < TOLERANCE
+        for i, feature in enumerate(out.features):
+            assert synth.relative_error(feature, synth.nhwc(vectors[f"block{i}"])) < TOLERANCE
+
+    def test_gradients(self, step):
+        vectors, *_, gradients = step
+        slots = self.slots()
+        names = [key for key in vectors if key.startswith("grad/")]
+        assert len(names) == 13
+        for key in names:
+            ours = self.released(gradients, key.removeprefix("grad/"), slots)
+            assert synth.relative_error(ours, vectors[key]) < 1e-3, key
+        norm = np.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(gradients)))
+        assert abs(norm / vectors["grad_global_norm"] - 1) < 1e-3
+
+    def test_running_statistics(self, step):
+        vectors, _, _, statistics, _ = step
+        slots = self.slots()
+        names = [key for key in vectors if key.startswith("buffer_after/")]
+        assert names
+        for key in names:
+            ours = self.released(statistics, key.removeprefix("buffer_after/"), slots)
+            assert synth.relative_error(ours, vectors[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("order", ["conv3d", "conv2d_batch", "toeplitz", "banded", "dense"])
+def test_position_order_can_be_forced(order, student_mini):
+    vectors = synth.golden("student_mini_eval")
+    network = nnx.clone(student_mini)
+    for _, module in nnx.iter_modules(network):
+        if hasattr(module, "order"):
+            module.order = order
+    out = jitted(network)(*mini_arguments())
+    assert synth.relative_error(out.sample, synth.nhwc(vectors["eval/sample"])) < TOLERANCE
+
+
+def test_folded_network_is_the_same_function(student_mini):
+    folded = fold_batch_norm(student_mini)
+    reference = jitted(student_mini)(*mini_arguments()).sample
+    assert synth.relative_error(jitted(folded)(*mini_arguments()).sample, np.asarray(reference)) < 1e-5
+    assert not jax.tree.leaves(nnx.state(folded, nnx.BatchStat))
+    assert jax.tree.leaves(nnx.state(student_mini, nnx.BatchStat)), "the original was changed"
+
+
+def test_folding_a_network_without_batch_norm_changes_nothing(teacher_mini):
+    reference = jitted(teacher_mini)(*mini_arguments()).sample
+    np.testing.assert_array_equal(jitted(fold_batch_norm(teacher_mini))(*mini_arguments()).sample, reference)
+
+
+def test_parameters_and_computation_have_dtypes_of_their_own():
+    for stream in (jnp.float32, jnp.bfloat16):
+
+        def call(stream=stream):
+            network = UNet(
+                TINY_UNET, dtype=jnp.bfloat16, stream_dtype=stream, rngs=KeyStream(jax.random.key(0))
+            )
+            out = network(jnp.zeros((1, 8, 8, 9)), jnp.array([1]), jnp.arange(10)[None])
+            return out, nnx.state(network)
+
+        out, state = jax.eval_shape(call)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+        assert out.sample.dtype == jnp.float32
+        assert {f.dtype for f in out.features} == {jnp.dtype(stream)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 8, 8, 8), r"expected \[B, H, W, 9\]"),
+        ((1, 7, 8, 9), "multiples of 2"),
+        ((1, 4, 4, 9), "4 x 4 map"),
+    ],
+)
+def test_wrong_maps_are_refused(shape, message):
+    network = UNet(TINY_UNET, rngs=KeyStream(jax.random.key(0)))
+    with pytest.raises(ValueError, match=message):
+        network(jnp.zeros(shape), jnp.array([1]), jnp.arange(10)[None])
