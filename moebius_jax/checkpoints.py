@@ -126,7 +126,9 @@ def load_numpy(folder: Path) -> dict[str, np.ndarray]:
     """All tensors as NumPy arrays by dotted name, in their stored dtypes."""
     config = read_config(folder)
     tree = _restore(
-        folder, _with_dtype(config, None), lambda *_: jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        folder,
+        _with_dtype(config, None),
+        lambda *_: jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0]),
     )
     return {name: np.asarray(value) for name, value in tree.items()}
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
@@ -119,12 +118,8 @@ class MoebiusInpaintPipeline:
         """The full-size network (or the given sizes) with seeded random weights: to try the machinery out."""
         config = unet_config or UNetConfig.student()
 
-        @jax.jit
-        def weights() -> nnx.State:
-            return nnx.state(UNet(config, dtype=dtype, rngs=KeyStream(jax.random.key(seed))))
-
-        unet = checkpoints.abstract_network(config, dtype=dtype)
-        nnx.update(unet, weights())
+        # Not jitted: a program of a thousand small random arrays takes longer to compile than to run.
+        unet = UNet(config, dtype=dtype, rngs=KeyStream(jax.random.key(seed)))
         unet.eval()
         sizes = vae_config or VAEConfig()
         init = jax.jit(vae_model.init_params, static_argnums=0)

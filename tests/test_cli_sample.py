@@ -211,7 +211,7 @@ def test_several_processes_share_the_files(files, tiny_folder):
     outputs = [p.communicate()[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
     assert "2 results in" in outputs[0]
-    assert "1 results in" in outputs[1]
+    assert "1 result in" in outputs[1]
     assert names(files / "out") == ["a.png", "b.png", "c.png"]
 
 

@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
     """Keeps routine chatter of libraries out of the terminal; errors still come through."""
     # diffusers would load torch for classes we do not use, where torch is installed.
     os.environ.setdefault("USE_TORCH", "0")
-    for name in ("absl", "orbax", "jax._src.xla_bridge"):
+    for name in ("absl", "orbax", "jax._src.xla_bridge", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
 

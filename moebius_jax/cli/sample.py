@@ -206,6 +206,8 @@ def _load(args: argparse.Namespace) -> "MoebiusInpaintPipeline":
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     dtypes = {"dtype": jax.numpy.dtype(dtype), "vae_dtype": jax.numpy.dtype(args.vae_dtype)}
+    if not Path(args.model).exists():
+        print(f"{args.model}: no such folder here, asking the Hub …", file=sys.stderr)
     try:
         return MoebiusInpaintPipeline.from_pretrained(
             args.model, variant=args.variant, vae=args.vae, track=progress, **dtypes
@@ -267,7 +269,7 @@ class _Run:
             seconds = time.perf_counter() - start
         running = max(seconds - compiling.seconds, 1e-9)
         print(
-            f"{done} results in {running:.1f} s ({done / running:.2f} images/s) "
+            f"{done} result{'s' * (done != 1)} in {running:.1f} s ({done / running:.2f} images/s) "
             f"after {compiling.seconds:.1f} s of compiling"
         )
         return self.problems

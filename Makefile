@@ -1,0 +1,35 @@
+# `make sample` and `make test` set up what they need in .venv; nothing else is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help sample test lint format clean
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# Rebuilt when the dependencies change.
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+sample: $(VENV)/.installed  ## inpaint a photograph; look at outputs/sample_grid.png
+	$(BIN)/python examples/photo.py outputs/photo.png outputs/mask.png
+	$(BIN)/python sample.py --image outputs/photo.png --mask outputs/mask.png --output outputs/sample.png \
+		--grid --overwrite --allow-untrained
+	@echo "original | mask | result: outputs/sample_grid.png"
+
+test: $(VENV)/.installed  ## all tests, on the CPU, without network
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## ruff: errors and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed  ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove the environment and outputs
+	rm -rf $(VENV) outputs
