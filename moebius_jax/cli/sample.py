@@ -169,7 +169,16 @@ def _share(args: argparse.Namespace) -> tuple[int, int]:
     import jax
 
     if args.distributed:
-        jax.distributed.initialize()
+        # Only what the command line says; jax asks the cluster for the rest.
+        known = {"num_processes": args.num_processes, "process_id": args.process_id}
+        try:
+            jax.distributed.initialize(**(known if args.num_processes > 1 else {}))
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--distributed: no cluster could be joined ({reason}); outside TPU pods, SLURM and the like "
+                "set JAX_COORDINATOR_ADDRESS, --num-processes and --process-id, or leave --distributed out"
+            ) from None
         return jax.process_index(), jax.process_count()
     if not 0 <= args.process_id < args.num_processes:
         raise UserError(f"--process-id is {args.process_id}; expected 0 to {args.num_processes - 1}")
