@@ -20,6 +20,7 @@ sample: $(VENV)/.installed  ## inpaint a photograph; look at outputs/sample_grid
 		--grid --overwrite --allow-untrained
 	@echo "original | mask | result: outputs/sample_grid.png"
 
+# On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
 test: $(VENV)/.installed  ## all tests, on the CPU, without network
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest
 

@@ -26,6 +26,8 @@ def replace_when_complete(dest: Path, *, overwrite: bool) -> Iterator[Path]:
         dest.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         yield partial
+        if dest.exists() and not overwrite:  # another process was faster
+            raise UserError(f"{dest}: was written by another process meanwhile")
         if dest.is_dir():
             old = dest.with_name(f".{dest.name}.old-{os.getpid()}")
             dest.rename(old)

@@ -44,7 +44,7 @@ def test_round_trip(unet, folder):
 
 
 def test_restores_onto_eight_devices_in_parts(unet, folder):
-    mesh = data_mesh(jax.devices())
+    mesh = data_mesh(jax.devices("cpu"))
 
     def place(name, shape):
         split = next((i for i, n in enumerate(shape) if n % 8 == 0), None)
@@ -62,7 +62,7 @@ def test_restores_onto_eight_devices_in_parts(unet, folder):
 
 
 def test_replicates_over_a_mesh(unet, folder):
-    loaded = load_unet(folder, placement=NamedSharding(data_mesh(jax.devices()), PartitionSpec()))
+    loaded = load_unet(folder, placement=NamedSharding(data_mesh(jax.devices("cpu")), PartitionSpec()))
     kernel = checkpoints.network_tensors(loaded)["time_embedding.linear_1.kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert_same(loaded, unet)

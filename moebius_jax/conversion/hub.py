@@ -54,7 +54,11 @@ def fetch(
     commit = file.parents[1].name
     folder = (cache or default_cache()) / repository.replace("/", "--") / commit / subfolder
     if not folder.exists():
-        convert_file(file, folder, track=track)
+        try:
+            convert_file(file, folder, track=track)
+        except UserError:
+            if not folder.exists():  # else another process converted it at the same time
+                raise
     return folder
 
 
