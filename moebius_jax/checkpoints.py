@@ -4,10 +4,13 @@ The tensors are stored under their dotted names in our modules ("down_blocks.0.r
 nested tree, and restore straight onto any sharding: each device reads its own part.
 """
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.shardin
 
 FORMAT = "moebius-jax"
 VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
 STATISTICS = ("mean", "var")  # BatchNorm's running statistics, fp32 in every folder
 _KINDS: dict[str, type] = {"unet": UNetConfig, "vae": VAEConfig, "elatentlpips": ELatentLPIPSConfig}
 
@@ -86,9 +90,9 @@ def save(
         "architecture": architecture.to_dict(),
         "source": source,
     }
-    with replace_when_complete(folder, overwrite=overwrite) as partial:
+    with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
         partial.mkdir()
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _orbax_errors(f"{folder}: cannot be written"), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "weights").absolute(), nest(tensors))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -117,7 +121,9 @@ def read_config(folder: Path) -> FolderConfig:
         if values["version"] > VERSION:
             raise UserError(f"{path}: format version {values['version']}; this release reads up to {VERSION}")
         architecture = _KINDS[values["kind"]].from_dict(values["architecture"])
-        return FolderConfig(architecture=architecture, dtype=values["dtype"], source=values["source"])
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {values['dtype']!r}, expected one of {', '.join(DTYPES)}")
+        return FolderConfig(architecture=architecture, dtype=values["dtype"], source=dict(values["source"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
 
@@ -307,14 +313,26 @@ def _restore(
     targets = {
         n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(n, a.shape)) for n, a in abstract.items()
     }
+    problem = f"{folder / 'weights'}: damaged, or not of the network in config.json"
+    with _orbax_errors(problem), ocp.StandardCheckpointer() as checkpointer:
+        return _flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
+
+
+@contextlib.contextmanager
+def _orbax_errors(problem: str) -> Iterator[None]:
+    """Makes one `UserError` of whatever the storage libraries raise, which is of no common type."""
+    # Their other pending reads and writes fail too, and would each be logged with a traceback.
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return _flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{folder / 'weights'}: damaged, or not of the network in config.json ({reason})"
-        ) from None
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{problem} ({reason})") from None
+    finally:
+        gc.collect()  # forgotten futures report when they are collected
+        logger.setLevel(level)
 
 
 def _has_released_weights(folder: Path) -> bool:

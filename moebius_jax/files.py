@@ -3,33 +3,43 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from moebius_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def replace_when_complete(dest: Path, *, overwrite: bool) -> Iterator[Path]:
+def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yields a path beside `dest` to write to; renames it to `dest` when the block ends well.
 
-    A block that raises leaves nothing behind and `dest` as it was. Works for files and for folders.
+    A block that raises leaves nothing behind and `dest` as it was. Works for files and for folders; a link
+    is followed.
+
+    Args:
+        dest: what to write.
+        overwrite: replace an existing `dest`.
+        ours: what a folder that may be replaced can hold; one with anything else in it is not ours.
 
     Raises:
-        UserError: `dest` exists and `overwrite` is False, or its folder cannot be written.
+        UserError: `dest` exists and may not be replaced, or cannot be written.
     """
-    if dest.exists() and not overwrite:
-        raise UserError(f"{dest}: exists already; pass --overwrite to replace it")
-    # The suffix stays at the end: writers choose their format by it.
-    partial = dest.with_name(f".{dest.stem}.partial-{os.getpid()}{dest.suffix}")
     try:
+        dest = dest.resolve()
+        _refuse_to_replace(dest, overwrite, ours)
         dest.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from None
+    # Short whatever the name's length, and with its suffix: writers choose their format by it.
+    number = zlib.crc32(os.fsencode(dest.name))
+    partial = dest.with_name(f".partial-{os.getpid()}-{number:08x}{dest.suffix}")
+    try:
         _remove(partial)
         yield partial
-        if dest.exists() and not overwrite:  # another process was faster
-            raise UserError(f"{dest}: was written by another process meanwhile")
+        _refuse_to_replace(dest, overwrite, ours)  # another process may have been faster
         if dest.is_dir():
-            old = dest.with_name(f".{dest.name}.old-{os.getpid()}")
+            old = partial.with_suffix(".old")
             dest.rename(old)
             partial.rename(dest)
             _remove(old)
@@ -38,7 +48,19 @@ def replace_when_complete(dest: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from error
     finally:
-        _remove(partial)
+        with contextlib.suppress(OSError):
+            _remove(partial)
+
+
+def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> None:
+    if not dest.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+    if dest.is_dir() and (foreign := sorted({p.name for p in dest.iterdir()} - set(ours))):
+        raise UserError(
+            f"{dest}: not replaced, it holds other things than we write ({', '.join(foreign[:3])})"
+        )
 
 
 def _remove(path: Path) -> None:

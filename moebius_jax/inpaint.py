@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -49,10 +51,18 @@ class InpaintOptions:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise UserError(f"mode is {self.mode!r}; expected {' or '.join(get_args(Mode))}")
-        for name in ("mask_dilation", "mask_blur", "padding_mask_crop"):
+        for name, kind in (
+            ("mask_dilation", numbers.Integral),
+            ("mask_blur", numbers.Real),
+            ("padding_mask_crop", numbers.Integral),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} is {value}; expected 0 or more")
+            if value is None and name == "padding_mask_crop":
+                continue
+            if not isinstance(value, kind) or not 0 <= value < math.inf:
+                raise UserError(
+                    f"{name} is {value}; expected a {'whole ' * (kind is numbers.Integral)}number, 0 or more"
+                )
         if self.mode == "crop" and not self.paste:
             raise UserError("paste=False needs mode='release': a cropped result has no other place to go")
 
@@ -193,7 +203,7 @@ def _cut(item: Item, options: InpaintOptions, sampler: Sampler, job: _Job) -> li
     new = []
     for number, window in enumerate(plan_windows(hole, size, options.padding_mask_crop)):
         image, square = crop.cut(item.rgb, hole, window, size)
-        masks.warn_if_thin(square, size // sampler.config.latent_size, item.mask_name)
+        masks.warn_if_thin(square, size // sampler.config.latent_size, window.side / size, item.mask_name)
         new.append(_Row(image=image, hole=square, window=window, number=number, job=job))
     return new
 

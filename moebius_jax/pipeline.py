@@ -41,7 +41,7 @@ class InpaintOutput:
     """Results in the order of the images.
 
     Attributes:
-        images: PIL images or uint8 arrays [H, W, 3 or 4], by `output_type`.
+        images: PIL images or uint8 arrays, by `output_type`, with the channels of the input.
     """
 
     images: list[Image.Image] | list[np.ndarray]
@@ -128,7 +128,8 @@ class MoebiusInpaintPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes a folder `from_pretrained` reads; it appears under its name only when complete."""
-        with replace_when_complete(Path(folder), overwrite=overwrite) as partial:
+        ours = (_FILE, "unet", "vae")
+        with replace_when_complete(Path(folder), overwrite=overwrite, ours=ours) as partial:
             partial.mkdir()
             checkpoints.save_unet(partial / "unet", self.unet)
             checkpoints.save_vae(partial / "vae", self.vae)
@@ -164,8 +165,9 @@ class MoebiusInpaintPipeline:
             mask_image: white = repaint, of its image's size; one may serve all images.
             num_inference_steps, guidance_scale, strength, scheduler, noise_offset: see `SamplingOptions`;
                 the guidance default is the checkpoint's.
-            seed: one for all images, or one each. An image's result depends on its seed and index only, not
-                on what else is in the batch.
+            seed: one for all images, or one each. An image's random numbers depend on its seed and index
+                only, not on what else is in the batch. At equal `batch_size` the result is equal to the bit;
+                another may round differently by one grey level.
             image_indices: each image's index; by default its position when one seed serves all, else 0. To
                 repeat image i of a list alone, pass the same seed and `image_indices=[i]`.
             mode, invert_mask, mask_dilation, mask_blur, padding_mask_crop, match_color, paste: see
@@ -182,6 +184,8 @@ class MoebiusInpaintPipeline:
         Raises:
             UserError: arguments that do not fit together, or an image that failed; names it.
         """
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
         if output_type not in ("pil", "np"):
             raise UserError(f"output_type is {output_type!r}; expected 'pil' or 'np'")
         options = InpaintOptions(
@@ -253,6 +257,8 @@ def _locate(
             unet=folder / "unet", vae=Path(vae or folder / "vae"), guidance_scale=_saved_guidance(folder)
         )
     if (folder / "config.json").is_file():
+        if variant:
+            raise UserError(f"{folder}: is one converted U-Net; leave out variant={variant!r}")
         recorded = checkpoints.read_config(folder).source.get("variant")
         guidance = PORTRAIT_GUIDANCE if recorded in PORTRAIT_VARIANTS else DEFAULT_GUIDANCE
         unet, beside = folder, folder.parent / "vae"
@@ -286,14 +292,14 @@ def _items(
     n = len(pictures)
     if len(masks) not in (1, n):
         raise UserError(f"{n} images and {len(masks)} masks; expected one mask, or one for each image")
-    one_seed = isinstance(seed, int | np.integer)
-    seeds = [int(seed)] * n if one_seed else [int(s) for s in seed]
+    one_seed = not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str)
+    seeds = [seed] * n if one_seed else list(seed)
     indices = list(image_indices) if image_indices is not None else list(range(n)) if one_seed else [0] * n
     if len(seeds) != n or len(indices) != n:
         raise UserError(f"{n} images, {len(seeds)} seeds and {len(indices)} image_indices; expected one each")
     for name, values in (("seed", seeds), ("image_indices", indices)):
-        if wrong := [v for v in values if not 0 <= v < 2**32]:
-            raise UserError(f"{name} is {wrong[0]}; expected 0 to 2**32 - 1")
+        if wrong := [v for v in values if not isinstance(v, int | np.integer) or not 0 <= v < 2**32]:
+            raise UserError(f"{name} is {wrong[0]!r}; expected whole numbers from 0 to 2**32 - 1")
     return [
         Item(
             rgb=picture.rgb,
@@ -309,7 +315,10 @@ def _items(
 
 
 def _as_list(value: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    values = [value] if isinstance(value, Image.Image | np.ndarray) else list(value)
+    if value is None or isinstance(value, str | Path):
+        raise UserError(f"an image or mask is {value!r}; expected a PIL image, an array, or a list of them")
+    # Anything with a shape is one array, jax's included.
+    values = [value] if isinstance(value, Image.Image) or hasattr(value, "shape") else list(value)
     if not values:
         raise UserError("no images given")
     return values
@@ -325,7 +334,11 @@ def _mask(value: ImageLike, name: str) -> np.ndarray:
 
 def _pil(array: np.ndarray, name: str, channels: tuple[int, ...]) -> Image.Image:
     """An array as a PIL image: uint8, bool, or floating point in [0, 1]."""
+    if isinstance(array, str | Path) or array is None:
+        raise UserError(f"{name}: {array!r} is no image; open files with PIL first")
     array = np.asarray(array)
+    if not array.size:
+        raise UserError(f"{name}: an array of shape {array.shape} has no pixels")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in channels):

@@ -105,6 +105,9 @@ def test_not_a_folder_of_ours(tmp_path):
         (lambda c: c.update(kind="text encoder"), "damaged"),
         (lambda c: c["architecture"].pop("channels"), "missing U-Net config field channels"),
         (lambda c: c["architecture"].update(num_heads=3), "damaged"),
+        (lambda c: c["architecture"].update(layers_per_block=0), "layers_per_block is 0"),
+        (lambda c: c["architecture"].update(in_channels=None), "in_channels is None"),
+        (lambda c: c.update(dtype="int8"), "dtype 'int8', expected one of float32"),
         (lambda c: c["architecture"].update(channels=[64, 64]), "damaged, or not of the network"),
     ],
 )
@@ -124,7 +127,8 @@ def test_damaged_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"config\.json: damaged"):
         load_unet(tmp_path / "f")
     shutil.copy(folder / "config.json", tmp_path / "f/config.json")
-    for data in (tmp_path / "f/weights").rglob("d/*"):
-        data.write_bytes(data.read_bytes()[:50])
-    with pytest.raises(UserError, match="weights: damaged"):
-        load_unet(tmp_path / "f")
+    for damage in (lambda data: data.write_bytes(data.read_bytes()[:50]), lambda data: data.unlink()):
+        for data in (tmp_path / "f/weights").rglob("d/*"):
+            damage(data)
+        with pytest.raises(UserError, match="weights: damaged"):
+            load_unet(tmp_path / "f")

@@ -147,6 +147,11 @@ def test_masks_that_look_wrong_warn(sample, files):
         (["--process-id", "2"], {}, "--process-id is 2; expected 0 to 0"),
         (["--variant", "ft_ffhq"], {}, "holds one model"),
         (["--model", "/nowhere/at/all"], {}, "neither a folder nor a Hub repository"),
+        (["--model", "nowhere", "--allow-untrained"], {}, "neither a folder nor a Hub repository"),
+        (["--mask-blur", "nan"], {}, "mask_blur is nan"),
+        (["--guidance-scale", "nan"], {}, "guidance_scale is nan"),
+        ([], {"image": "images/a.png", "mask": "masks/a.png", "output": "out.gif"}, "found .gif"),
+        ([], {"output": "images"}, "the result would have the name of an input"),
     ],
 )
 def test_mistakes_are_one_line(sample, files, arguments, paths, message):
@@ -224,6 +229,23 @@ def test_help_teaches(capsys):
     assert "--mask-dilation" in out
 
 
+def test_grids_of_earlier_results_are_made_without_the_model(sample, files):
+    sample(image="images/a.png", mask="masks/a.png", output="out")
+    status, _, _ = sample(
+        "--grid", "--model", "/nowhere", image="images/a.png", mask="masks/a.png", output="out"
+    )
+    assert status == 0
+    assert names(files / "out") == ["a.png", "a_grid.png"]
+
+
+def test_transparency_and_jpeg_do_not_go_together(sample, files, photo):
+    Image.fromarray(np.dstack([photo, photo[..., 0]])).save(files / "images/a.png")
+    status, out, err = sample(image="images/a.png", mask="masks/a.png", output="o.jpg")
+    assert status == 1
+    assert "0 results in" in out
+    assert "o.jpg: .jpg keeps no transparency" in err
+
+
 class TestPairing:
     def touch(self, folder, *names):
         folder.mkdir()
@@ -245,6 +267,28 @@ class TestPairing:
         assert [t.mask.name for t in tasks] == ["a.png"]
         assert problems == [f"{masks}/a_mask.png: no image goes with this mask"]
 
+    def test_images_and_masks_may_share_a_folder(self, tmp_path):
+        both = self.touch(tmp_path / "d", "a.png", "a_mask.png", "b.jpg", "b-mask.png", "green_mask.png")
+        tasks, problems = plan_tasks(both, both, tmp_path / "o", seed=0, num_samples=1)
+        assert [(t.image.name, t.mask.name) for t in tasks] == [
+            ("a.png", "a_mask.png"),
+            ("b.jpg", "b-mask.png"),
+        ]
+        assert problems == [f"{both}/green_mask.png: no mask green_mask.* in {both}"]
+
+    def test_one_image_takes_its_mask_from_a_folder_of_many(self, tmp_path):
+        image = self.touch(tmp_path / "i", "a.png") / "a.png"
+        masks = self.touch(tmp_path / "m", "a.png", "b.png", "b.jpg")
+        tasks, problems = plan_tasks(image, masks, tmp_path / "o.png", seed=0, num_samples=1)
+        assert [t.mask.name for t in tasks] == ["a.png"]
+        assert problems == [f"{masks}/b.png: same name as b.jpg; rename one mask"]
+
+    def test_a_grid_and_a_result_of_one_name_are_refused(self, tmp_path):
+        images = self.touch(tmp_path / "i", "cat.png", "cat_grid.png")
+        mask = self.touch(tmp_path / "m", "m.png") / "m.png"
+        with pytest.raises(UserError, match=r"cat_grid\.png: is also the name of the grid of cat\.png"):
+            plan_tasks(images, mask, tmp_path / "o", seed=0, num_samples=1)
+
     def test_index_depends_on_the_name_only(self, tmp_path):
         few = self.touch(tmp_path / "few", "b.png")
         many = self.touch(tmp_path / "many", "a.png", "b.png", "c.png")
@@ -256,7 +300,8 @@ class TestPairing:
 
     def test_seeds_wrap(self, tmp_path):
         image = self.touch(tmp_path / "i", "a.png") / "a.png"
-        tasks, _ = plan_tasks(image, image, tmp_path / "o.png", seed=2**32 - 1, num_samples=2)
+        mask = self.touch(tmp_path / "m", "m.png") / "m.png"
+        tasks, _ = plan_tasks(image, mask, tmp_path / "o.png", seed=2**32 - 1, num_samples=2)
         assert [t.seed for t in tasks] == [2**32 - 1, 0]
         assert [t.output.name for t in tasks] == ["o_0.png", "o_1.png"]
 

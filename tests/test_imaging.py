@@ -74,11 +74,11 @@ class TestMasks:
     def test_thin_strokes_warn(self):
         hole = np.zeros((64, 64), bool)
         hole[:, 13:15] = True
-        with pytest.warns(masks.MaskWarning, match="strokes thinner than 8 pixels"):
-            masks.warn_if_thin(hole, 8, "m.png")
+        with pytest.warns(masks.MaskWarning, match=r"strokes thinner than 24 pixels .* \(mask dilation 45\)"):
+            masks.warn_if_thin(hole, 8, 3.0, "m.png")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            masks.warn_if_thin(masks.dilate(hole, 15), 8, "m.png")
+            masks.warn_if_thin(masks.dilate(hole, 15), 8, 3.0, "m.png")
 
 
 def hole_with(shape, *boxes):
@@ -88,12 +88,20 @@ def hole_with(shape, *boxes):
     return hole
 
 
+def filled(windows):
+    """How many windows fill each pixel."""
+    count = np.zeros(windows[0].labels.shape, int)
+    for window in windows:
+        count[window.inside] += window.hole
+    return count
+
+
 class TestWindows:
     def test_model_sized_image_is_one_whole_window(self):
         hole = hole_with((512, 512), (10, 10, 30, 30), (480, 470, 500, 500))
         (window,) = plan_windows(hole, 512)
         assert (window.top, window.left, window.side) == (0, 0, 512)
-        np.testing.assert_array_equal(window.hole, hole)
+        np.testing.assert_array_equal(filled([window]), hole)
 
     def test_small_hole_in_a_large_image_is_not_blown_up(self):
         (window,) = plan_windows(hole_with((2000, 3000), (1000, 1500, 1040, 1530)), 512)
@@ -109,7 +117,7 @@ class TestWindows:
         far = hole_with((600, 4000), (10, 10, 60, 60), (300, 3000, 380, 3100))
         windows = plan_windows(far, 512)
         assert len(windows) == 2
-        np.testing.assert_array_equal(sum(w.hole.astype(int) for w in windows), far)
+        np.testing.assert_array_equal(filled(windows), far)
         near = hole_with((600, 4000), (100, 100, 140, 140), (200, 300, 240, 330))
         assert len(plan_windows(near, 512)) == 1
 
@@ -125,12 +133,8 @@ class TestWindows:
             hole = rng.random(shape) < 0.02
             hole[rng.integers(shape[0]), rng.integers(shape[1])] = True
             windows = plan_windows(hole, 512)
-            np.testing.assert_array_equal(sum(w.hole.astype(int) for w in windows), hole)
-            for w in windows:
-                y, x = np.nonzero(w.hole)
-                assert w.top <= y.min() <= y.max() < w.top + w.side
-                assert w.left <= x.min() <= x.max() < w.left + w.side
-                assert w.side <= max(shape)
+            np.testing.assert_array_equal(filled(windows), hole)
+            assert max(w.side for w in windows) <= max(shape)
 
     def test_specks_all_over_do_not_explode(self):
         hole = np.random.default_rng(1).random((2000, 2000)) < 0.001
@@ -175,6 +179,16 @@ class TestCutAndPaste:
         (window,) = plan_windows(hole, 512, margin=100)
         _, square = crop.cut(np.zeros((256, 256, 3), np.uint8), hole, window, 32)
         assert square.any()
+
+    def test_a_fade_wider_than_the_window_ends_softly_inside_it(self, photo, mask):
+        (window,) = plan_windows(mask > 127, 64, margin=6)
+        result = np.full((32, 32, 3), 255, np.uint8)
+        pasted = crop.paste(photo // 2, result, window, blur=60, match_color=False).astype(int)
+        rows, columns = window.inside
+        change = (pasted - photo // 2).max(-1)
+        frame = np.ones_like(change, bool)
+        frame[rows.start + 1 : rows.stop - 1, columns.start + 1 : columns.stop - 1] = False
+        assert change[frame].max() < 0.1 * change.max()
 
     def test_match_color_removes_a_constant_shift(self, photo, mask):
         (window,) = plan_windows(mask > 127, 64, margin=12)
@@ -244,6 +258,36 @@ class TestPictures:
         with pytest.raises(UserError, match=r"grey\.png: 16 bits a channel"):
             read_picture(tmp_path / "grey.png")
 
+    @pytest.mark.parametrize(("suffix", "width"), [(".bmp", 720), (".bmp", 53), (".tif", 160)])
+    def test_8_bits_are_not_mistaken_for_16(self, suffix, width, tmp_path):
+        image = np.arange(3 * width, dtype=np.uint32).reshape(1, width, 3).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / f"a{suffix}")
+        np.testing.assert_array_equal(read_picture(tmp_path / f"a{suffix}").rgb, image)
+
+    def test_masks_with_transparency_are_refused(self, mask, tmp_path):
+        drawn = np.dstack([np.full_like(mask, 255)] * 3 + [mask])
+        Image.fromarray(drawn).save(tmp_path / "m.png")
+        with pytest.raises(UserError, match=r"m\.png: a mask with transparency is ambiguous"):
+            read_mask(tmp_path / "m.png")
+        drawn[..., :3], drawn[..., 3] = mask[..., None], 255
+        Image.fromarray(drawn).save(tmp_path / "m.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), mask)
+
+    def test_animations_are_refused(self, photo, tmp_path):
+        frames = [Image.fromarray(photo), Image.fromarray(255 - photo)]
+        frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+        with pytest.raises(UserError, match=r"a\.webp: holds 2 frames"):
+            read_picture(tmp_path / "a.webp")
+
+    def test_broken_exif_is_named(self, photo, tmp_path):
+        Image.fromarray(photo).save(tmp_path / "e.png", exif=b"garbage that is no TIFF header")
+        with pytest.raises(UserError, match=r"e\.png: unreadable image"):
+            read_picture(tmp_path / "e.png")
+
+    def test_webp_is_lossless(self, photo, tmp_path):
+        write_image(tmp_path / "o.webp", Image.fromarray(photo), overwrite=False)
+        np.testing.assert_array_equal(Image.open(tmp_path / "o.webp").convert("RGB"), photo)
+
     def test_other_modes_are_refused_by_name(self, photo, tmp_path):
         Image.fromarray(photo).convert("CMYK").save(tmp_path / "c.jpg")
         with pytest.raises(UserError, match=r"c\.jpg: mode CMYK"):
@@ -269,8 +313,9 @@ class TestPictures:
             write_image(tmp_path / "o.png", image, overwrite=False)
         with pytest.raises(UserError, match=r"expected one of .*found \.xyz"):
             write_image(tmp_path / "o.xyz", image, overwrite=False)
-        with pytest.raises(UserError, match="JPEG has no transparency"):
-            write_image(tmp_path / "o.jpg", image.convert("RGBA"), overwrite=False)
+        for suffix in (".jpg", ".bmp"):
+            with pytest.raises(UserError, match="keeps no transparency"):
+                write_image(tmp_path / f"o{suffix}", image.convert("RGBA"), overwrite=False)
 
         class Failing(Image.Image):
             def save(self, path, **_):

@@ -120,7 +120,9 @@ class TestBatches:
 
     def test_sharded_over_eight_devices(self, tiny_pipeline, photo, mask):
         images = [np.roll(photo, i, 1) for i in range(3)]
-        wide = MoebiusInpaintPipeline(tiny_pipeline.unet, tiny_pipeline.vae, mesh=data_mesh(jax.devices("cpu")))
+        wide = MoebiusInpaintPipeline(
+            tiny_pipeline.unet, tiny_pipeline.vae, mesh=data_mesh(jax.devices("cpu"))
+        )
         for a, b in zip(
             wide(images, mask, **STEPS).images, tiny_pipeline(images, mask, **STEPS).images, strict=True
         ):
@@ -188,6 +190,13 @@ class TestArguments:
             ({"strength": 2.0}, "strength is 2.0"),
             ({"num_inference_steps": 0}, "num_inference_steps is 0"),
             ({"scheduler": "euler"}, "scheduler is 'euler'"),
+            ({"mask_blur": float("nan")}, "mask_blur is nan"),
+            ({"mask_dilation": 2.5}, "mask_dilation is 2.5; expected a whole number"),
+            ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite number"),
+            ({"noise_offset": None}, "noise_offset is None"),
+            ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+            ({"batch_size": -1}, "batch_size is -1"),
+            ({"seed": 1.5}, "seed is 1.5; expected whole numbers"),
         ],
     )
     def test_bad_values_are_named(self, tiny_pipeline, photo, mask, options, message):
@@ -205,6 +214,10 @@ class TestArguments:
             tiny_pipeline(photo.astype(float) * 0 + np.eye(80, 112)[..., None] * 255, mask)
         with pytest.raises(UserError, match=r"image 0: an array of shape \(2, 80, 112, 3\)"):
             tiny_pipeline(np.stack([photo, photo]), mask)
+        with pytest.raises(UserError, match="an image or mask is 'photo.png'"):
+            tiny_pipeline("photo.png", mask)
+        with pytest.raises(UserError, match=r"image 0: an array of shape \(0, 5\) has no pixels"):
+            tiny_pipeline(np.zeros((0, 5)), mask)
         with pytest.raises(UserError, match="no images given"):
             tiny_pipeline([], mask)
 
@@ -250,6 +263,8 @@ class TestLoading:
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub", variant="ft_ffhq").guidance_scale == 2.0
         )
         assert MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq").guidance_scale == 2.5
+        with pytest.raises(UserError, match="is one converted U-Net; leave out variant"):
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq", variant="ft_ffhq")
         with pytest.raises(UserError, match="nor the variant pretrained/"):
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub")
 

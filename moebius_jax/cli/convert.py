@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it exists")
     args = parser.parse_args(argv)
     if (args.dest is None) == (args.export is None):
-        parser.error("give DEST to convert, or --export FILE to go the other way")
+        parser.error("give either DEST to convert, or --export FILE to go the other way")
+    if args.export and (args.verify or args.base or args.dtype != "float32"):
+        parser.error("--export writes what is stored; --dtype, --base and --verify are for converting")
     return run(lambda: _export(args) if args.export else _convert(args))
 
 

@@ -1,13 +1,14 @@
 """Which mask goes with which image, and where the result goes."""
 
 import dataclasses
+import os
 import zlib
 from pathlib import Path
 
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.picture import SUFFIXES
 
-DISTINCT = ("", "_mask", "-mask")  # a mask's stem is its image's, or that and one of these
+ENDINGS = ("_mask", "-mask")  # a mask's stem is its image's, or that and one of these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,20 @@ def plan_tasks(
     """
     images = _files(image, "image")
     masks = _files(mask, "mask")
-    to_folder = image.is_dir() or output.is_dir() or output.suffix.lower() not in SUFFIXES
-    if image.is_dir() and output.suffix.lower() in SUFFIXES and not output.is_dir():
-        raise UserError(f"{output}: {image} is a folder, so the output must be one too")
-    problems = _duplicates(images, "image") if to_folder else []
-    by_stem = {f.stem: f for f in reversed(masks)}
+    problems = []
+    if image.is_dir() and mask.is_dir() and image.samefile(mask):
+        # photo.png beside photo_mask.png: what has a partner without the ending is a mask.
+        stems = {f.stem for f in images}
+        masks = [f for f in masks if any(f.stem.removesuffix(e) in stems - {f.stem} for e in ENDINGS)]
+        images = [f for f in images if f not in masks]
+    to_folder = _is_folder(output, image)
+    if to_folder:
+        images, double = _without_duplicates(images, "image")
+        problems += double
+    if mask.is_dir():
+        masks, double = _without_duplicates(masks, "mask")
+        problems += double
+    by_stem = {f.stem: f for f in masks}
     used = set()
     tasks = []
     for file in images:
@@ -71,11 +81,46 @@ def plan_tasks(
                     mask=found,
                     output=target,
                     seed=(seed + j) % 2**32,
-                    index=zlib.crc32(file.stem.encode()),
+                    index=zlib.crc32(os.fsencode(file.stem)),
                 )
             )
-    problems += [f"{f}: no image goes with this mask" for f in masks if f not in used and mask.is_dir()]
+    if image.is_dir() and mask.is_dir():
+        problems += [f"{f}: no image goes with this mask" for f in masks if f not in used]
+    _refuse_collisions(tasks)
     return tasks, problems
+
+
+def grid_path(output: Path) -> Path:
+    """Where the side-by-side picture of a result goes."""
+    return output.with_name(f"{output.stem}_grid.png")
+
+
+def _is_folder(output: Path, image: Path) -> bool:
+    """Whether results go into `output` as a folder."""
+    if output.is_dir():
+        return True
+    suffix = output.suffix.lower()
+    if image.is_dir():
+        if suffix in SUFFIXES:
+            raise UserError(f"{output}: {image} is a folder, so the output must be one too")
+        return True
+    if suffix and suffix not in SUFFIXES:
+        raise UserError(f"{output}: expected a folder or one of {', '.join(SUFFIXES)}, found {suffix}")
+    return not suffix
+
+
+def _refuse_collisions(tasks: list[Task]) -> None:
+    inputs = {f.resolve() for task in tasks for f in (task.image, task.mask)}
+    outputs = {task.output.resolve() for task in tasks}
+    for task in tasks:
+        if task.output.resolve() in inputs:
+            raise UserError(
+                f"{task.output}: the result would have the name of an input; choose another --output"
+            )
+        if grid_path(task.output).resolve() in inputs | outputs:
+            raise UserError(
+                f"{grid_path(task.output)}: is also the name of the grid of {task.output.name}; rename it"
+            )
 
 
 def _files(path: Path, what: str) -> list[Path]:
@@ -90,16 +135,15 @@ def _files(path: Path, what: str) -> list[Path]:
 
 
 def _match(stem: str, by_stem: dict[str, Path]) -> Path | None:
-    return next((by_stem[stem + suffix] for suffix in DISTINCT if stem + suffix in by_stem), None)
+    return next((by_stem[stem + ending] for ending in ("", *ENDINGS) if stem + ending in by_stem), None)
 
 
-def _duplicates(files: list[Path], what: str) -> list[str]:
-    """Two images of one stem would be written to one result; the later ones are left out."""
-    seen: dict[str, Path] = {}
+def _without_duplicates(files: list[Path], what: str) -> tuple[list[Path], list[str]]:
+    """The first file of every stem, and a line for each other: their results would have one name."""
+    first: dict[str, Path] = {}
     problems = []
-    for file in list(files):
-        if file.stem in seen:
-            problems.append(f"{file}: same name as {seen[file.stem].name}; rename one {what}")
-            files.remove(file)
-        seen.setdefault(file.stem, file)
-    return problems
+    for file in files:
+        if file.stem in first:
+            problems.append(f"{file}: same name as {first[file.stem].name}; rename one {what}")
+        first.setdefault(file.stem, file)
+    return list(first.values()), problems

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress, run
-from moebius_jax.cli.pairing import Task, plan_tasks
+from moebius_jax.cli.pairing import Task, grid_path, plan_tasks
 from moebius_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moebius_jax.inpaint import InpaintOptions, Item
     from moebius_jax.pipeline import MoebiusInpaintPipeline
     from moebius_jax.sampling.sampler import SamplingOptions
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="default 0; a result depends on the seed and the image's name only",
+        help="default 0; a result depends on it and on the image's name",
     )
     add(
         "--num-samples",
@@ -108,7 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--invert-mask", action="store_true", help="black is repainted instead")
     add("--mask-dilation", type=int, default=0, metavar="PX", help="grow the mask by a square of this side")
-    add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the soft edge (default 4)")
+    add(
+        "--mask-blur",
+        type=float,
+        default=4.0,
+        metavar="PX",
+        help="width of the soft edge, in pixels of the 512 px square (default 4)",
+    )
     add(
         "--padding-mask-crop",
         type=int,
@@ -152,6 +160,8 @@ def _sample(args: argparse.Namespace) -> int:
     todo = [t for t in tasks if args.overwrite or not t.output.exists()]
     if skipped := len(tasks) - len(todo):
         print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
+    if args.grid and skipped:
+        problems += _missing_grids([t for t in tasks if t not in todo])
     if todo:
         options, sampling = _options(args)
         if not args.no_compilation_cache:
@@ -188,9 +198,7 @@ def _share(args: argparse.Namespace) -> tuple[int, int]:
 def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptions"]:
     from moebius_jax.inpaint import InpaintOptions
     from moebius_jax.sampling.sampler import SamplingOptions
-    from moebius_jax.sampling.schedulers import timesteps
 
-    timesteps(args.scheduler, args.num_inference_steps, args.strength)  # raises before the model is loaded
     options = InpaintOptions(
         mode=args.mode,
         invert_mask=args.invert_mask,
@@ -202,6 +210,7 @@ def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptio
     sampling = SamplingOptions(
         num_inference_steps=args.num_inference_steps,
         strength=args.strength,
+        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,  # see _Run
         scheduler=args.scheduler,
         truncate=args.mode == "release",
     )
@@ -211,6 +220,7 @@ def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptio
 def _load(args: argparse.Namespace) -> "MoebiusInpaintPipeline":
     import jax
 
+    from moebius_jax.conversion.hub import HubUnreachable
     from moebius_jax.pipeline import MoebiusInpaintPipeline
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -221,8 +231,8 @@ def _load(args: argparse.Namespace) -> "MoebiusInpaintPipeline":
         return MoebiusInpaintPipeline.from_pretrained(
             args.model, variant=args.variant, vae=args.vae, track=progress, **dtypes
         )
-    except UserError as error:
-        if not args.allow_untrained or Path(args.model).exists():
+    except HubUnreachable as error:
+        if not args.allow_untrained:
             raise
         print(
             f"{args.model} cannot be had here: running with UNTRAINED random weights ({error})",
@@ -284,12 +294,14 @@ class _Run:
         return self.problems
 
     def _items(self, tasks: list[Task], bar) -> Iterator["Item"]:
-        from moebius_jax.imaging.picture import read_mask, read_picture
+        from moebius_jax.imaging.picture import read_mask, read_picture, require_alpha_format
         from moebius_jax.inpaint import Item
 
         for task in tasks:
             try:
                 picture, mask = read_picture(task.image), read_mask(task.mask)
+                if picture.alpha is not None:
+                    require_alpha_format(task.output)  # now, not after the work is done
             except UserError as error:
                 self.problems.append(str(error))
                 bar.update()
@@ -307,13 +319,32 @@ class _Run:
     def _write(self, task: Task, picture, result) -> None:
         from PIL import Image
 
-        from moebius_jax.imaging.grid import side_by_side
         from moebius_jax.imaging.picture import write_image
 
         same_size = result.rgb.shape == picture.rgb.shape
         image = picture.with_rgb(result.rgb) if same_size else Image.fromarray(result.rgb)
-        if self.grid:
-            grid = side_by_side(picture.rgb, result.item.mask, result.rgb)
-            write_image(task.output.with_name(f"{task.output.stem}_grid.png"), grid, overwrite=True)
-        # The result last: its presence is what makes a later run skip the task.
         write_image(task.output, image, overwrite=self.overwrite)
+        if self.grid:
+            _write_grid(task, picture.rgb, result.item.mask, result.rgb)
+
+
+def _write_grid(task: Task, *panels: "np.ndarray") -> None:
+    from moebius_jax.imaging.grid import side_by_side
+    from moebius_jax.imaging.picture import write_image
+
+    write_image(grid_path(task.output), side_by_side(*panels), overwrite=True)
+
+
+def _missing_grids(tasks: list[Task]) -> list[str]:
+    """Makes the grids of results that exist already; returns a line for each that failed."""
+    from moebius_jax.imaging.picture import read_mask, read_picture
+
+    problems = []
+    for task in tasks:
+        try:
+            if task.output.exists() and not grid_path(task.output).exists():
+                result = read_picture(task.output)
+                _write_grid(task, read_picture(task.image).rgb, read_mask(task.mask), result.rgb)
+        except UserError as error:
+            problems.append(str(error))
+    return problems

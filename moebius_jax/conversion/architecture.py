@@ -38,6 +38,9 @@ def detect_architecture(shapes: Shapes, file: str) -> Architecture:
                 ) from None
             except (ValueError, ZeroDivisionError, IndexError) as error:
                 raise UserError(f"{file}: the tensors do not fit together: {error}") from None
+    for prefix in ("module.", "model.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in shapes) and shapes:
+            raise UserError(f"{file}: every name begins with {prefix!r}; save the inner module's state dict")
     some = ", ".join(list(shapes)[:3]) or "no tensors"
     raise UserError(
         f"{file}: not a Moebius or PixelHacker U-Net, an SDXL-layout VAE or an E-LatentLPIPS network; "
@@ -48,7 +51,7 @@ def detect_architecture(shapes: Shapes, file: str) -> Architecture:
 def _unet(shapes: Shapes) -> UNetConfig:
     has = shapes.__contains__
     net = "diff_model."
-    depthwise = has(net + "conv_in.conv_dw.weight")
+    depthwise = any(".conv_dw." in name for name in shapes)
     conv = "conv_pw.weight" if depthwise else "weight"
     levels = _count(shapes, r"diff_model\.down_blocks\.(\d+)\.")
     channels = tuple(shapes[f"{net}down_blocks.{i}.resnets.0.conv1.{conv}"][0] for i in range(levels))

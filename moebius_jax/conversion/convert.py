@@ -55,7 +55,7 @@ def convert_file(
 
     tensors: dict[str, np.ndarray] = {}
     for name, slot in track(expected.items(), desc="reading"):
-        array = _stored(slot, opened.tensors[name].load(), dtype)
+        array = _stored(name, slot, opened, dtype)
         if slot.path in tensors and not np.array_equal(tensors[slot.path], array, equal_nan=True):
             raise UserError(f"{source}: {name} must repeat another tensor exactly and does not")
         tensors[slot.path] = array
@@ -87,7 +87,7 @@ def verify_folder(
     different = [
         name
         for name, slot in track(expected.items(), desc="verifying")
-        if not _same_bits(stored[slot.path], _stored(slot, opened.tensors[name].load(), config.dtype))
+        if not _same_bits(stored[slot.path], _stored(name, slot, opened, config.dtype))
     ]
     if different:
         raise UserError(
@@ -105,6 +105,7 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     Returns:
         The number of tensors written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if dest.suffix != ".safetensors":
@@ -115,7 +116,10 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
     released |= {name: np.zeros((), np.int64) for name in counters(expected)}
     with replace_when_complete(dest, overwrite=overwrite) as partial:
-        save_file(released, partial, metadata={"format": "pt"})
+        try:
+            save_file(released, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{dest}: cannot be written ({error})") from None
     return len(released)
 
 
@@ -149,14 +153,21 @@ def require_bijection(source: Source, expected: Mapping[str, Slot], architecture
         )
 
 
-def _stored(slot: Slot, array: np.ndarray, dtype: str) -> np.ndarray:
+def _stored(name: str, slot: Slot, source: Source, dtype: str) -> np.ndarray:
     """A released tensor as the folder keeps it."""
+    try:
+        array = source.tensors[name].load()
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"{source.file}: tensor {name} cannot be read ({error})") from None
     if array.dtype not in (*DTYPES.values(), np.float64):
-        raise UserError(f"tensor {slot.path} is of type {array.dtype}; expected floating point")
+        raise UserError(f"{source.file}: tensor {name} is of type {array.dtype}; expected floating point")
     is_statistic = slot.path.rpartition(".")[2] in checkpoints.STATISTICS
-    kept = np.float32 if is_statistic else DTYPES[dtype]
     # Half precision keeps its own bits when the folder is of the same type; otherwise one rounding.
-    return np.ascontiguousarray(slot.layout.to_jax(array).astype(kept, copy=False))
+    with np.errstate(over="ignore"):
+        kept = array.astype(np.float32 if is_statistic else DTYPES[dtype], copy=False)
+    if kept.dtype != array.dtype and not np.array_equal(np.isfinite(kept), np.isfinite(array)):
+        raise UserError(f"{source.file}: tensor {name} has values too large for {kept.dtype}")
+    return np.ascontiguousarray(slot.layout.to_jax(kept))
 
 
 def _complete_with(source: Source, base: Source) -> Source:

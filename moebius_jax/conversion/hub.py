@@ -6,6 +6,11 @@ from pathlib import Path
 from moebius_jax.conversion.convert import Track, convert_file
 from moebius_jax.errors import UserError
 
+
+class HubUnreachable(UserError):
+    """The Hub does not answer and its cache does not have the file."""
+
+
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("pretrained", "ft_places2", "ft_celebahq", "ft_ffhq")
 VAE_REPOSITORY = "hustvl/PixelHacker"
@@ -79,11 +84,13 @@ def _download(repository: str, filename: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    if repository.count("/") != 1:
+        raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         return Path(hf_hub_download(repository, filename))
     except LocalEntryNotFoundError:
-        raise UserError(
+        raise HubUnreachable(
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
             f"{endpoint}/{repository}/resolve/main/{filename} on a machine that can, convert it with "
             "python convert_weights.py FILE DEST, and pass DEST as the model"
@@ -99,7 +106,7 @@ def _download(repository: str, filename: str) -> Path:
             f"{repository}: neither a folder nor a Hub repository of the form owner/name"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(
+        raise HubUnreachable(
             f"{repository}: fetching {filename} from {endpoint} failed ({_first_line(error)})"
         ) from None
 

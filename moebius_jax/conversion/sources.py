@@ -118,7 +118,8 @@ def _open_torch(path: Path) -> Source:
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise UserError(
-            f"{path}: expected a state dict of tensors, but {others[0]!r} is none (of {len(others)})"
+            f"{path}: expected a state dict of tensors, but the entry {others[0]!r} is a "
+            f"{type(content[others[0]]).__name__}; save the state dict by itself"
         )
     return Source(file=path, tensors={str(name): _torch_tensor(value) for name, value in content.items()})
 
@@ -133,7 +134,12 @@ def _torch_load(path: Path) -> Any:
         mmap = path.open("rb").read(2) == b"PK"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own text for files with other objects in them advises to run their code.
+        reason = (
+            "it holds more than tensors"
+            if path.open("rb").read(2) == b"PK" and "nsupported" in str(error)
+            else "damaged or of another kind"
+        )
         raise UserError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
 

@@ -47,15 +47,15 @@ def paste(
         blur: width of the fade in pixels, 0 for none.
         match_color: shift the result's colours so that they agree with the image around the hole.
     """
-    H, W, _ = rgb.shape
-    y0, y1 = max(window.top, 0), min(window.top + window.side, H)
-    x0, x1 = max(window.left, 0), min(window.left + window.side, W)
-    inside = (slice(y0, y1), slice(x0, x1))
-    filled = _resize(result, window.side)[
-        y0 - window.top : y1 - window.top, x0 - window.left : x1 - window.left
-    ]
-    hole = window.hole[inside]
-    weight = feather(hole, blur * max(1.0, window.side / result.shape[0]))[..., None]
+    inside, hole = window.inside, window.hole
+    rows, columns = (
+        slice(s.start - start, s.stop - start)
+        for s, start in zip(inside, (window.top, window.left), strict=True)
+    )
+    filled = _resize(result, window.side)[rows, columns]
+    # A fade that ended at the window's edge before it is at zero would show as a square.
+    width = min(blur * max(1.0, window.side / result.shape[0]), _room(hole, window) + 1)
+    weight = feather(hole, width)[..., None]
     original = rgb[inside].astype(np.float64)
     fill = filled.astype(np.float64)
     if match_color:
@@ -72,6 +72,20 @@ def feather(hole: Hole, width: float) -> Float[np.ndarray, "H W"]:
         return hole.astype(np.float64)
     distance = ndimage.distance_transform_edt(~hole)
     return np.where(distance < width, 0.5 + 0.5 * np.cos(math.pi * np.minimum(distance / width, 1.0)), 0.0)
+
+
+def _room(hole: Hole, window: Window) -> int:
+    """Pixels between the hole and the nearest edge of the window that lies inside the image."""
+    room = window.side
+    for axis, (start, part, length) in enumerate(
+        zip((window.top, window.left), window.inside, window.labels.shape, strict=True)
+    ):
+        filled = np.flatnonzero(hole.any(1 - axis))
+        if start > 0:
+            room = min(room, int(filled[0]))
+        if part.stop < length:
+            room = min(room, part.stop - part.start - 1 - int(filled[-1]))
+    return room
 
 
 def _extract(array: np.ndarray, window: Window) -> np.ndarray:

@@ -37,7 +37,11 @@ def grey_levels(
     if hole.all():
         _warn(f"{name}: everything is to be repainted; was black = repaint meant (invert the mask)?")
     elif not hole.any():
-        _warn(f"{name}: nothing to repaint; the image is returned unchanged")
+        brightest = grey.max(initial=0)
+        _warn(
+            f"{name}: nothing to repaint, no pixel is brighter than mid-grey (the brightest is {brightest}); "
+            "the image is returned unchanged"
+        )
     return grey
 
 
@@ -46,7 +50,7 @@ def dilate(hole: Hole, size: int) -> Hole:
     return ndimage.maximum_filter(hole, size=size) if size > 1 else hole
 
 
-def warn_if_thin(hole: Hole, factor: int, name: str) -> None:
+def warn_if_thin(hole: Hole, factor: int, scale: float, name: str) -> None:
     """Warns when most of a hole falls between the samples of the latent grid.
 
     The network sees a mask at every `factor`-th pixel (spec "Inference", step 5), so a stroke thinner than
@@ -54,13 +58,16 @@ def warn_if_thin(hole: Hole, factor: int, name: str) -> None:
 
     Args:
         hole: at the model's resolution; sides are multiples of `factor`.
+        factor: pixels per latent position.
+        scale: pixels of the image per pixel of `hole`.
+        name: for the warning.
     """
     H, W = hole.shape
     touched = hole.reshape(H // factor, factor, W // factor, factor).any((1, 3)).sum()
     if 2 * hole[::factor, ::factor].sum() < touched:
         _warn(
-            f"{name}: strokes thinner than {factor} pixels at the model's resolution mostly fall between its "
-            f"latent positions; dilate the mask (mask_dilation={2 * factor - 1})"
+            f"{name}: strokes thinner than {round(factor * scale)} pixels mostly fall between the positions "
+            f"the network sees here; grow the mask (mask dilation {round((2 * factor - 1) * scale)})"
         )
 
 

@@ -1,7 +1,10 @@
 """Image files: read into arrays without silent loss, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import io
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
+KEEPS_ALPHA = (".png", ".webp", ".tif", ".tiff")
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 
@@ -59,12 +62,16 @@ def read_picture(path: Path) -> Picture:
 def picture_from_pil(image: Image.Image, name: str = "image") -> Picture:
     """A PIL image as a `Picture`; errors as for `read_picture`."""
     _require_8_bit(image, name)
-    upright = ImageOps.exif_transpose(image)
-    has_alpha = upright.mode in ("RGBA", "LA") or "transparency" in upright.info
-    is_grey = upright.mode in ("L", "LA", "1")
-    alpha = np.asarray(upright.convert("RGBA"))[..., 3] if has_alpha else None
+    with _decoding(name):
+        upright = ImageOps.exif_transpose(image)
+        has_alpha = _has_alpha(upright)
+        is_grey = upright.mode in ("L", "LA", "1")
+        alpha = np.asarray(upright.convert("RGBA"))[..., 3] if has_alpha else None
+        rgb = np.asarray(upright.convert("RGBA").convert("RGB") if has_alpha else upright.convert("RGB"))
+    if not rgb.size:
+        raise UserError(f"{name}: an image of {rgb.shape[1]} x {rgb.shape[0]} pixels")
     return Picture(
-        rgb=np.asarray(upright.convert("RGBA").convert("RGB") if has_alpha else upright.convert("RGB")),
+        rgb=rgb,
         alpha=alpha,
         is_grey=is_grey,
         icc_profile=image.info.get("icc_profile"),
@@ -80,7 +87,15 @@ def read_mask(path: Path) -> UInt8[np.ndarray, "H W"]:
 def mask_from_pil(image: Image.Image, name: str = "mask") -> UInt8[np.ndarray, "H W"]:
     """A PIL image as grey levels, upright."""
     _require_8_bit(image, name)
-    return np.asarray(ImageOps.exif_transpose(image).convert("L"))
+    with _decoding(name):
+        upright = ImageOps.exif_transpose(image)
+        if _has_alpha(upright) and np.asarray(upright.convert("RGBA"))[..., 3].min(initial=255) < 255:
+            raise UserError(f"{name}: a mask with transparency is ambiguous; flatten it to black and white")
+        return np.asarray(upright.convert("L"))
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA") or "transparency" in image.info
 
 
 def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
@@ -91,32 +106,53 @@ def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}, found {path.suffix or 'no suffix'}")
-    if path.suffix.lower() in (".jpg", ".jpeg") and image.mode in ("RGBA", "LA"):
-        raise UserError(f"{path}: JPEG has no transparency and the image does; choose .png")
-    options = {} if path.suffix.lower() in LOSSLESS else {"quality": 95}
+    if image.mode in ("RGBA", "LA"):
+        require_alpha_format(path)
+    options = {".webp": {"lossless": True}, ".jpg": {"quality": 95}, ".jpeg": {"quality": 95}}.get(
+        path.suffix.lower(), {}
+    )
     if profile := image.info.get("icc_profile"):
         options["icc_profile"] = profile
     with replace_when_complete(path, overwrite=overwrite) as partial:
         image.save(partial, **options)
 
 
+def require_alpha_format(path: Path) -> None:
+    """Raises UserError if the format `path` names has no transparency."""
+    if path.suffix.lower() not in KEEPS_ALPHA:
+        raise UserError(f"{path}: {path.suffix} keeps no transparency and the image has some; choose .png")
+
+
 def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(path.read_bytes()))
-        _require_8_bit(image, str(path))
-        image.load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image PIL can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: unreadable image ({error})") from None
+    _require_8_bit(image, str(path))
+    # Telephones store a preview as the second frame of an MPO.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise UserError(f"{path}: holds {image.n_frames} frames or pages; expected one image")
     return image
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """PIL decodes late and raises what its decoders raise."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise UserError(f"{name}: unreadable image ({error})") from None
 
 
 def _require_8_bit(image: Image.Image, name: str) -> None:
     # PIL opens 16-bit RGB files as "RGB" and drops the low bytes; until loaded, the raw data's tag tells.
-    raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", []))
-    if image.mode not in _MODES or "16" in raw:
-        found = f"16 bits a channel ({raw})" if "16" in raw else f"mode {image.mode}"
+    arguments = [tile[3] for tile in getattr(image, "tile", [])]
+    raw = " ".join(str(a if isinstance(a, str) else a[0]) for a in arguments if a)
+    is_deep = ";16" in raw or image.mode.startswith("I")
+    if image.mode not in _MODES or is_deep:
+        found = f"16 bits a channel or more ({raw or image.mode})" if is_deep else f"mode {image.mode}"
         raise UserError(f"{name}: {found}; expected 8-bit RGB, RGBA, grey or palette. Convert the file first")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from scipy import ndimage
 
 Hole = Bool[np.ndarray, "H W"]
@@ -20,13 +20,29 @@ class Window:
     Attributes:
         top, left: of the square in image coordinates; negative where it starts outside.
         side: in pixels.
-        hole: the part of the image's hole that this window fills, [H, W] of the image.
+        labels: number of the region every pixel of the image belongs to, 0 for none; shared by all windows.
+        regions: the numbers of those this window fills.
     """
 
     top: int
     left: int
     side: int
-    hole: Hole
+    labels: Int[np.ndarray, "H W"]
+    regions: tuple[int, ...]
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of the image the window covers."""
+        H, W = self.labels.shape
+        return (
+            slice(max(self.top, 0), min(self.top + self.side, H)),
+            slice(max(self.left, 0), min(self.left + self.side, W)),
+        )
+
+    @property
+    def hole(self) -> Hole:
+        """The part of the hole that this window fills, over its `inside`."""
+        return np.isin(self.labels[self.inside], self.regions)
 
 
 def plan_windows(hole: Hole, model_size: int, margin: int | None = None) -> list[Window]:
@@ -61,7 +77,12 @@ def plan_windows(hole: Hole, model_size: int, margin: int | None = None) -> list
             box = _union(box, other)
             members += others
         groups.append((box, members))
-    return [_window(box, side(box), np.isin(labels, members), (H, W)) for box, members in sorted(groups)]
+    windows = []
+    for box, members in sorted(groups):
+        s = side(box)
+        top, left = (_place(box[i], box[i + 2], s, hole.shape[i]) for i in (0, 1))
+        windows.append(Window(top=top, left=left, side=s, labels=labels, regions=tuple(members)))
+    return windows
 
 
 def _find_near(box: Box, groups: list[tuple[Box, list[int]]], side: Callable[[Box], int]) -> int | None:
@@ -88,14 +109,6 @@ def _regions(hole: Hole, cell: int) -> tuple[np.ndarray, list[Box]]:
 
 def _union(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
-
-
-def _window(box: Box, side: int, hole: Hole, shape: tuple[int, int]) -> Window:
-    top, left = (
-        _place(low, high, side, length)
-        for low, high, length in ((box[0], box[2], shape[0]), (box[1], box[3], shape[1]))
-    )
-    return Window(top=top, left=left, side=side, hole=hole)
 
 
 def _place(low: int, high: int, side: int, length: int) -> int:

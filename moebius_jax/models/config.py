@@ -72,6 +72,9 @@ class UNetConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        for name in _POSITIVE:
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "transformers", tuple(self.transformers))
         if len(self.transformers) != len(self.channels):
@@ -160,6 +163,19 @@ _CHOICES = {
     "residual_conv": get_args(ResidualConv),
     "position_order": get_args(PositionOrder),
 }
+
+_POSITIVE = (
+    "layers_per_block",
+    "num_heads",
+    "latent_size",
+    "in_channels",
+    "out_channels",
+    "vocab_size",
+    "embedding_dim",
+    "context_dim",
+    "context_length",
+    "window",
+)
 
 _ABLATIONS = {
     1: ("gla", "attention", "geglu", "conv3x3"),

@@ -1,6 +1,8 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from moebius_jax.errors import UserError
 from moebius_jax.models import VAE, UNet, fold_batch_norm
 from moebius_jax.sampling.denoise import (
     IMAGE_POSTERIOR,
@@ -23,7 +26,7 @@ from moebius_jax.sampling.denoise import (
     start_latents,
 )
 from moebius_jax.sampling.latents import Conditions, decode, encode
-from moebius_jax.sampling.schedulers import Solver, SolverSteps, solver_steps
+from moebius_jax.sampling.schedulers import Solver, SolverSteps, solver_steps, timesteps
 
 # step index, timestep, latents → latents to go on with
 StepCallback = Callable[[int, int, Array], Array]
@@ -40,6 +43,9 @@ class SamplingOptions:
         scheduler: "ddim", or "dpmpp_2m" for good results in fewer steps.
         noise_offset: weight of the per-channel constant in the noise.
         truncate: cut grey levels as the release does instead of rounding.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     num_inference_steps: int = 20
@@ -48,6 +54,13 @@ class SamplingOptions:
     scheduler: Solver = "ddim"
     noise_offset: float = 0.0357
     truncate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "noise_offset"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise UserError(f"{name} is {value}; expected a finite number")
+        timesteps(self.scheduler, self.num_inference_steps, self.strength)
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:

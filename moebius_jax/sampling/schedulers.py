@@ -9,6 +9,7 @@ with α = √ᾱ, σ = √(1-ᾱ). DDIM has c = 0. A solver is therefore a table
 worked out in float64, and the loop over them does not know which solver it runs.
 """
 
+import numbers
 from typing import Literal, get_args
 
 import jax
@@ -77,9 +78,9 @@ def timesteps(solver: Solver, num_inference_steps: int, strength: float = 1.0) -
     if solver not in get_args(Solver):
         raise UserError(f"scheduler is {solver!r}; expected {' or '.join(get_args(Solver))}")
     most = TRAIN_STEPS if solver == "ddim" else TRAIN_STEPS - 1
-    if not 1 <= num_inference_steps <= most:
+    if not isinstance(num_inference_steps, numbers.Integral) or not 1 <= num_inference_steps <= most:
         raise UserError(f"num_inference_steps is {num_inference_steps}; expected 1 to {most}")
-    if not 0 < strength <= 1:
+    if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; expected more than 0 and at most 1")
     if solver == "ddim":
         grid = np.arange(num_inference_steps)[::-1] * (TRAIN_STEPS // num_inference_steps)
