@@ -185,7 +185,7 @@ class TestArguments:
             ({"padding_mask_crop": -5}, "padding_mask_crop is -5"),
             ({"paste": False}, "needs mode='release'"),
             ({"output_type": "latent"}, "output_type is 'latent'"),
-            ({"seed": -1}, "seed is -1; expected 0 to"),
+            ({"seed": -1}, "seed is -1; expected whole numbers from 0 to"),
             ({"seed": [1, 2]}, "1 images, 2 seeds"),
             ({"strength": 2.0}, "strength is 2.0"),
             ({"num_inference_steps": 0}, "num_inference_steps is 0"),
@@ -214,7 +214,7 @@ class TestArguments:
             tiny_pipeline(photo.astype(float) * 0 + np.eye(80, 112)[..., None] * 255, mask)
         with pytest.raises(UserError, match=r"image 0: an array of shape \(2, 80, 112, 3\)"):
             tiny_pipeline(np.stack([photo, photo]), mask)
-        with pytest.raises(UserError, match="an image or mask is 'photo.png'"):
+        with pytest.raises(UserError, match=r"an image or mask is 'photo\.png'"):
             tiny_pipeline("photo.png", mask)
         with pytest.raises(UserError, match=r"image 0: an array of shape \(0, 5\) has no pixels"):
             tiny_pipeline(np.zeros((0, 5)), mask)

@@ -60,7 +60,7 @@ def plan_tasks(
         problems += double
     if mask.is_dir():
         masks, double = _without_duplicates(masks, "mask")
-        problems += double
+        problems += double if image.is_dir() else []
     by_stem = {f.stem: f for f in masks}
     used = set()
     tasks = []
