@@ -38,6 +38,8 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
         _remove(partial)
         yield partial
         _refuse_to_replace(dest, overwrite, ours)  # another process may have been faster
+        if partial.is_file():  # some writers make files that only their owner can read
+            partial.chmod(0o666 & ~_umask())
         if dest.is_dir():
             old = partial.with_suffix(".old")
             dest.rename(old)
@@ -61,6 +63,12 @@ def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> No
         raise UserError(
             f"{dest}: not replaced, it holds other things than we write ({', '.join(foreign[:3])})"
         )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _remove(path: Path) -> None:

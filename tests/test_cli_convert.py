@@ -26,6 +26,29 @@ def test_convert_verify_export(student_mini_file, tmp_path, capsys):
         np.testing.assert_array_equal(back[name], value)
 
 
+def test_damaged_weights_are_one_line(student_mini_file, tmp_path):
+    main([str(student_mini_file), str(tmp_path / "out")])
+    for data in (tmp_path / "out/weights").rglob("d/*"):
+        data.unlink()
+    result = subprocess.run(
+        [
+            sys.executable,
+            "convert_weights.py",
+            str(tmp_path / "out"),
+            "--export",
+            str(tmp_path / "f.safetensors"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"error: {tmp_path}/out/weights: damaged")
+    assert not (tmp_path / "f.safetensors").exists()
+
+
 def test_a_bad_file_is_a_report_and_status_1(tmp_path):
     state = synth.state_dict("vae_mini")
     del state["quant_conv.bias"]

@@ -31,8 +31,9 @@ def quiet_libraries() -> None:
     # diffusers would load torch for classes we do not use, where torch is installed.
     os.environ.setdefault("USE_TORCH", "0")
     for name in ("absl", "orbax", "jax._src.xla_bridge", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
     warnings.showwarning = _show_warning
+    sys.unraisablehook = _show_unraisable
 
 
 def progress(items: Iterable[Any], desc: str = "", **options: Any) -> Iterable[Any]:
@@ -51,6 +52,14 @@ def enable_compilation_cache(folder: Path | None = None) -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(folder or home / "moebius-jax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # When one read of a damaged checkpoint fails, the storage library's other threads find its loop closed.
+    if not (
+        isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
+    ):
+        sys.__unraisablehook__(unraisable)
 
 
 class CompileClock:
