@@ -74,8 +74,6 @@ def save(
         UserError: the folder exists, or cannot be written.
         ValueError: the tensors are not those of the architecture.
     """
-    import orbax.checkpoint as ocp
-
     expected = abstract_tensors(architecture)
     if set(tensors) != set(expected):
         raise ValueError(
@@ -92,7 +90,7 @@ def save(
     }
     with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
         partial.mkdir()
-        with _orbax_errors(f"{folder}: cannot be written"), ocp.StandardCheckpointer() as checkpointer:
+        with _orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:
             checkpointer.save((partial / "weights").absolute(), nest(tensors))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -305,8 +303,6 @@ def _with_dtype(config: FolderConfig, dtype: Dtype | None) -> dict[str, jax.Shap
 def _restore(
     folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], placement: Placement
 ) -> dict[str, jax.Array]:
-    import orbax.checkpoint as ocp
-
     if placement is None:
         placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = placement if callable(placement) else lambda *_: placement
@@ -314,8 +310,25 @@ def _restore(
         n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(n, a.shape)) for n, a in abstract.items()
     }
     problem = f"{folder / 'weights'}: damaged, or not of the network in config.json"
-    with _orbax_errors(problem), ocp.StandardCheckpointer() as checkpointer:
+    with _orbax_errors(problem), _checkpointer() as checkpointer:
         return _flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
+
+
+def _checkpointer() -> Any:
+    """An Orbax checkpointer that works for this process alone.
+
+    Among several processes Orbax would let one write and all wait for each other; here each reads what its
+    own devices need, and a conversion is one process's business.
+    """
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 @contextlib.contextmanager
