@@ -71,7 +71,7 @@ def save(
         overwrite: replace an existing folder.
 
     Raises:
-        UserError: the folder exists, or cannot be written.
+        UserError: the folder exists, cannot be written, or this process is one of several.
         ValueError: the tensors are not those of the architecture.
     """
     expected = abstract_tensors(architecture)
@@ -88,6 +88,9 @@ def save(
         "architecture": architecture.to_dict(),
         "source": source,
     }
+    if jax.process_count() > 1:
+        # Orbax leaves arrays in host memory to process 0 and has all processes wait for each other.
+        raise UserError(f"{folder}: folders are written by one process; write it without jax.distributed")
     with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
         partial.mkdir()
         with _orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:
@@ -317,8 +320,8 @@ def _restore(
 def _checkpointer() -> Any:
     """An Orbax checkpointer that works for this process alone.
 
-    Among several processes Orbax would let one write and all wait for each other; here each reads what its
-    own devices need, and a conversion is one process's business.
+    Among several processes Orbax would have all wait for each other; here each reads what its own devices
+    need, when it needs it.
     """
     import orbax.checkpoint as ocp
 

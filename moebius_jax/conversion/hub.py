@@ -1,7 +1,11 @@
 """The release's folder layout: on disk, and on the Hub with a cache of converted folders."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+
+import jax
 
 from moebius_jax.conversion.convert import Track, convert_file
 from moebius_jax.errors import UserError
@@ -60,11 +64,29 @@ def fetch(
     folder = (cache or default_cache()) / repository.replace("/", "--") / commit / subfolder
     if not folder.exists():
         try:
-            convert_file(file, folder, track=track)
+            _convert(file, folder, track)
         except UserError:
             if not folder.exists():  # else another process converted it at the same time
                 raise
     return folder
+
+
+def _convert(file: Path, folder: Path, track: Track) -> None:
+    if jax.process_count() == 1:
+        convert_file(file, folder, track=track)
+        return
+    # Folders are written by one process: a child, which is no part of the cluster.
+    code = "import sys; from pathlib import Path; from moebius_jax.conversion import convert_file; "
+    code += "convert_file(Path(sys.argv[1]), Path(sys.argv[2]))"
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(file), str(folder)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        raise UserError(f"{file}: conversion failed ({child.stderr.strip().splitlines()[-1]})")
 
 
 def default_cache() -> Path:
