@@ -144,7 +144,7 @@ def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, An
         "compile_s": compile_time,
         "of_which_tracing_s": tracing,
     }
-    if peak := PEAKS.get(jax.devices()[0].device_kind):
+    if dtype == "bfloat16" and (peak := PEAKS.get(jax.devices()[0].device_kind)):
         result["share_of_peak"] = result["gflop_per_step"] * 1e9 / (loop / args.steps) / peak[0]
     if memory := compiled.memory_analysis():
         result["core_temporaries_gb"] = memory.temp_size_in_bytes / 1e9

@@ -1,6 +1,7 @@
 """Images of any size through a sampler that works on one square: cut, batch, run, paste."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -117,6 +118,10 @@ class _Job:
     left: int = 0
     error: UserError | None = None
 
+    @property
+    def is_done(self) -> bool:
+        return self.left == 0 or self.error is not None
+
     def result(self) -> Result:
         return Result(item=self.item, rgb=None if self.error else self.rgb, error=self.error)
 
@@ -157,12 +162,14 @@ def inpaint_stream(
             else:
                 job = _prepare(item, options, sampler, rows)
                 jobs.append(job)
+                while jobs and jobs[0].is_done:
+                    yield jobs.popleft().result()
         started = _start(sampler, rows, sampling, batch_size, callback) if rows else None
         if running:
             _finish(running, options)
             on_batch(len(running.rows))
         running = started
-        while jobs and (jobs[0].left == 0 or jobs[0].error):
+        while jobs and jobs[0].is_done:
             yield jobs.popleft().result()
 
 
@@ -224,18 +231,33 @@ def _start(
 ) -> _Batch:
     taken = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
     filled = taken + [taken[0]] * (batch_size - len(taken))
-    images, finite = sampler(
-        np.stack([row.image for row in filled]),
-        np.stack([row.hole for row in filled]),
-        np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32),
-        sampling,
-        callback,
-    )
+    seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
+    with _memory_errors(batch_size):
+        images, finite = sampler(
+            np.stack([row.image for row in filled]),
+            np.stack([row.hole for row in filled]),
+            seeds,
+            sampling,
+            callback,
+        )
     return _Batch(rows=taken, images=images, finite=finite)
 
 
+@contextlib.contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"a batch of {batch_size} squares does not fit in the device's memory; use a smaller batch size"
+        ) from None
+
+
 def _finish(batch: _Batch, options: InpaintOptions) -> None:
-    images, finite = np.asarray(batch.images), np.asarray(batch.finite)
+    with _memory_errors(batch.images.shape[0]):  # dispatch is asynchronous: the devices' errors come here
+        images, finite = np.asarray(batch.images), np.asarray(batch.finite)
     for row, image, is_finite in zip(batch.rows, images, finite, strict=False):
         job = row.job
         job.left -= 1

@@ -287,7 +287,7 @@ class TestPairing:
         images = self.touch(tmp_path / "i", "cat.png", "cat_grid.png")
         mask = self.touch(tmp_path / "m", "m.png") / "m.png"
         with pytest.raises(UserError, match=r"cat_grid\.png: is also the name of the grid of cat\.png"):
-            plan_tasks(images, mask, tmp_path / "o", seed=0, num_samples=1)
+            plan_tasks(images, mask, tmp_path / "o", seed=0, num_samples=1, grid=True)
 
     def test_index_depends_on_the_name_only(self, tmp_path):
         few = self.touch(tmp_path / "few", "b.png")

@@ -7,6 +7,8 @@ import pytest
 import synth
 from flax import nnx
 
+from moebius_jax import UserError
+from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
 from moebius_jax.sampling.denoise import (
     denoise,
     draw_noise,
@@ -216,5 +218,30 @@ def test_sharded_is_unsharded(tiny_pipeline):
     sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, data_mesh(jax.devices("cpu")))
     assert sampler.batch_size(3) == 8
     result, _ = sampler(images, holes, seeds, options)
-    assert len(result.sharding.device_set) == 8
+    assert [shard.data.shape[0] for shard in result.addressable_shards] == [1] * 8
     assert np.abs(np.asarray(result) - one).max() <= 1
+
+
+def test_too_large_a_batch_is_named(tiny_pipeline, monkeypatch):
+    def full(*_args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(Sampler, "__call__", full)
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(UserError, match="a batch of 1 squares does not fit"):
+        tiny_pipeline(image, np.eye(64) > 0)
+
+
+def test_finished_items_are_handed_on_at_once(tiny_pipeline):
+    """A long folder of images with nothing to repaint must not pile up in memory."""
+    pulled = []
+
+    def items():
+        for i in range(50):
+            pulled.append(i)
+            yield Item(rgb=np.zeros((64, 64, 3), np.uint8), mask=np.zeros((64, 64), np.uint8))
+
+    stream = inpaint_stream(tiny_pipeline.sampler, items(), InpaintOptions(), SamplingOptions(), batch_size=1)
+    with pytest.warns(UserWarning, match="nothing to repaint"):
+        next(stream)
+    assert len(pulled) == 1

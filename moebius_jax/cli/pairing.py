@@ -30,7 +30,7 @@ class Task:
 
 
 def plan_tasks(
-    image: Path, mask: Path, output: Path, *, seed: int, num_samples: int
+    image: Path, mask: Path, output: Path, *, seed: int, num_samples: int, grid: bool = False
 ) -> tuple[list[Task], list[str]]:
     """Pairs images with masks by stem.
 
@@ -39,6 +39,7 @@ def plan_tasks(
         output: a file if `image` is one and the name has an image's suffix, else a folder.
         seed: sample j of an image has seed + j.
         num_samples: results per image; more than one adds _0, _1, … to the names.
+        grid: whether a grid is written beside every result, whose name must then be free as well.
 
     Returns:
         Tasks in the order of their images' names, and a line for every image or mask without a partner.
@@ -86,7 +87,7 @@ def plan_tasks(
             )
     if image.is_dir() and mask.is_dir():
         problems += [f"{f}: no image goes with this mask" for f in masks if f not in used]
-    _refuse_collisions(tasks)
+    _refuse_collisions(tasks, grid)
     return tasks, problems
 
 
@@ -109,7 +110,7 @@ def _is_folder(output: Path, image: Path) -> bool:
     return not suffix
 
 
-def _refuse_collisions(tasks: list[Task]) -> None:
+def _refuse_collisions(tasks: list[Task], grid: bool) -> None:
     inputs = {f.resolve() for task in tasks for f in (task.image, task.mask)}
     outputs = {task.output.resolve() for task in tasks}
     for task in tasks:
@@ -117,7 +118,7 @@ def _refuse_collisions(tasks: list[Task]) -> None:
             raise UserError(
                 f"{task.output}: the result would have the name of an input; choose another --output"
             )
-        if grid_path(task.output).resolve() in inputs | outputs:
+        if grid and grid_path(task.output).resolve() in inputs | outputs:
             raise UserError(
                 f"{grid_path(task.output)}: is also the name of the grid of {task.output.name}; rename it"
             )

@@ -151,7 +151,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
     # Before the model is loaded: what can be wrong should be said at once.
     tasks, problems = plan_tasks(
-        args.image, args.mask, args.output, seed=args.seed, num_samples=args.num_samples
+        args.image, args.mask, args.output, seed=args.seed, num_samples=args.num_samples, grid=args.grid
     )
     import jax
 

@@ -59,7 +59,7 @@ def convert_file(
         if slot.path in tensors and not np.array_equal(tensors[slot.path], array, equal_nan=True):
             raise UserError(f"{source}: {name} must repeat another tensor exactly and does not")
         tensors[slot.path] = array
-    origin = {"file": source.name, "variant": source.resolve().parent.name, "sha256": sha256(source)}
+    origin = {"file": source.name, "variant": source.absolute().parent.name, "sha256": sha256(source)}
     if base is not None:
         origin["base"] = {"file": base.name, "sha256": sha256(base)}
     checkpoints.save(dest, architecture, tensors, dtype=dtype, source=origin, overwrite=overwrite)

@@ -86,7 +86,8 @@ def _convert(file: Path, folder: Path, track: Track) -> None:
         check=False,
     )
     if child.returncode:
-        raise UserError(f"{file}: conversion failed ({child.stderr.strip().splitlines()[-1]})")
+        reason = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
+        raise UserError(f"{file}: conversion failed ({reason[0]})")
 
 
 def default_cache() -> Path:
@@ -100,7 +101,6 @@ def _download(repository: str, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -108,6 +108,7 @@ def _download(repository: str, filename: str) -> Path:
 
     if repository.count("/") != 1:
         raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
+    what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         return Path(hf_hub_download(repository, filename))
@@ -115,7 +116,7 @@ def _download(repository: str, filename: str) -> Path:
         raise HubUnreachable(
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
             f"{endpoint}/{repository}/resolve/main/{filename} on a machine that can, convert it with "
-            "python convert_weights.py FILE DEST, and pass DEST as the model"
+            f"python convert_weights.py FILE DEST, and pass DEST as the {what}"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{repository}: no such repository at {endpoint}, and no such folder here") from None
@@ -127,7 +128,7 @@ def _download(repository: str, filename: str) -> Path:
         raise UserError(
             f"{repository}: neither a folder nor a Hub repository of the form owner/name"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the HTTP client's own errors are of no common type
         raise HubUnreachable(
             f"{repository}: fetching {filename} from {endpoint} failed ({_first_line(error)})"
         ) from None

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,12 +129,13 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image PIL can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's readers raise whatever their formats lead to
         raise UserError(f"{path}: unreadable image ({error})") from None
     _require_8_bit(image, str(path))
-    # Telephones store a preview as the second frame of an MPO.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise UserError(f"{path}: holds {image.n_frames} frames or pages; expected one image")
+    with _decoding(str(path)):
+        frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # telephones store a preview as the second frame of an MPO
+        raise UserError(f"{path}: holds {frames} frames or pages; expected one image")
     return image
 
 
@@ -144,7 +144,9 @@ def _decoding(name: str) -> Iterator[None]:
     """PIL decodes late and raises what its decoders raise."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{name}: unreadable image ({error})") from None
 
 

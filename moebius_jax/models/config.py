@@ -77,6 +77,8 @@ class UNetConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "transformers", tuple(self.transformers))
+        if not self.channels:
+            raise ValueError("channels is empty; a U-Net has at least one level")
         if len(self.transformers) != len(self.channels):
             raise ValueError(
                 f"transformers has {len(self.transformers)} entries for {len(self.channels)} levels"

@@ -35,7 +35,7 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
     """The last axis of `layer.kernel` is the one `norm` works on."""
     scale, bias = norm.affine(norm.mean[...], norm.var[...])
     kernel = layer.kernel[...]
-    layer.kernel = nnx.Param((kernel.astype(jnp.float32) * scale).astype(kernel.dtype))
-    layer.bias = nnx.data(nnx.Param(bias.astype(kernel.dtype)))  # it was None, which nnx takes as static
+    layer.kernel = nnx.Param(kernel.astype(jnp.float32) * scale)
+    layer.bias = nnx.data(nnx.Param(bias))  # it was None, which nnx takes as static
     if isinstance(layer, nnx.Linear):
         layer.use_bias = True
