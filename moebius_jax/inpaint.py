@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -134,7 +134,6 @@ def inpaint_stream(
     *,
     batch_size: int,
     callback: StepCallback | None = None,
-    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Result]:
     """Inpaints items as they come and yields results in the same order.
 
@@ -147,7 +146,6 @@ def inpaint_stream(
         options, sampling: how.
         batch_size: a multiple of the sampler's devices.
         callback: see `Sampler`.
-        on_batch: told the number of real squares of each batch when it is done.
     """
     rows: collections.deque[_Row] = collections.deque()
     jobs: collections.deque[_Job] = collections.deque()
@@ -167,7 +165,6 @@ def inpaint_stream(
         started = _start(sampler, rows, sampling, batch_size, callback) if rows else None
         if running:
             _finish(running, options)
-            on_batch(len(running.rows))
         running = started
         while jobs and jobs[0].is_done:
             yield jobs.popleft().result()

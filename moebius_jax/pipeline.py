@@ -219,11 +219,7 @@ class MoebiusInpaintPipeline:
             if result.error:
                 raise result.error
             picture: Picture = result.item.tag
-            pil = (
-                picture.with_rgb(result.rgb)
-                if result.rgb.shape == picture.rgb.shape
-                else Image.fromarray(result.rgb)
-            )
+            pil = picture.with_rgb(result.rgb)
             images.append(pil if output_type == "pil" else np.asarray(pil))
         return InpaintOutput(images=images)
 

@@ -44,14 +44,14 @@ def progress(items: Iterable[Any], desc: str = "", **options: Any) -> Iterable[A
     return tqdm(items, desc=desc, disable=not sys.stderr.isatty(), leave=False, **options)
 
 
-def enable_compilation_cache(folder: Path | None = None) -> None:
-    """Keeps compiled programs between runs, by default in ~/.cache/moebius-jax."""
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ~/.cache/moebius-jax unless the environment says where."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ and folder is None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(folder or home / "moebius-jax" / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(home / "moebius-jax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

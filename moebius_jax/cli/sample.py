@@ -317,13 +317,9 @@ class _Run:
             )
 
     def _write(self, task: Task, picture, result) -> None:
-        from PIL import Image
-
         from moebius_jax.imaging.picture import write_image
 
-        same_size = result.rgb.shape == picture.rgb.shape
-        image = picture.with_rgb(result.rgb) if same_size else Image.fromarray(result.rgb)
-        write_image(task.output, image, overwrite=self.overwrite)
+        write_image(task.output, picture.with_rgb(result.rgb), overwrite=self.overwrite)
         if self.grid:
             _write_grid(task, picture.rgb, result.item.mask, result.rgb)
 

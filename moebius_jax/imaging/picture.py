@@ -37,8 +37,13 @@ class Picture:
     name: str = "image"
 
     def with_rgb(self, rgb: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
-        """A PIL image of `rgb` in this picture's mode, with its alpha and profile."""
+        """A PIL image of `rgb` in this picture's mode, with its alpha and profile.
+
+        An `rgb` of another size, a release-style square, stays plain: there is no alpha for its pixels.
+        """
         image = Image.fromarray(np.ascontiguousarray(rgb))
+        if rgb.shape != self.rgb.shape:
+            return image
         if self.is_grey:
             image = image.convert("L")
         if self.alpha is not None:
