@@ -108,8 +108,16 @@ class Transformer(nnx.Module):
         call = nnx.remat(Transformer._apply) if self.remat else Transformer._apply
         return call(self, x, context)
 
+    def hidden(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+        """What `proj_out` multiplies: a call is x + proj_out(hidden(x, context))."""
+        call = nnx.remat(Transformer._hidden) if self.remat else Transformer._hidden
+        return call(self, x, context)
+
+    def _hidden(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+        return self.block(self.proj_in(self.norm(x)), context)
+
     def _apply(self, x: Map, context: Float[Array, "B L D"]) -> Map:
-        return x + self.proj_out(self.block(self.proj_in(self.norm(x)), context))
+        return x + self.proj_out(self._hidden(x, context))
 
 
 class Downsample(nnx.Module):

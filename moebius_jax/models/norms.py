@@ -42,7 +42,9 @@ class BatchNorm(nnx.Module):
     biased one, which decides the released running statistics (spec "Depthwise-separable conv").
 
     In training mode the batch's own statistics are used and the running ones move by 1 - `decay`.
-    Under `jax.jit` with a sharded batch they are the statistics of the global batch.
+    Under `jax.jit` with a sharded batch they are the statistics of the global batch. `groups` > 1 cuts the
+    batch in that many equal parts, each normalised with its own statistics, as data parallelism without
+    synchronisation does; the running statistics move to the parts' mean.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5, decay: float = 0.9, precision: Precision) -> None:
@@ -54,8 +56,11 @@ class BatchNorm(nnx.Module):
         self.decay = decay
         self.dtype = precision.stream_dtype
         self.use_running_average = False
+        self.groups = 1
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        if self.groups > 1 and not self.use_running_average:
+            return self._per_group(x)
         x = x.astype(jnp.float32)
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
@@ -68,7 +73,19 @@ class BatchNorm(nnx.Module):
         scale, bias = self.affine(mean, var)
         return (x * scale + bias).astype(self.dtype)
 
-    def affine(self, mean: Float[Array, " C"], var: Float[Array, " C"]) -> tuple[Array, Array]:
+    def _per_group(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
+        if x.shape[0] % self.groups:
+            raise ValueError(f"a batch of {x.shape[0]} cannot be cut in {self.groups} equal parts")
+        parts = x.astype(jnp.float32).reshape(self.groups, -1, *x.shape[1:])
+        axes = tuple(range(1, parts.ndim - 1))
+        mean = parts.mean(axes, keepdims=True)
+        var = jnp.square(parts - mean).mean(axes, keepdims=True)
+        count = parts[0].size // parts.shape[-1]
+        self._track(mean.mean(0).ravel(), var.mean(0).ravel() * count / max(count - 1, 1))
+        scale, bias = self.affine(mean, var)
+        return (parts * scale + bias).reshape(x.shape).astype(self.dtype)
+
+    def affine(self, mean: Float[Array, "*n C"], var: Float[Array, "*n C"]) -> tuple[Array, Array]:
         """The layer as y = x·scale + bias for given statistics, in fp32."""
         scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.eps)
         return scale, self.bias[...].astype(jnp.float32) - mean * scale

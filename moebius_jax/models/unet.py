@@ -31,6 +31,36 @@ class UNetOutput:
     features: tuple[Map, ...]
 
 
+@struct.dataclass
+class Halfway:
+    """What the down half hands to the up half.
+
+    Attributes:
+        x: the last down level's output, also the last skip connection.
+        skips: the other skip connections, oldest first.
+        time, context: embeddings both halves use.
+    """
+
+    x: Map
+    skips: tuple[Map, ...]
+    time: Float[Array, "B D"]
+    context: Float[Array, "B L D"]
+
+
+@struct.dataclass
+class DownTaps:
+    """What distillation looks at in the down half, beside its result.
+
+    Attributes:
+        features: each level's output, [B, H_i, W_i, C_i].
+        bottleneck_input: what the last transformer's `proj_out` (θ_C) multiplies, [B, H, W, C]; None where
+            the last level has no transformers.
+    """
+
+    features: tuple[Map, ...]
+    bottleneck_input: Map | None
+
+
 class Level(nnx.Module):
     """One level of either half: residual blocks, each followed by a transformer where the level has them."""
 
@@ -171,35 +201,56 @@ class UNet(nnx.Module):
         Raises:
             ValueError: the map cannot be halved once per level, or Interactive-λ was trained at another size.
         """
+        halfway, taps = self.down(latents, timesteps, input_ids)
+        x, features = self.up(halfway)
+        return UNetOutput(sample=self.head(x), features=(*taps.features, *features))
+
+    def down(
+        self,
+        latents: Float[Array, "B H W 9"],
+        timesteps: Shaped[Array, " B"],
+        input_ids: Int[Array, "B 10"],
+    ) -> tuple[Halfway, DownTaps]:
+        """Everything up to the bottleneck; arguments as for a call."""
         _check_map(latents.shape, self.config)
         time = self.time_embedding(timesteps)
         context = self.encoder_hid_proj(self.embedding(input_ids))
-        features = []
-
         x = self.conv_in(latents.astype(self.dtype))
-        skips = [x]
+        skips, features, hidden = [x], [], None
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.unit(i, x, time, context)
+                if level is self.down_blocks[-1] and level.attentions and i == len(level.resnets) - 1:
+                    x = level.resnets[i](x, time)
+                    hidden = level.attentions[i].hidden(x, context)
+                    x = x + level.attentions[i].proj_out(hidden)
+                else:
+                    x = level.unit(i, x, time, context)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
             features.append(x)
+        halfway = Halfway(x=x, skips=tuple(skips[:-1]), time=time, context=context)
+        return halfway, DownTaps(features=tuple(features), bottleneck_input=hidden)
 
+    def up(self, halfway: Halfway) -> tuple[Map, tuple[Map, ...]]:
+        """From the bottleneck to the last map before the head; with the mid block's and levels' outputs."""
+        x, time, context = halfway.x, halfway.time, halfway.context
+        skips, features = [*halfway.skips, x], []
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
             features.append(x)
-
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 x = level.unit(i, jnp.concatenate([x, skips.pop()], axis=-1), time, context)
             if level.resample is not None:
                 x = level.resample(x)
             features.append(x)
+        return x, tuple(features)
 
-        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-        return UNetOutput(sample=x.astype(jnp.float32), features=tuple(features))
+    def head(self, x: Map) -> Float[Array, "B H W 4"]:
+        """The predicted noise, fp32, of the last map."""
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
 
 def _level_widths(config: UNetConfig) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:

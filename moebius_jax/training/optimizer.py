@@ -1,0 +1,128 @@
+"""The optimiser of a run: Muon or AdamW, schedule, clipping; and the moving average of the weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from moebius_jax.training.muon import orthogonalize, uses_muon
+
+OptimizerName = Literal["muon", "adamw"]
+Schedule = Literal["step", "cosine", "constant"]
+Tensors = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Spec "Optimiser"; the defaults are the paper's.
+
+    Attributes:
+        name: "muon" (with AdamW for what is no hidden matrix) or "adamw" for everything.
+        learning_rate: peak.
+        schedule: "step" multiplies by `decay_factor` at each of `decay_at`; "cosine" goes to zero at the
+            end of the run; "constant".
+        warmup_steps: linear from zero.
+        decay_at: fractions of the run (the paper's 111k and 129k of 138k steps).
+        decay_factor: of "step".
+        weight_decay: decoupled, for every parameter.
+        momentum: Muon's, Nesterov.
+        b1, b2, eps: AdamW's.
+        clip_norm: gradients are scaled down to this global norm; None does not.
+        newton_schulz_dtype: of Muon's iteration.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    name: OptimizerName = "muon"
+    learning_rate: float = 2e-4
+    schedule: Schedule = "step"
+    warmup_steps: int = 0
+    decay_at: tuple[float, ...] = (111 / 138, 129 / 138)
+    decay_factor: float = 0.1
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    newton_schulz_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for field, choices in (("name", OptimizerName), ("schedule", Schedule)):
+            if getattr(self, field) not in get_args(choices):
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}; expected {', '.join(get_args(choices))}"
+                )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
+        if any(not 0 < f <= 1 for f in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
+            raise ValueError(f"decay_at is {self.decay_at}; expected rising fractions of the run, 0 to 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; expected a number above 0, or none")
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step, counted from 0."""
+    peak = config.learning_rate
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, total_steps - config.warmup_steps))
+    else:
+        drops = {round(f * total_steps) - config.warmup_steps: config.decay_factor for f in config.decay_at}
+        after = optax.piecewise_constant_schedule(peak, drops)
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def build_optimizer(
+    config: OptimizerConfig, total_steps: int, spread: NamedSharding | None = None
+) -> optax.GradientTransformation:
+    """The transformation of gradients (a dictionary by parameter name) into updates.
+
+    Args:
+        config: see there.
+        total_steps: of the run, for the schedule.
+        spread: how Muon's iteration is shared between devices, see `orthogonalize`.
+    """
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    muon = optax.chain(
+        optax.trace(config.momentum, nesterov=True),
+        orthogonalize(jnp.dtype(config.newton_schulz_dtype), spread),
+    )
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts += [
+        optax.partition({"muon": muon, "adam": adam}, _labels) if config.name == "muon" else adam,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+    ]
+    return optax.chain(*parts)
+
+
+def ema_decay(updates: Int[Array, ""], limit: float) -> Float[Array, ""]:
+    """min(limit, (1 + n) / (10 + n)) for the n-th update, counted from 1."""
+    n = updates.astype(jnp.float32)
+    return jnp.minimum(limit, (1 + n) / (10 + n))
+
+
+def ema_update(
+    average: Mapping[str, Array], tensors: Mapping[str, Array], updates: Int[Array, ""], limit: float
+) -> Tensors:
+    """The moving average after its n-th update. BatchNorm statistics are averaged like the weights they
+    belong to."""
+    decay = ema_decay(updates, limit)
+    return jax.tree.map(lambda a, t: decay * a + (1 - decay) * t, dict(average), dict(tensors))
+
+
+def _labels(params: Mapping[str, Array]) -> dict[str, str]:
+    return {name: "muon" if uses_muon(name, value.shape) else "adam" for name, value in params.items()}

@@ -1,0 +1,135 @@
+"""Muon, AdamW, schedules and the moving average against the release's own figures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import synth
+
+from moebius_jax import UNetConfig
+from moebius_jax.checkpoints import abstract_tensors
+from moebius_jax.conversion import layouts
+from moebius_jax.conversion.names import expected_tensors
+from moebius_jax.sampling.sampler import data_mesh
+from moebius_jax.training.muon import newton_schulz, uses_muon
+from moebius_jax.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    ema_update,
+    learning_rate_schedule,
+)
+
+# Golden name → ours, and how it lies in torch.
+TENSORS = {
+    "linear": ("a.kernel", layouts.LINEAR),
+    "tall": ("b.kernel", layouts.LINEAR),
+    "conv1x1": ("c.kernel", layouts.POINTWISE),
+    "depthwise": ("d.depthwise.kernel", layouts.DEPTHWISE),
+    "conv3x3": ("e.kernel", layouts.CONV),
+    "pos_conv": ("f.position.kernel", layouts.POSITION_CONV),
+    "rel_pos_emb": ("g.position_table", layouts.POSITION_TABLE),
+    "bias": ("h.bias", layouts.SAME),
+    "conv_in.w": ("conv_in.kernel", layouts.POINTWISE),
+}
+
+
+def golden_run(vectors, dtype, spread=None):
+    """Our parameters before, and after each of three steps."""
+    config = OptimizerConfig(schedule="constant", clip_norm=None, newton_schulz_dtype=dtype)
+    optimizer = build_optimizer(config, 3, spread)
+
+    def draw(prefix):
+        return {
+            ours: jnp.asarray(layout.to_jax(synth.inputs(f"{prefix}.{name}", vectors[f"step0/{name}"].shape)))
+            for name, (ours, layout) in TENSORS.items()
+        }
+
+    params = draw("muon.p")
+    state = optimizer.init(params)
+    history = [params]
+    step = jax.jit(optimizer.update)
+    for i in range(3):
+        updates, state = step(draw(f"muon.g{i}"), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(params)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("file", "dtype", "tolerance"), [("muon_fp32", "float32", 1e-4), ("muon", "bfloat16", 5e-2)]
+)
+@pytest.mark.parametrize("spread", [False, True])
+def test_three_steps_of_the_release(file, dtype, tolerance, spread):
+    vectors = synth.golden(file)
+    mesh = data_mesh()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")) if spread else None
+    history = golden_run(vectors, dtype, sharding)
+    for name, (ours, layout) in TENSORS.items():
+        before = layout.to_torch(np.asarray(history[0][ours]))
+        theirs_before = synth.inputs(f"muon.p.{name}", before.shape)
+        for i in range(3):
+            after = layout.to_torch(np.asarray(history[i + 1][ours]))
+            theirs = vectors[f"step{i}/{name}"]
+            difference = np.linalg.norm((after - before) - (theirs - theirs_before))
+            allowed = tolerance if uses_muon(ours, history[0][ours].shape) else 1e-3
+            # Parameters near 1 move by 4e-5 a step: their own rounding (the release decays, rounds, then
+            # moves; optax rounds once) is part of what is compared.
+            rounding = np.linalg.norm(np.spacing(np.abs(theirs)))
+            assert difference < allowed * np.linalg.norm(theirs - theirs_before) + rounding, (name, i)
+            before, theirs_before = after, theirs
+
+
+def test_newton_schulz_makes_singular_values_one():
+    x = synth.inputs("ns", (3, 20, 50))
+    values = np.linalg.svd(np.asarray(newton_schulz(jnp.asarray(x), jnp.float32)), compute_uv=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("config", [UNetConfig.student(), UNetConfig.ablation(1)])
+def test_muon_takes_the_releases_parameters(config):
+    """The release's rule on its own names and ranks, ours on ours."""
+    abstract = abstract_tensors(config)
+    for name, slot in expected_tensors(config).items():
+        excluded = any(part in name for part in ("embedding_layer", "conv_in", "conv_out"))
+        assert uses_muon(slot.path, abstract[slot.path].shape) == (len(slot.shape) >= 2 and not excluded), (
+            name
+        )
+
+
+def test_ema():
+    vectors = synth.golden("ema")
+    draw = [jnp.asarray(synth.inputs(f"ema.{i}", (2, 3))) for i in range(5)]
+    average = {"x": draw[0]}
+    for n in range(1, 5):
+        average = ema_update(average, {"x": draw[n]}, jnp.int32(n), 0.9999)
+        np.testing.assert_allclose(average["x"], vectors[f"after_{n}"], rtol=1e-6, atol=1e-7)
+
+
+def test_schedules():
+    paper = learning_rate_schedule(OptimizerConfig(), 138_000)
+    assert [float(paper(s)) for s in (0, 110_999, 111_001, 128_999, 129_001)] == pytest.approx(
+        [2e-4, 2e-4, 2e-5, 2e-5, 2e-6]
+    )
+    cosine = learning_rate_schedule(
+        OptimizerConfig(schedule="cosine", warmup_steps=10, learning_rate=1.0), 110
+    )
+    assert [float(cosine(s)) for s in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    assert float(learning_rate_schedule(OptimizerConfig(schedule="constant"), 10)(9)) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "sgd"}, "name is 'sgd'"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"decay_at": (0.9, 0.5)}, "decay_at"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+    ],
+)
+def test_wrong_optimizers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**changes)
