@@ -1,0 +1,1 @@
+"""Training data: annotation files, random masks, samples, and the order they come in."""

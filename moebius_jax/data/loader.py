@@ -1,0 +1,191 @@
+"""The endless, deterministic order of samples, cut into batches and between processes.
+
+Sample number i of a run is a function of the seed and i alone: which file (a new shuffle every epoch) and
+every random choice about it. Batch k of global size G holds numbers kG to (k+1)G - 1; process p of P takes
+every P-th. So neither workers nor processes nor a restart change what is trained on, and the iterator's whole
+state is k.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from moebius_jax.errors import UserError
+
+Element = dict[str, np.ndarray]
+TRIES = 10  # files in a row that may be unreadable before a sample is given up
+
+
+class Source:
+    """Samples by number; what a kind of data set has to offer.
+
+    Attributes:
+        names: of its items, for messages; one per item.
+    """
+
+    names: list[str]
+
+    def draw(self, item: int, rng: np.random.Generator) -> Element:
+        """One sample of an item.
+
+        Raises:
+            UserError: the item cannot be read.
+        """
+        raise NotImplementedError
+
+    def blank(self) -> Element:
+        """A sample's shapes and dtypes, holding nothing."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How samples are fetched.
+
+    Attributes:
+        workers: processes that prepare samples; 0 prepares them in threads of this one.
+        threads: per worker.
+        prefetch: batches kept ready.
+        max_bad_fraction: of the items may be missing or corrupt (one, in a small set; 0 allows none). Each is
+            named once, and another one drawn at random takes its place; beyond this share the run stops.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    workers: int = 0
+    threads: int = 4
+    prefetch: int = 4
+    max_bad_fraction: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("threads", 1), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+
+
+class Loader:
+    """Batches of this process from batch number `first_batch` on.
+
+    Args:
+        source: of samples.
+        config: see there.
+        seed: of order and augmentation.
+        global_batch: samples of a batch over all processes.
+        process, processes: which share is this process's.
+        first_batch: where to start; what `position` said when the state was saved.
+        warn: told of every unreadable item once.
+
+    Raises:
+        UserError: the batch cannot be cut evenly.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: LoaderConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        process: int = 0,
+        processes: int = 1,
+        first_batch: int = 0,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if global_batch % processes:
+            raise UserError(f"batch_size is {global_batch}; expected a multiple of the {processes} processes")
+        self.position = first_batch
+        self._source, self._config, self._warn = source, config, warn
+        self._bad: set[int] = set()
+        order = grain.MapDataset.range(len(source.names)).seed(seed).shuffle().repeat()
+        samples = order.random_map(_Draw(source))
+        numbered = samples.map_with_index(_Number(global_batch))
+        own = numbered[first_batch * global_batch + process :: processes]
+        batched = own.batch(global_batch // processes)
+        threads = grain.ReadOptions(
+            num_threads=1 if config.workers else config.threads,
+            prefetch_buffer_size=max(config.prefetch, config.threads),
+        )
+        iterable = batched.to_iter_dataset(threads)
+        if config.workers:
+            iterable = _with_workers(iterable, config)
+        self._iterator = iter(iterable)
+
+    def __iter__(self) -> Iterator[Element]:
+        return self
+
+    def __next__(self) -> Element:
+        """The next batch.
+
+        Raises:
+            UserError: too many items cannot be read.
+        """
+        batch = next(self._iterator)
+        self._report(batch.pop("bad"))
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+
+    def _report(self, bad: np.ndarray) -> None:
+        names, fraction = self._source.names, self._config.max_bad_fraction
+        for item in np.unique(bad[bad >= 0]):
+            if int(item) not in self._bad:
+                self._bad.add(int(item))
+                self._warn(f"{names[item]}: cannot be read, another sample takes its place")
+        exhausted = bad[bad[:, -1] >= 0]
+        if len(exhausted):
+            raise UserError(f"{TRIES} items in a row cannot be read, the first is {names[exhausted[0, 0]]}")
+        allowed = max(1, fraction * len(names)) if fraction else 0
+        if len(self._bad) > allowed:
+            raise UserError(
+                f"{len(self._bad)} of {len(names)} items cannot be read, more than max_bad_fraction = "
+                f"{fraction} allows; one is {names[max(self._bad)]}"
+            )
+
+
+class _Draw:
+    """Sample of an item, or of another where it cannot be read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __call__(self, item: int, rng: np.random.Generator) -> Element:
+        bad = np.full(TRIES, -1, np.int64)
+        for i in range(TRIES):
+            try:
+                return {**self._source.draw(int(item), rng), "bad": bad}
+            except UserError:
+                bad[i] = item
+                item = int(rng.integers(len(self._source.names)))
+        return {**self._source.blank(), "bad": bad}  # the loader ends the run on seeing this
+
+
+class _Number:
+    """Adds a sample's place in its global batch, which its noise is drawn from."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+
+    def __call__(self, number: int, element: Element) -> Element:
+        return {**element, "index": np.int32(number % self._global_batch)}
+
+
+def _with_workers(iterable: Any, config: LoaderConfig) -> Any:
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which a plain program never parses
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(
+        num_workers=config.workers, per_worker_buffer_size=max(1, config.prefetch // config.workers)
+    )
+    return iterable.mp_prefetch(options)

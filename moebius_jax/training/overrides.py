@@ -1,0 +1,140 @@
+"""`key=value` on the command line, for any tree of frozen dataclasses, and its inverse for the record."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from moebius_jax.errors import UserError
+
+Config = TypeVar("Config")
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with fields changed: `optimizer.learning_rate=1e-4`, `loss.terms=task,fine`, `init=none`.
+
+    All are applied before anything is checked, so fields that depend on each other may change together.
+
+    Raises:
+        UserError: no "=", an unknown key (the nearest one is named), a value of another type, or one that
+            the configuration refuses.
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise UserError(f"{override}: expected KEY=VALUE, such as batch_size=32")
+        node, branch = config, changes
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = _child(node, parent, key)
+            branch = branch.setdefault(parent, {})
+        hint = _hints(node, key).get(last)
+        if hint is None:
+            raise _unknown(key, config)
+        if dataclasses.is_dataclass(getattr(node, last)) and not _takes_text(hint):
+            raise UserError(
+                f"{key}: is a group; set one of its fields, {key}.{_fields(getattr(node, last))[0]}=…"
+            )
+        branch[last] = _parse(text, hint, key)
+    try:
+        return _rebuild(config, changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted key, as JSON-ready values."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= describe(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
+    new = {
+        name: _rebuild(getattr(config, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **new)
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    child = getattr(node, name, None)
+    if not dataclasses.is_dataclass(child):
+        raise UserError(f"{key}: unknown key; {name!r} is no group of fields ({', '.join(_fields(node))})")
+    return child
+
+
+def _hints(node: Any, key: str) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(node):
+        raise UserError(f"{key}: unknown key")
+    hints = typing.get_type_hints(type(node))
+    return {name: hints[name] for name in _fields(node)}
+
+
+def _fields(node: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(node)]
+
+
+def _unknown(key: str, config: Any) -> UserError:
+    nearest = difflib.get_close_matches(key, describe(config), n=1, cutoff=0.3)
+    return UserError(f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def _takes_text(hint: Any) -> bool:
+    return str in _options(hint)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    options = _options(hint)
+    if type(None) in options and text.lower() in ("none", "null", ""):
+        return None
+    for option in options:
+        try:
+            return _parse_one(text, option)
+        except (ValueError, KeyError):
+            continue
+    raise UserError(f"{key}: {text!r} is not {' or '.join(_name(o) for o in options)}")
+
+
+def _parse_one(text: str, kind: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        if text not in typing.get_args(kind):
+            raise ValueError(text)
+        return text
+    if origin is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parse_one(part.strip(), item) for part in text.split(",") if part.strip())
+    if kind is bool:
+        return _BOOLEANS[text.lower()]
+    if kind is int:
+        return int(text.replace("_", ""))
+    if kind is float:
+        return float(text)
+    if kind is str:
+        return text
+    raise ValueError(text)
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_name(typing.get_args(kind)[0])}, separated by commas"
+    names = {bool: "true or false", int: "a whole number", float: "a number", type(None): "none", str: "text"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
