@@ -20,15 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 FLOP/s and bytes/s of device kinds, as jax names them.
-PEAKS = {
-    "NVIDIA H200": (989e12, 4.8e12),
-    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
-    "TPU v5 lite": (197e12, 0.819e12),
-    "TPU v5e": (197e12, 0.819e12),
-    "TPU v4": (275e12, 1.2e12),
-    "TPU v6 lite": (918e12, 1.64e12),
-}
+from moebius_jax.hardware import PEAKS
+
 FULL_RUN = 19  # steps at 20 inference steps and strength 0.99
 
 
@@ -72,8 +65,8 @@ def abstract_core(args: argparse.Namespace, dtype: str, platform: str | None) ->
     from flax import nnx
 
     from moebius_jax import UNet, UNetConfig
+    from moebius_jax.models import inference_copy
     from moebius_jax.models.initializers import KeyStream
-    from moebius_jax.sampling.sampler import inference_copy
 
     config = UNetConfig.student(position_order=args.position_order, platform=platform)
 

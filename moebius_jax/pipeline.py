@@ -33,7 +33,7 @@ DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 MAX_BATCH = 8  # unless asked for more; one 512 px image needs about 1 GB beside the weights
-_FILE = "pipeline.json"
+PIPELINE_FILE = "pipeline.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +128,12 @@ class MoebiusInpaintPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes a folder `from_pretrained` reads; it appears under its name only when complete."""
-        ours = (_FILE, "unet", "vae")
+        ours = (PIPELINE_FILE, "unet", "vae")
         with replace_when_complete(Path(folder), overwrite=overwrite, ours=ours) as partial:
             partial.mkdir()
             checkpoints.save_unet(partial / "unet", self.unet)
             checkpoints.save_vae(partial / "vae", self.vae)
-            (partial / _FILE).write_text(json.dumps({"guidance_scale": self.guidance_scale}) + "\n")
+            (partial / PIPELINE_FILE).write_text(json.dumps({"guidance_scale": self.guidance_scale}) + "\n")
 
     def __call__(
         self,
@@ -246,7 +246,7 @@ def _locate(
         unet = hub.fetch(str(path_or_hub_id), variant or "pretrained", cache, track)
         found_vae = Path(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track)
         return _Located(unet=unet, vae=found_vae, guidance_scale=guidance)
-    if (folder / _FILE).is_file():
+    if (folder / PIPELINE_FILE).is_file():
         if variant:
             raise UserError(f"{folder}: a saved pipeline holds one model; leave out variant={variant!r}")
         return _Located(
@@ -262,8 +262,8 @@ def _locate(
         unet, beside = folder / (variant or "pretrained"), folder / "vae"
         if not unet.is_dir():
             raise UserError(
-                f"{folder}: holds neither a pipeline ({_FILE}), nor a converted U-Net (config.json), nor the "
-                f"variant {unet.name}/"
+                f"{folder}: holds neither a pipeline ({PIPELINE_FILE}), nor a converted U-Net (config.json), "
+                f"nor the variant {unet.name}/"
             )
     if vae is None and not beside.is_dir():
         raise UserError(f"{folder}: no VAE beside it ({beside}); name a converted one with vae= or --vae")
@@ -272,9 +272,9 @@ def _locate(
 
 def _saved_guidance(folder: Path) -> float:
     try:
-        return float(json.loads((folder / _FILE).read_text())["guidance_scale"])
+        return float(json.loads((folder / PIPELINE_FILE).read_text())["guidance_scale"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _FILE}: damaged ({error})") from None
+        raise UserError(f"{folder / PIPELINE_FILE}: damaged ({error})") from None
 
 
 def _items(

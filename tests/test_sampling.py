@@ -9,6 +9,7 @@ from flax import nnx
 
 from moebius_jax import UserError
 from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
+from moebius_jax.models import inference_copy
 from moebius_jax.sampling.denoise import (
     denoise,
     draw_noise,
@@ -20,7 +21,7 @@ from moebius_jax.sampling.denoise import (
     unet_predict,
 )
 from moebius_jax.sampling.latents import decode, encode
-from moebius_jax.sampling.sampler import Sampler, SamplingOptions, data_mesh, inference_copy
+from moebius_jax.sampling.sampler import Sampler, SamplingOptions, data_mesh
 from moebius_jax.sampling.schedulers import solver_steps
 
 

@@ -11,8 +11,8 @@ from conftest import TINY_UNET, network_from_synth
 from flax import nnx
 
 from moebius_jax import UNet, fold_batch_norm
+from moebius_jax.models import inference_copy
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.sampling.sampler import inference_copy
 
 TOLERANCE = 1e-4
 

@@ -186,7 +186,7 @@ def _winding_stroke(rng: np.random.Generator, canvas: ImageDraw.ImageDraw, size:
 
 
 def _capsule(canvas: ImageDraw.ImageDraw, a: np.ndarray, b: np.ndarray, radius: float) -> None:
-    """A thick line with round ends. PIL fills the pixels an edge runs through: half a pixel more all round."""
+    """A thick line with round ends. PIL fills every pixel an edge runs through, half a pixel all round."""
     along = b - a
     length = math.hypot(*along)
     if length > 0:

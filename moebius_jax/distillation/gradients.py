@@ -73,13 +73,13 @@ class Cut:
     theta_c: str
 
     @classmethod
-    def of(cls, config: UNetConfig) -> "Cut":
+    def of(cls, config: UNetConfig, *, needs_bottleneck: bool = True) -> "Cut":
         """Where a student of this architecture is cut.
 
         Raises:
-            ValueError: its last level has no transformers, so there is no θ_C.
+            ValueError: a coarse loss is wanted and the last level has no transformers, so there is no θ_C.
         """
-        if not config.transformers[-1]:
+        if needs_bottleneck and not config.transformers[-1]:
             raise ValueError(
                 f"transformers is {config.transformers}: a student needs them in its last level, "
                 "where the coarse loss's gradient norm is taken"
@@ -128,7 +128,7 @@ def balanced_gradients(
     Returns:
         Gradients by parameter name, new running statistics, and the figures.
     """
-    cut = Cut.of(student.config)
+    cut = Cut.of(student.config, needs_bottleneck="coarse" in config.terms)
     network = _Stages(student, params, statistics)
     halfway, hidden, pull_down = network.down(inputs)
     x, pull_up = network.up(halfway)

@@ -2,7 +2,7 @@
 
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.elatentlpips import ELatentLPIPS, ELatentLPIPSConfig
-from moebius_jax.models.fold import fold_batch_norm
+from moebius_jax.models.fold import fold_batch_norm, inference_copy
 from moebius_jax.models.unet import UNet, UNetOutput
 from moebius_jax.models.vae import VAE, VAEConfig
 
@@ -15,4 +15,5 @@ __all__ = [
     "UNetOutput",
     "VAEConfig",
     "fold_batch_norm",
+    "inference_copy",
 ]

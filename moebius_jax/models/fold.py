@@ -39,3 +39,15 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
     layer.bias = nnx.data(nnx.Param(bias))  # it was None, which nnx takes as static
     if isinstance(layer, nnx.Linear):
         layer.use_bias = True
+
+
+def inference_copy(unet: UNet) -> UNet:
+    """`unet` with BatchNorm folded and every matrix in the dtype it is multiplied in.
+
+    Casting once gives what casting at every use gives, without reading fp32 weights at every step.
+    """
+    unet = fold_batch_norm(unet)
+    for _, module in nnx.iter_modules(unet):
+        if isinstance(module, nnx.Linear | nnx.Conv):
+            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
+    return unet

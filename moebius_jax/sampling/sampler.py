@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from moebius_jax.errors import UserError
-from moebius_jax.models import VAE, UNet, fold_batch_norm
+from moebius_jax.models import VAE, UNet, inference_copy
 from moebius_jax.sampling.denoise import (
     IMAGE_POSTERIOR,
     MASKED_POSTERIOR,
@@ -67,18 +67,6 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """All given devices (this process's own by default) along one axis, `data`."""
     devices = devices or jax.local_devices()
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-
-
-def inference_copy(unet: UNet) -> UNet:
-    """`unet` with BatchNorm folded and every matrix in the dtype it is multiplied in.
-
-    Casting once gives what casting at every use gives, without reading fp32 weights at every step.
-    """
-    unet = fold_batch_norm(unet)
-    for _, module in nnx.iter_modules(unet):
-        if isinstance(module, nnx.Linear | nnx.Conv):
-            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
-    return unet
 
 
 class Sampler:

@@ -1,0 +1,17 @@
+"""What devices could do at best, for fractions of peak."""
+
+# Dense bfloat16 FLOP/s and bytes/s of device kinds, as jax names them.
+PEAKS = {
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.0e12),
+    "TPU v5 lite": (197e12, 0.819e12),
+    "TPU v5e": (197e12, 0.819e12),
+    "TPU v4": (275e12, 1.2e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device; None where we do not know."""
+    return PEAKS[device_kind][0] if device_kind in PEAKS else None

@@ -1,0 +1,164 @@
+"""Saving and resuming a run: asynchronous Orbax checkpoints of state, data position and configuration."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moebius_jax.errors import UserError
+from moebius_jax.training.config import CheckpointConfig
+from moebius_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class RunCheckpoints:
+    """The checkpoints of one run's folder.
+
+    A checkpoint of step s holds the state after s steps and the data position before batch s, so a resumed
+    run sees each batch exactly once. The state is stored leaf by leaf under the leaf's own name, and restores
+    onto any mesh.
+
+    Args:
+        folder: of the run.
+        config: how many to keep.
+        warn: told of checkpoints that cannot be read.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
+        self.folder = (folder / FOLDER).absolute()
+        self._warn = warn
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            keep_period=config.keep_every,
+            enable_async_checkpointing=True,
+            step_prefix="step",
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        step = self._manager.latest_step()
+        return None if step is None else self._path(step)
+
+    def save(self, state: TrainState, position: int, config: dict[str, Any]) -> None:
+        """Starts saving; returns when the state may be given away to the next step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_named(state)),
+                    data=ocp.args.JsonSave({"batches": position}),
+                    config=ocp.args.JsonSave(config),
+                ),
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path(step)}: cannot be written ({_first_line(error)})") from None
+
+    def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
+        """The newest state that can be read, and the data position; None where there is none at all.
+
+        Args:
+            target: shapes, dtypes and shardings.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            logger = logging.getLogger("asyncio")  # a damaged file's other readers would each log a traceback
+            level, logger.level = logger.level, logging.CRITICAL
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_named(target)), data=ocp.args.JsonRestore()
+                    ),
+                )
+                return _unnamed(target, restored["state"]), int(restored["data"]["batches"])
+            except Exception as error:  # storage libraries raise whatever they meet
+                self._explain(step, error, target)
+            finally:
+                logger.setLevel(level)
+        if steps:
+            raise UserError(f"{self.folder}: none of its {len(steps)} checkpoints can be read")
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes newer checkpoints: damaged ones a restore went past, in the way of new ones."""
+        for newer in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(newer)
+
+    def wait(self) -> None:
+        """Until everything started is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise UserError(f"{self.folder}: cannot be written ({_first_line(error)})") from None
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step}"
+
+    def _explain(self, step: int, error: Exception, target: TrainState) -> None:
+        """A warning for a damaged checkpoint; an error for a sound one of another run."""
+        stored = self._stored_shapes(step)
+        expected = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
+        if stored and stored != expected:
+            different = sorted(k for k in {**stored, **expected} if stored.get(k) != expected.get(k))
+            raise UserError(
+                f"{self._path(step)}: of another configuration; {len(different)} tensors differ, such as "
+                f"{different[0]}: stored {stored.get(different[0])}, expected {expected.get(different[0])}. "
+                "Use another --workdir, or init=FOLDER to take over weights only"
+            ) from None
+        self._warn(f"{self._path(step)}: damaged, going back to the one before ({_first_line(error)})")
+
+    def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]] | None:
+        try:
+            metadata = self._manager.item_metadata(step)["state"]
+            return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+        except Exception:  # as damaged as the rest
+            return None
+
+
+def write_run_config(folder: Path, config: dict[str, Any]) -> None:
+    """Puts the configuration beside the checkpoints, for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(folder / "config.json")
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """Leaves by readable path: "params/conv_in.pointwise.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unnamed(like: TrainState, named: dict[str, Any]) -> TrainState:
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return jax.tree_util.tree_unflatten(structure, [named[name] for name in names])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,106 @@
+"""What a run tells: TensorBoard events through clu, a progress bar, and sample grids."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from moebius_jax.errors import UserError
+
+
+class RunLog:
+    """TensorBoard events in the run's folder, written by the first process only.
+
+    Raises:
+        UserError: the libraries of the `train` extra are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._is_first = jax.process_index() == 0
+        self._writer = None
+        if self._is_first:
+            try:
+                from clu import metric_writers
+            except ImportError as error:  # clu itself, or TensorFlow, which it needs and does not declare
+                raise UserError(f'{error}; install the training extra: pip install -e ".[train]"') from None
+            self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._writer:
+            self._writer.write_scalars(step, values)
+
+    def text(self, step: int, name: str, value: str) -> None:
+        if self._writer:
+            self._writer.write_texts(step, {name: value})
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """An image as an event, and as PNG in `samples/`."""
+        if self._writer:
+            self._writer.write_images(step, {name: np.asarray(image)[None] / 255.0})
+            target = self._folder / "samples" / f"step_{step:07d}.png"
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_suffix(".partial.png")
+            image.save(partial)
+            partial.replace(target)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.flush()
+            self._writer.close()
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere one line per report."""
+
+    def __init__(self, start: int, total: int) -> None:
+        from tqdm import tqdm
+
+        self._shown = jax.process_index() == 0
+        self._bar: Any = tqdm(
+            total=total, initial=start, disable=not (self._shown and sys.stderr.isatty()), unit="step"
+        )
+        self._total = total
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        parts = {k: values[k] for k in ("loss", "loss_task", "images_per_second") if k in values}
+        text = "  ".join(f"{k} {v:.4g}" for k, v in parts.items())
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        elif self._shown:
+            print(f"step {step}/{self._total}  {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Stopwatch:
+    """Speed since the last report."""
+
+    def __init__(self, batch_size: int, flops: float | None, peak: float | None) -> None:
+        self._batch_size, self._flops, self._peak = batch_size, flops, peak
+        self.waiting = 0.0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Images per second, share of time spent waiting for data, and fraction of the devices' peak."""
+        seconds = time.perf_counter() - self._since
+        rates = {
+            "images_per_second": self._batch_size * self._steps / seconds,
+            "data_wait_share": self.waiting / seconds,
+        }
+        if self._flops and self._peak:
+            rates["fraction_of_peak"] = self._flops * self._steps / seconds / self._peak
+        self.waiting, self._steps, self._since = 0.0, 0, time.perf_counter()
+        return rates
