@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--no-compilation-cache", action="store_true")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may stand between KEY=VALUEs
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=4, help="samples per image (default: 4)")
     parser.add_argument("--batch-size", type=int, default=16, help="images encoded at a time (default: 16)")
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may stand between KEY=VALUEs
 
 
 def main() -> int:

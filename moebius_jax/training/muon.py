@@ -85,7 +85,7 @@ def _shared(stack: Array, dtype: Dtype, spread: NamedSharding | None) -> Array:
     if spread is None:
         return newton_schulz(stack, dtype)
     missing = -len(stack) % spread.mesh.size
-    filled = jnp.pad(stack, ((0, missing), (0, 0), (0, 0)))
+    filled = _together(jnp.pad(stack, ((0, missing), (0, 0), (0, 0))), spread)
     own = newton_schulz(lax.with_sharding_constraint(filled, spread), dtype)
     return _together(own, spread)[: len(stack)]
 

@@ -1,0 +1,14 @@
+"""The distillation as released: plain norms, clipped weights, fixed scales, BatchNorm statistics per device.
+
+    python train.py configs/distill_release.py data.path=train.jsonl
+
+Hardware and time: as distill.py; the release's form of W_C costs a second pull through the up half.
+"""
+
+from configs.distill import get_config as distill
+from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.training.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return distill().replace(loss=LossConfig(balance="release"), batch_norm="device")

@@ -1,0 +1,18 @@
+"""Fine-tuning on CelebA-HQ: the task loss, from the distilled student (paper, section 4.1).
+
+    python train.py configs/finetune_celebahq.py data.path=celebahq/
+
+Starts from the released weights, converted to converted/pretrained; init=FOLDER takes others.
+
+Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images.
+"""
+
+from configs.distill import get_config as distill
+from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.training.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return distill().replace(
+        init="converted/pretrained", loss=LossConfig(terms=("task",)), batch_size=44, steps=60_000
+    )

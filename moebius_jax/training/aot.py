@@ -1,0 +1,112 @@
+"""Compiling a run's step for a TPU slice on a machine without one: what it needs, before anybody books it."""
+
+import dataclasses
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from moebius_jax.errors import UserError
+from moebius_jax.models import ELatentLPIPSConfig, UNetConfig
+from moebius_jax.training.config import TrainConfig
+
+HBM_GB = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v4": 32, "TPU v5p": 95, "TPU v6 lite": 32}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def report_aot(config: TrainConfig, topology: str) -> str:
+    """Memory, FLOPs, HBM traffic and collectives per device of the real step, as a table.
+
+    The process must not have started jax's devices yet. Converted folders need not be there: the published
+    teacher and metric stand in for missing ones, and the report says so.
+
+    Args:
+        config: of the run.
+        topology: a TPU slice as libtpu names it, "v5e:4x8".
+
+    Raises:
+        UserError: no libtpu, no such topology, or the program does not fit the device.
+    """
+    # Any accelerator type will do; libtpu wants one and would ask the cloud for it.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    import jax
+    from jax.experimental import topologies
+
+    from moebius_jax.training.networks import load_metric, load_teacher
+    from moebius_jax.training.program import Program
+    from moebius_jax.training.sharding import check_batch, make_mesh
+
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu missing, or whatever it makes of the name
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f'--aot {topology}: {reason}. It needs libtpu (pip install -e ".[train,aot]") and a slice such '
+            "as v5e:4x8, v4:2x2x4 or v6e:4x4"
+        ) from None
+    notes, config = _stand_ins(config)
+    config = config.replace(student=config.student.replace(platform="tpu"))
+    mesh = make_mesh(config.fsdp, devices)
+    check_batch(config.batch_size, config.accumulation, mesh)
+    program = Program(
+        config,
+        mesh,
+        teacher=load_teacher(config, mesh, abstract=True),
+        metric=load_metric(config, mesh, abstract=True),
+    )
+    started = time.perf_counter()
+    try:
+        compiled = program.lower(program.abstract_state).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--aot {topology}: {_memory_message(str(error))}") from None
+    figures = _figures(compiled, config.batch_size / mesh.size)
+    kind = devices[0].device_kind
+    rows = {
+        "devices": f"{mesh.size} x {kind}, data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}",
+        "samples per device": f"{config.batch_size / mesh.size:g} in {config.accumulation} part(s)",
+        **figures,
+        "HBM of the device": f"{HBM_GB[kind]} GB" if kind in HBM_GB else "unknown",
+        "compiled in": f"{time.perf_counter() - started:.0f} s",
+    }
+    width = max(map(len, rows))
+    return "\n".join([*notes, *(f"{name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _figures(compiled: Any, samples: float) -> dict[str, str]:
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    text = compiled.as_text()
+    # By channel: the compiler repeats a transfer in the text of everything it is fused with.
+    channels = {c: set(re.findall(rf" {c}(?:-start)?\(.*?channel_id=(\d+)", text)) for c in _COLLECTIVES}
+    counts = {c: len(found) for c, found in channels.items()}
+    return {
+        "weights, optimiser, batch": f"{held / 1e9:.2f} GB per device",
+        "temporaries": f"{memory.temp_size_in_bytes / 1e9:.2f} GB per device",
+        "memory": f"{(held + memory.temp_size_in_bytes) / 1e9:.2f} GB per device",
+        "FLOPs": f"{cost['flops'] / 1e12:.2f} T per device, {cost['flops'] / samples / 1e12:.2f} T a sample",
+        "HBM traffic": f"{cost['bytes accessed'] / 1e9:.0f} GB per device",
+        "collectives": ", ".join(f"{n} {c}" for c, n in counts.items() if n) or "none",
+    }
+
+
+def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
+    """Published architectures for folders that are not here."""
+    notes, changes = [], {}
+    for name, published in (("teacher", UNetConfig.teacher()), ("metric", ELatentLPIPSConfig())):
+        value = getattr(config, name)
+        if isinstance(value, str) and not Path(value).exists():
+            notes.append(f"{name}: {value} is not here; the published one's shapes are taken")
+            changes[name] = published
+    return notes, dataclasses.replace(config, init=None, **changes)
+
+
+def _memory_message(error: str) -> str:
+    """The compiler's own sum of what it lacks, or the first line of what it says."""
+    found = re.search(r"Used [\d.]+\w of [\d.]+\w hbm. Exceeded hbm capacity by [\d.]+\w", error)
+    if found:
+        return (
+            f"does not fit: {found[0]}. Try student.remat=true, accumulation=2, more devices, fsdp=2 or "
+            "stream_dtype=bfloat16"
+        )
+    return error.strip().splitlines()[0][:200]
