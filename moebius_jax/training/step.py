@@ -144,7 +144,7 @@ def build_step(
         ema = state.ema
         if config.ema_decay:
             ema = ema_update(ema, {**new_params, **statistics}, count, config.ema_decay)
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         new_state = TrainState(
             step=count, params=new_params, statistics=statistics, ema=ema, optimizer=optimizer_state
         )

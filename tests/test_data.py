@@ -1,0 +1,287 @@
+"""Annotation files, random masks, samples, and the order they come in."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from synth import GOLDEN
+
+from moebius_jax.data.config import DataConfig, open_source
+from moebius_jax.data.latent_cache import CacheInfo, CacheWriter, LatentCache
+from moebius_jax.data.loader import Loader, LoaderConfig
+from moebius_jax.data.random_masks import PRESETS, mask_generator
+from moebius_jax.data.records import Record, read_records
+from moebius_jax.data.samples import AugmentConfig, draw_sample
+from moebius_jax.data.sources import ImageSource, SyntheticSource
+from moebius_jax.errors import UserError
+
+STATISTICS = json.loads((GOLDEN / "mask_statistics.json").read_text())
+SMALL = AugmentConfig(image_size=32, masks=("thick_256",))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twelve pictures, each of one colour."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (48, 40), (i * 20, 0, 0)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+class TestRandomMasks:
+    @pytest.mark.parametrize("preset", sorted(STATISTICS))
+    def test_holes_are_distributed_as_the_releases(self, preset):
+        expected, draws = STATISTICS[preset], 1000
+        rng = np.random.default_rng(0)
+        ratios = [mask_generator(preset)(rng, int(preset[-3:])).mean() for _ in range(draws)]
+        # Both sides are samples: four standard errors of the difference of their means.
+        error = expected["std"] * np.sqrt(1 / draws + 1 / expected["n"])
+        assert abs(np.mean(ratios) - expected["mean"]) < 4 * error
+        assert np.std(ratios) == pytest.approx(expected["std"], rel=0.1)
+        for quantile in ("0.25", "0.5", "0.75", "0.95"):
+            # A quantile is a coarser statistic: where boxes take over from strokes it moves by 0.05.
+            assert np.quantile(ratios, float(quantile)) == pytest.approx(
+                expected["quantiles"][quantile], abs=0.06
+            )
+
+    @pytest.mark.parametrize("preset", sorted(PRESETS))
+    def test_any_size_and_the_same_generator_the_same_hole(self, preset):
+        holes = [mask_generator(preset)(np.random.default_rng(3), 64) for _ in range(2)]
+        assert holes[0].shape == (64, 64)
+        assert holes[0].dtype == bool
+        np.testing.assert_array_equal(*holes)
+
+    def test_small_free_form_masks_are_smaller(self):
+        def mean(preset):
+            rng = np.random.default_rng(0)
+            return np.mean([mask_generator(preset)(rng, 128).mean() for _ in range(100)])
+
+        assert mean("mat_small") < 0.7 * mean("mat_large")
+
+
+class TestRecords:
+    def test_a_folder_gives_its_images_in_order(self, images):
+        assert [r.image.name for r in read_records(images)] == [f"{i:02d}.png" for i in range(12)]
+
+    def test_lines_of_the_release(self, tmp_path):
+        file = tmp_path / "train.jsonl"
+        file.write_text(
+            '{"image": "a.png", "prompt": "background"}\n\n'
+            '["key", {"image": "/b.png", "prompt": "foreground", "mask": "m.png"}]\n'
+            '{"image": "c.png", "mask": "m.png"}\n'
+        )
+        assert read_records(file) == [
+            Record(image=tmp_path / "a.png"),
+            Record(image=tmp_path.__class__("/b.png"), task="foreground", mask=tmp_path / "m.png"),
+            Record(image=tmp_path / "c.png", mask=tmp_path / "m.png"),
+        ]
+        assert read_records(file, tmp_path / "root")[0].image == tmp_path / "root" / "a.png"
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", r"train\.jsonl:2: not JSON"),
+            ('{"img": "a"}', "expected"),
+            ('{"image": "a", "prompt": "sky"}', "prompt is 'sky'"),
+            ('{"image": "a", "prompt": "foreground"}', "needs a mask"),
+            ('{"image": "a", "mask": 3}', "mask is 3"),
+        ],
+    )
+    def test_wrong_lines_are_named(self, line, message, tmp_path):
+        file = tmp_path / "train.jsonl"
+        file.write_text(f'{{"image": "a"}}\n{line}\n')
+        with pytest.raises(UserError, match=message):
+            read_records(file)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(UserError, match="no such folder"):
+            read_records(tmp_path / "none")
+        with pytest.raises(UserError, match="no images"):
+            read_records(tmp_path)
+        (tmp_path / "empty.jsonl").write_text("\n")
+        with pytest.raises(UserError, match="no samples"):
+            read_records(tmp_path / "empty.jsonl")
+
+
+class TestSamples:
+    @pytest.fixture
+    def record(self, tmp_path):
+        """An image whose red is its column and green its row; the mask covers one part of the long side."""
+        y, x = np.mgrid[:64, :128].astype(np.uint8)
+        Image.fromarray(np.stack([x, y, 0 * x], -1)).save(tmp_path / "image.png")
+        mask = np.zeros((64, 128), np.uint8)
+        mask[20:40, 90:120] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        return Record(image=tmp_path / "image.png", task="foreground", mask=tmp_path / "mask.png")
+
+    def test_the_crop_shows_half_of_the_hole_at_least(self, record):
+        config = AugmentConfig(image_size=64, dilation=0)
+        starts = set()
+        for seed in range(60):
+            sample = draw_sample(record, config, [], np.random.default_rng(seed))
+            assert sample.task == 1
+            columns = np.flatnonzero(sample.hole.any(0))
+            assert 15 <= len(columns) <= 30
+            starts.add(int(sample.image[0, :, 0].min()))
+            # Hole and image were cut at the same place and flipped together.
+            assert set(sample.image[..., 0][sample.hole]) <= set(range(90, 120))
+        assert len(starts) > 10
+
+    def test_probabilities(self, record, tmp_path):
+        object_mask = tmp_path / "object.png"
+        grey = np.full((64, 64), 255, np.uint8)
+        grey[:8] = 0
+        Image.fromarray(grey).save(object_mask)
+        background = Record(image=record.image, task="background", mask=record.mask)
+        rng = np.random.default_rng(0)
+
+        def holes(n=30, **changes):
+            config = AugmentConfig(**{"image_size": 64, "dilation": 0.0, "flip": 0.0, **changes})
+            return [draw_sample(background, config, [object_mask], rng).hole for _ in range(n)]
+
+        top = [h[:8].any() for h in holes(intersection=1.0, random_mask=1.0, masks=("comodgan",))]
+        assert not any(top), "the part outside the object stayed"
+        assert any(h[:8].any() for h in holes(intersection=0.0, random_mask=1.0, masks=("comodgan",)))
+        from_file = holes(intersection=0.0, random_mask=0.0)
+        assert all(300 <= h.sum() <= 600 for h in from_file)
+        grown = holes(intersection=0.0, random_mask=0.0, dilation=1.0)
+        assert min(h.any(1).sum() for h in grown) >= 22
+        sizes = {int(h.any(1).sum()) for h in grown}
+        assert sizes <= {22, 24, 26, 28, 32}
+        assert len(sizes) >= 3
+
+    def test_images_and_masks_of_different_sizes(self, record, tmp_path):
+        Image.new("L", (10, 10)).save(tmp_path / "mask.png")
+        with pytest.raises(UserError, match=r"mask.png: 10 x 10 pixels; its image has 128 x 64"):
+            draw_sample(record, SMALL, [], np.random.default_rng(0))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"masks": ("thick",)}, "expected some of"),
+            ({"flip": 2.0}, "probability"),
+            ({"image_size": 1}, "8 or"),
+        ],
+    )
+    def test_wrong_configurations(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            AugmentConfig(**changes)
+
+
+class TestLoader:
+    def batches(self, images, count=6, seed=5, warn=print, fraction=0.5, workers=0, **options):
+        loader = Loader(
+            ImageSource(images, None, SMALL),
+            LoaderConfig(max_bad_fraction=fraction, workers=workers, threads=2),
+            seed=seed,
+            global_batch=4,
+            warn=warn,
+            **options,
+        )
+        result = [next(loader) for _ in range(count)]
+        loader.close()
+        return result
+
+    def test_an_epoch_holds_every_image_once_and_the_next_another_order(self, images):
+        colours = np.concatenate([b["image"][:, 0, 0, 0] for b in self.batches(images)]).tolist()
+        first, second = colours[:12], colours[12:]
+        assert sorted(first) == sorted(second) == [20 * i for i in range(12)]
+        assert first != second
+
+    def test_it_goes_on_where_it_stopped(self, images):
+        whole = self.batches(images)
+        rest = self.batches(images, count=2, first_batch=4)
+        same(whole[4:], rest)
+
+    def test_workers_change_nothing(self, images):
+        same(self.batches(images, count=4), self.batches(images, count=4, workers=2))
+
+    def test_processes_share_the_same_batches(self, images):
+        parts = [self.batches(images, process=p, processes=2) for p in (0, 1)]
+        for whole, *pieces in zip(self.batches(images), *parts, strict=True):
+            order = np.argsort(np.concatenate([p["index"] for p in pieces]))
+            for name, value in whole.items():
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces])[order], value)
+
+    def test_bad_images_are_named_once_and_replaced(self, images):
+        (images / "03.png").write_bytes(b"not a picture")
+        said = []
+        batches = self.batches(images, count=12, warn=said.append)
+        assert len(said) == 1
+        assert "03.png" in said[0]
+        assert all(len(b["image"]) == 4 for b in batches)
+
+    def test_too_many_bad_images_end_the_run(self, images):
+        for i in range(3):
+            (images / f"0{i}.png").unlink()
+            (images / f"0{i}.png").touch()
+        with pytest.raises(UserError, match=r"of 12 items cannot be read, more than max_bad_fraction = 0.1"):
+            self.batches(images, count=12, fraction=0.1)
+        with pytest.raises(UserError, match="max_bad_fraction = 0"):
+            self.batches(images, count=12, fraction=0.0)
+
+    def test_nothing_readable(self, images):
+        for path in images.iterdir():
+            path.write_bytes(b"")
+        with pytest.raises(UserError, match="10 items in a row cannot be read, the first is"):
+            self.batches(images, fraction=1.0)
+
+    def test_batches_that_cannot_be_shared(self):
+        with pytest.raises(UserError, match="multiple of the 3 processes"):
+            Loader(SyntheticSource(8), LoaderConfig(), seed=0, global_batch=4, processes=3)
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+class TestLatentCache:
+    @pytest.fixture
+    def cache(self, tmp_path):
+        info = CacheInfo(samples=3, side=4, vae="x", made_of={})
+        writer = CacheWriter(tmp_path, info)
+        rng = np.random.default_rng(0)
+        batch = {
+            "moments": rng.random((3, 4, 4, 8)),
+            "masked_moments": rng.random((3, 4, 4, 8)),
+            "hole": rng.random((3, 4, 4)) > 0.5,
+            "task": np.array([0, 1, 0]),
+        }
+        writer.add({k: v[:2] for k, v in batch.items()})
+        writer.add({k: v[2:] for k, v in batch.items()})
+        writer.close()
+        return tmp_path, batch
+
+    def test_what_was_written_is_read(self, cache):
+        folder, batch = cache
+        read = LatentCache(folder)
+        assert len(read) == 3
+        for i in range(3):
+            for name, value in batch.items():
+                np.testing.assert_array_equal(read[i][name], value[i].astype(read[i][name].dtype))
+
+    def test_of_another_size(self, cache):
+        with pytest.raises(UserError, match="latents of side 4; the network is trained at 8"):
+            open_source(DataConfig(kind="latents", path=str(cache[0])), 8)
+
+    def test_half_a_cache_is_none(self, tmp_path):
+        writer = CacheWriter(tmp_path, CacheInfo(samples=2, side=4, vae="x", made_of={}))
+        with pytest.raises(ValueError, match="0 samples were added, 2 announced"):
+            writer.close()
+        with pytest.raises(UserError, match="not a folder of cached latents"):
+            LatentCache(tmp_path)
+
+    def test_damaged(self, cache):
+        (cache[0] / "latents.json").write_text("{}")
+        with pytest.raises(UserError, match="damaged cache"):
+            LatentCache(cache[0])
+
+
+def test_no_data_is_said_so():
+    with pytest.raises(UserError, match=r"pass data\.path=FOLDER"):
+        open_source(DataConfig(), 64)
