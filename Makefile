@@ -20,8 +20,13 @@ sample: $(VENV)/.installed  ## inpaint a photograph; look at outputs/sample_grid
 		--grid --overwrite --allow-untrained
 	@echo "original | mask | result: outputs/sample_grid.png"
 
+# The TPU compiler in an environment of its own (see pyproject.toml); one test is skipped where it cannot be had.
+$(VENV)-aot/.installed: pyproject.toml
+	-test -d $(VENV)-aot || $(PYTHON) -m venv $(VENV)-aot
+	-$(VENV)-aot/bin/python -m pip install --quiet --editable ".[aot]" && touch $@
+
 # On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
-test: $(VENV)/.installed  ## all tests, on the CPU, without network
+test: $(VENV)/.installed $(VENV)-aot/.installed  ## all tests, on the CPU, without network
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed  ## ruff: errors and formatting
@@ -33,4 +38,4 @@ format: $(VENV)/.installed  ## let ruff format the code
 	$(BIN)/ruff format .
 
 clean:           ## remove the environment and outputs
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-aot outputs

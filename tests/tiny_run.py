@@ -5,13 +5,14 @@ from moebius_jax.models import UNetConfig
 from moebius_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig
 
+# 64 channels: with 32, each channel is a GroupNorm group of its own and what is added to it has no gradient.
 SIZES = {"num_heads": 4, "latent_size": 8, "embedding_dim": 16, "context_dim": 16, "layers_per_block": 1}
 
 
 def get_config() -> TrainConfig:
     return debug().replace(
-        student=UNetConfig.student(channels=(32,), transformers=(True,), **SIZES),
-        teacher=UNetConfig.teacher(channels=(32, 32), transformers=(True, False), **SIZES),
+        student=UNetConfig.student(channels=(64,), transformers=(True,), **SIZES),
+        teacher=UNetConfig.teacher(channels=(64, 64), transformers=(True, False), **SIZES),
         # Some gradients are zero but for rounding (biases before BatchNorm); with Adam's own eps they would
         # move a parameter as far as any other, in a direction that rounding chooses.
         optimizer=OptimizerConfig(

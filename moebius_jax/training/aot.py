@@ -42,7 +42,7 @@ def report_aot(config: TrainConfig, topology: str) -> str:
     except Exception as error:  # libtpu missing, or whatever it makes of the name
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
-            f'--aot {topology}: {reason}. It needs libtpu (pip install -e ".[train,aot]") and a slice such '
+            f'--aot {topology}: {reason}. It needs libtpu (pip install -e ".[aot]") and a slice such '
             "as v5e:4x8, v4:2x2x4 or v6e:4x4"
         ) from None
     notes, config = _stand_ins(config)
@@ -103,10 +103,10 @@ def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
 
 def _memory_message(error: str) -> str:
     """The compiler's own sum of what it lacks, or the first line of what it says."""
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w hbm. Exceeded hbm capacity by [\d.]+\w", error)
-    if found:
+    needed = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", error)
+    if needed:
         return (
-            f"does not fit: {found[0]}. Try student.remat=true, accumulation=2, more devices, fsdp=2 or "
-            "stream_dtype=bfloat16"
+            f"does not fit: temporaries of {needed[1]} GiB a device, which has {needed[2]} GiB. Try "
+            "student.remat=true, accumulation=2, stream_dtype=bfloat16, or more devices"
         )
     return error.strip().splitlines()[0][:200]
