@@ -71,7 +71,8 @@ def save(
         overwrite: replace an existing folder.
 
     Raises:
-        UserError: the folder exists, cannot be written, or this process is one of several.
+        UserError: the folder exists or cannot be written; among several processes, this is not the first or
+            the tensors are not NumPy arrays.
         ValueError: the tensors are not those of the architecture.
     """
     expected = abstract_tensors(architecture)
@@ -88,9 +89,13 @@ def save(
         "architecture": architecture.to_dict(),
         "source": source,
     }
-    if jax.process_count() > 1:
-        # Orbax leaves arrays in host memory to process 0 and has all processes wait for each other.
-        raise UserError(f"{folder}: folders are written by one process; write it without jax.distributed")
+    if jax.process_count() > 1 and (
+        jax.process_index() > 0 or not all(isinstance(value, np.ndarray) for value in tensors.values())
+    ):
+        # Orbax leaves arrays in host memory to process 0, and refuses one process's own device arrays.
+        raise UserError(
+            f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
+        )
     with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
         partial.mkdir()
         with _orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:

@@ -116,15 +116,9 @@ class TestResults:
         grey[20:40, 20:40] = 255
         Image.fromarray(grey).save(tmp_path / "mask.png")
         arguments = ["--model", straight[0] / "model", "--num-inference-steps", "2"]
-        files = [
-            "--image",
-            tmp_path / "image.png",
-            "--mask",
-            tmp_path / "mask.png",
-            "--output",
-            tmp_path / "o.png",
-        ]
-        status, _, err = finish(train(*arguments, *files, program="sample.py"))
+        for name in ("image", "mask", "output"):
+            arguments += [f"--{name}", tmp_path / f"{name}.png"]
+        status, _, err = finish(train(*arguments, program="sample.py"))
         assert status == 0, err
         assert Image.open(tmp_path / "output.png").size == (80, 64)
 

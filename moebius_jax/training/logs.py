@@ -82,25 +82,40 @@ class Progress:
 
 
 class Stopwatch:
-    """Speed since the last report."""
+    """Speed between two reports, from the moments steps are handed to the devices.
+
+    Args:
+        batch_size: samples of a step.
+        flops: of a step on all devices, if known.
+        peak: FLOP/s of all devices, if known.
+    """
 
     def __init__(self, batch_size: int, flops: float | None, peak: float | None) -> None:
         self._batch_size, self._flops, self._peak = batch_size, flops, peak
-        self.waiting = 0.0
+        self._first: float | None = None
+        self._last = 0.0
         self._steps = 0
-        self._since = time.perf_counter()
+        self.waiting = 0.0
 
-    def step(self) -> None:
-        self._steps += 1
+    def tick(self) -> None:
+        """A step is about to begin."""
+        self._last = time.perf_counter()
+        if self._first is None:
+            self._first = self._last
+        else:
+            self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """Images per second, share of time spent waiting for data, and fraction of the devices' peak."""
-        seconds = time.perf_counter() - self._since
+        """Images per second, share of the time spent waiting for data, and fraction of the devices' peak;
+        nothing if no step was finished since the last report."""
+        if not self._steps or self._first is None:
+            return {}
+        seconds = self._last - self._first
         rates = {
             "images_per_second": self._batch_size * self._steps / seconds,
             "data_wait_share": self.waiting / seconds,
         }
         if self._flops and self._peak:
             rates["fraction_of_peak"] = self._flops * self._steps / seconds / self._peak
-        self.waiting, self._steps, self._since = 0.0, 0, time.perf_counter()
+        self.waiting, self._steps, self._first = 0.0, 0, self._last
         return rates

@@ -108,12 +108,12 @@ class Loop:
                     break
                 self._profile(done)
                 batch = self._next()
+                self._watch.tick()
                 state, metrics = self._step(state, batch)
                 # Looked at a step late: the devices are then busy with the next one already.
                 self._look(pending, log, progress)
                 done += 1
                 pending = (done, metrics)
-                self._watch.step()
                 progress.step()
             self._checkpoints.wait()
         finally:

@@ -39,7 +39,7 @@ def write_model(
                 partial / "unet", student.config, tensors, dtype="float32", source=json_ready(source)
             )
             if vae is not None:
-                checkpoints.save_vae(partial / "vae", jax.device_get(vae))
+                checkpoints.save_vae(partial / "vae", jax.tree.map(np.asarray, vae))
             (partial / PIPELINE_FILE).write_text(json.dumps({"guidance_scale": DEFAULT_GUIDANCE}) + "\n")
     return folder
 
