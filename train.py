@@ -21,13 +21,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from moebius_jax.cli.common import enable_compilation_cache, run
 from moebius_jax.errors import UserError
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,11 +55,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--no-compilation-cache", action="store_true")
-    return parser.parse_intermixed_args()  # options may stand between KEY=VALUEs
+    return parser.parse_intermixed_args(argv)  # options may stand between KEY=VALUEs
 
 
-def main() -> int:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     if args.aot:  # before jax is imported: libtpu must not look for a TPU of its own
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only writes events here

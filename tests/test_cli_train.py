@@ -15,18 +15,23 @@ from PIL import Image
 from test_processes import free_port
 
 from moebius_jax.checkpoints import load_numpy
+from train import main
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny_run.py"
 LIMIT_S = 600
+FAST_COMPILE = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """One CPU device; programs compiled once are found again."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    return env | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FAST_COMPILE,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +147,26 @@ class TestResults:
 class TestResuming:
     def test_killed_and_started_again_is_the_same_run(self, straight, train, tmp_path):
         workdir = tmp_path / "killed"
-        process = train(TINY, "--workdir", workdir)
+        process = train(TINY, "--workdir", workdir, "vae=none")
         wait_for(workdir / "checkpoints" / "step_15", process)
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
         # Other threads, and another checkpoint rhythm: none of it matters.
-        status, _, err = finish(train(TINY, "--workdir", workdir, "data.loader.threads=3"))
+        status, _, err = finish(train(TINY, "--workdir", workdir, "vae=none", "data.loader.threads=3"))
         assert status == 0, err
         assert "going on from step" in err
         assert_same_run(workdir, straight[0])
 
     def test_told_to_stop_it_saves_and_goes_on_later(self, straight, train, tmp_path):
         workdir = tmp_path / "stopped"
-        process = train(TINY, "--workdir", workdir, "checkpoint.every=7")
+        process = train(TINY, "--workdir", workdir, "vae=none", "checkpoint.every=7")
         wait_for(workdir / "checkpoints" / "step_7", process)
         process.send_signal(signal.SIGTERM)
         status, _, err = finish(process)
         assert status == 0, err
         assert "saved; the same command goes on" in err
         assert not (workdir / "model").exists()
-        status, _, err = finish(train(TINY, "--workdir", workdir))
+        status, _, err = finish(train(TINY, "--workdir", workdir, "vae=none"))
         assert status == 0, err
         assert_same_run(workdir, straight[0])
 
@@ -181,7 +186,7 @@ class TestResuming:
     def test_another_number_of_devices_and_another_mesh(self, straight, train, tmp_path):
         workdir = tmp_path / "moved"
         shutil.copytree(straight[0], workdir)
-        env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        env = {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count=4"}
         status, _, err = finish(train(TINY, "--workdir", workdir, "fsdp=2", "steps=62", env=env))
         assert status == 0, err
         assert "mesh data=2 fsdp=2" in err
@@ -191,7 +196,7 @@ class TestResuming:
 def test_two_processes_are_one_run(train, tmp_path):
     """Losses of a run over two processes, and its model, against those of one process."""
     address = f"127.0.0.1:{free_port()}"
-    options = ["steps=10", "log.every=1", "checkpoint.every=5"]
+    options = ["steps=5", "log.every=1", "checkpoint.every=5"]
     cluster = ["--workdir", tmp_path / "two", "--coordinator", address, "--num-processes", 2]
     pair = [train(TINY, *options, *cluster, "--process-id", i) for i in (0, 1)]
     results = [finish(p) for p in pair]
@@ -202,12 +207,12 @@ def test_two_processes_are_one_run(train, tmp_path):
     def losses(text):
         return [float(line.split()[3]) for line in text.splitlines() if line.startswith("step ")]
 
-    assert len(losses(alone)) == 10
+    assert len(losses(alone)) == 5
     np.testing.assert_allclose(losses(results[0][2]), losses(alone), rtol=2e-3)
     assert losses(results[1][2]) == [], "only the first process reports"
     ours, theirs = (load_numpy(tmp_path / n / "model" / "unet") for n in ("two", "one"))
     for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, rtol=1e-2, atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(ours[name], value, rtol=1e-2, atol=1e-3, err_msg=name)
 
 
 @pytest.fixture
@@ -257,22 +262,32 @@ def test_photographs_cached_latents_and_pictures(train, photos, tmp_path):
         ([TINY, "data.kind=images"], "no data: pass data.path=FOLDER"),
         ([TINY, "data.kind=images", "data.path=nowhere"], "nowhere: no such folder"),
         ([TINY, "data.kind=latents", "data.path=tests"], "not a folder of cached latents"),
-        ([TINY, "teacher=nowhere"], "nowhere: no such folder"),
+        ([TINY, "teacher=nowhere", "vae=none"], "nowhere: no such folder"),
         ([TINY, "metric=none"], "CC-BY-NC"),
-        ([TINY, "init=nowhere"], "nowhere: no such folder"),
-        ([TINY, "fsdp=3"], "divisor of the 1 devices"),
+        ([TINY, "init=nowhere", "loss.terms=task", "vae=none"], "nowhere: no such folder"),
+        ([TINY, "fsdp=3"], "divisor of the 8 devices"),
+        ([TINY, "batch_size=12"], "multiple of the 8 devices"),
         ([TINY, "--coordinator", "x:1"], "go together"),
-        ([TINY, "--distributed"], "no cluster could be joined"),
-        ([TINY, "--aot", "v99:1x1"], "--aot v99:1x1"),
         ([TINY, "vae=none", "data.kind=images", "data.path=docs"], "no images"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, message, train, tmp_path):
-    status, _, err = finish(train(*arguments, "--workdir", tmp_path / "run"))
+def test_wrong_input_is_one_line(arguments, message, tmp_path, capsys):
+    status = main([*arguments, "--workdir", str(tmp_path / "run"), "--no-compilation-cache"])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert message in err
+    assert [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--distributed"], "no cluster could be joined"), (["--aot", "v99:1x1"], "--aot v99:1x1: ")],
+)
+def test_wrong_surroundings_are_one_line(arguments, message, train):
+    status, _, err = finish(train(TINY, *arguments))
     assert status == 1
     assert message in err
     assert "Traceback" not in err
-    assert [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def test_checkpoints_of_another_configuration_are_refused(straight, train):
