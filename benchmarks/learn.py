@@ -135,8 +135,9 @@ def train(args: argparse.Namespace) -> None:
             run("cache_latents.py", config, str(work / f"latents_{name}"), vae, f"data.path={work / name}",
                 "--draws", str(draws))  # fmt: skip
     common = [vae, f"data.path={work / 'latents_train'}", f"log.validation={work / 'latents_held_out'}"]
-    run("train.py", "benchmarks/learn_teacher.py", "--workdir", str(work / "teacher"), *common,
-        f"steps={args.teacher_steps}")  # fmt: skip
+    if not (work / "teacher" / "model").exists():
+        run("train.py", "benchmarks/learn_teacher.py", "--workdir", str(work / "teacher"), *common,
+            f"steps={args.teacher_steps}")  # fmt: skip
     for i, (name, losses) in enumerate(STUDENTS.items()):
         if args.only and str(i) not in args.only:
             continue

@@ -149,6 +149,7 @@ def load_unet(
     folder: str | Path,
     *,
     dtype: Dtype = jnp.float32,
+    stream_dtype: Dtype = jnp.float32,
     param_dtype: Dtype | None = None,
     placement: Placement = None,
     **changes: Any,
@@ -157,7 +158,7 @@ def load_unet(
 
     Args:
         folder: made by `convert_weights.py` or `save_unet`.
-        dtype: compute dtype.
+        dtype, stream_dtype: compute dtypes, see `UNet`.
         param_dtype: dtype the parameters are kept in; None keeps the stored one.
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
             device.
@@ -171,7 +172,9 @@ def load_unet(
     if not isinstance(config.architecture, UNetConfig):
         raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected a U-Net")
     kept = jnp.dtype(param_dtype or config.dtype)
-    unet = abstract_network(config.architecture.replace(**changes), dtype=dtype, param_dtype=kept)
+    unet = abstract_network(
+        config.architecture.replace(**changes), dtype=dtype, stream_dtype=stream_dtype, param_dtype=kept
+    )
     fill(unet, _restore(folder, _with_dtype(config, kept), placement))
     unet.eval()
     return unet
@@ -247,13 +250,13 @@ def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeS
 def abstract_network(
     architecture: UNetConfig | ELatentLPIPSConfig,
     *,
-    dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
+    **dtypes: Dtype,
 ) -> UNet | ELatentLPIPS:
-    """A network of shapes instead of arrays, to be filled."""
+    """A network of shapes instead of arrays, to be filled; `dtypes` are the network's other ones."""
     cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
     return nnx.eval_shape(
-        lambda: cls(architecture, dtype=dtype, param_dtype=param_dtype, rngs=KeyStream(jax.random.key(0)))
+        lambda: cls(architecture, param_dtype=param_dtype, rngs=KeyStream(jax.random.key(0)), **dtypes)
     )
 
 

@@ -9,13 +9,16 @@ import pytest
 import tiny_run
 from flax import nnx
 
+from moebius_jax import checkpoints, save_unet
 from moebius_jax.data.loader import Loader
 from moebius_jax.data.sources import SyntheticSource
 from moebius_jax.errors import UserError
+from moebius_jax.models import ELatentLPIPS, UNet
+from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.training.encode import latent_batch, to_devices
-from moebius_jax.training.networks import load_metric, load_teacher
+from moebius_jax.training.networks import load_initial_tensors, load_metric, load_teacher
 from moebius_jax.training.program import Program
 from moebius_jax.training.sharding import check_batch, make_mesh, tensor_sharding
 from moebius_jax.training.step import first_bad_term
@@ -146,3 +149,35 @@ def test_teachers_that_do_not_fit_are_refused():
     wrong = config.teacher.replace(channels=(32, 64))
     with pytest.raises(UserError, match="do not fit"):
         load_teacher(config.replace(teacher=wrong), make_mesh(1), abstract=True)
+
+
+def test_networks_in_folders_are_the_same_networks(tmp_path):
+    """Teacher and metric from converted folders, cut over a mesh, predict what the drawn ones do."""
+    config = tiny_run.get_config()
+    teacher = UNet(config.teacher, rngs=KeyStream(jax.random.key(config.seed + 1)))
+    save_unet(tmp_path / "teacher", teacher)
+    metric = ELatentLPIPS(config.metric, rngs=KeyStream(jax.random.key(config.seed + 2)))
+    checkpoints.save(
+        tmp_path / "metric",
+        config.metric,
+        checkpoints.network_tensors(metric),
+        dtype="float32",
+        source={},
+    )
+    mesh = make_mesh(4)
+    folders = config.replace(teacher=str(tmp_path / "teacher"), metric=str(tmp_path / "metric"), fsdp=4)
+    for load in (load_teacher, load_metric):
+        drawn, read = (load(c, mesh, abstract=False) for c in (config, folders))
+        assert set(read.tensors) == set(drawn.tensors)
+        for name, value in drawn.tensors.items():
+            np.testing.assert_allclose(read.tensors[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+            assert read.tensors[name].sharding == tensor_sharding(mesh, value.shape)
+    with pytest.raises(UserError, match="is no U-Net"):
+        load_teacher(config.replace(teacher=str(tmp_path / "metric")), mesh, abstract=False)
+
+
+def test_a_start_of_another_architecture_is_refused(tmp_path):
+    config = tiny_run.get_config()
+    save_unet(tmp_path / "other", UNet(config.student.replace(window=7), rngs=KeyStream(jax.random.key(0))))
+    with pytest.raises(UserError, match="differs from the student in window"):
+        load_initial_tensors(config.replace(init=str(tmp_path / "other")), make_mesh(1))
