@@ -24,8 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebius_jax.cli.common import enable_compilation_cache, run
-from moebius_jax.errors import UserError
+from moebius_jax.cli.common import enable_compilation_cache, require_training_extra, run
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it reads as a story)
+    require_training_extra()
     from moebius_jax.training.launch import load_config, start_distributed
 
     # ------------------------------------------------------------------ configuration and devices
@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
     # ------------------------------------------------------------------ data
     from moebius_jax.data.config import open_source
     from moebius_jax.data.loader import Loader
-    from moebius_jax.training.encode import latent_batch, to_devices
+    from moebius_jax.training.encode import check_images, latent_batch, to_devices
 
     source = open_source(config.data, config.student.latent_size)
     say(f"{len(source.names):,} samples of kind {config.data.kind}")
@@ -120,22 +120,24 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
         )
 
     if args.preview_data:
+        from moebius_jax.imaging.picture import write_image
         from moebius_jax.training.preview import preview_grid
 
-        preview_grid(loader_from(0), config, mesh).save(args.preview_data)
+        write_image(args.preview_data, preview_grid(source, config, mesh), overwrite=True)
         say(f"image | hole | what the network sees: {args.preview_data}")
         return 0
 
     # ------------------------------------------------------------------ networks, optimiser, state
-    from moebius_jax.training.checkpointing import RunCheckpoints, write_run_config
+    from moebius_jax.training.checkpointing import RunCheckpoints, first_batch, write_run_config
+    from moebius_jax.training.loop import Loop, Stop
     from moebius_jax.training.networks import load_metric, load_teacher, load_vae
     from moebius_jax.training.program import Program
 
+    stop = Stop.on(signal.SIGTERM, signal.SIGINT)
     if not args.no_compilation_cache:
         enable_compilation_cache()
     vae = load_vae(config, mesh)
-    if config.data.kind == "images" and vae is None:
-        raise UserError("training on images needs their encoder: pass vae=FOLDER, or cache latents first")
+    check_images(config, vae)
     program = Program(
         config,
         mesh,
@@ -146,10 +148,10 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
 
     # ------------------------------------------------------------------ restore
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
-    restored = checkpoints.restore(program.abstract_state)
+    restored = checkpoints.restore(program.abstract_state, config.seed)
     if restored:
-        state, position = restored
-        checkpoints.discard_after(int(state.step))
+        state, samples = restored
+        position = first_batch(samples, config)
         say(f"going on from step {int(state.step)} of {workdir}")
     else:
         state, position = program.initial_state(), 0
@@ -164,8 +166,6 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
     say(f"compiled in {time.perf_counter() - log_started:.0f} s")
 
     # ------------------------------------------------------------------ loop
-    from moebius_jax.training.loop import Loop
-
     loop = Loop(
         config,
         mesh,
@@ -177,12 +177,12 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
         grids=program.grids(vae, source),
         flops=program.flops,
         profile_at=args.profile,
+        stop=stop,
         say=say,
     )
-    stop = loop.stop_on(signal.SIGTERM, signal.SIGINT)
     state = loop.run(state)
     loader.close()
-    if stop.asked and int(state.step) < config.steps:
+    if int(state.step) < config.steps:
         say(f"stopped at step {int(state.step)}, saved; the same command goes on from there")
         return 0
 

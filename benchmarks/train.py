@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import Loader, LoaderConfig
 from moebius_jax.data.sources import SyntheticSource
 from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.distillation.gradients import teacher_coarse_index
+from moebius_jax.distillation.perceptual import elatentlpips
 from moebius_jax.hardware import peak_flops
 from moebius_jax.models import ELatentLPIPSConfig, UNetConfig
 from moebius_jax.training.config import TrainConfig
@@ -65,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--costs-only", action="store_true", help="compile, count, do not run")
+    parser.add_argument("--parts", action="store_true", help="also count teacher and perceptual loss alone")
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
 
@@ -123,6 +127,38 @@ def measure(args: argparse.Namespace, row: str, batch_size: int) -> dict[str, An
     return result
 
 
+def count_parts(args: argparse.Namespace, batch_size: int) -> list[dict[str, Any]]:
+    """FLOPs of a teacher's forward pass, and of the perceptual loss with its gradient, by themselves."""
+    config, mesh = configure(args, "distillation, paper", batch_size), make_mesh(1)
+    teacher = load_teacher(config, mesh, abstract=True)
+    metric = load_metric(config, mesh, abstract=True)
+    side = config.student.latent_size
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    def teach(tensors: Any, x: Any, t: Any, ids: Any) -> Any:
+        out = teacher.bare(tensors)(x, t, ids)
+        return out.sample, out.features[teacher_coarse_index(teacher.bare.config)]
+
+    def perceive(tensors: Any, a: Any, b: Any, keys: Any) -> Any:
+        network = metric.bare(tensors)
+        return jax.value_and_grad(lambda a: elatentlpips(network, a, b, config.perceptual, keys).mean())(a)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    latents = array(side, side, 4)
+    parts = {
+        "teacher, forward": jax.jit(teach).lower(
+            teacher.tensors, array(side, side, 9), array(dtype=jnp.int32), array(10, dtype=jnp.int32)
+        ),
+        "perceptual, with gradient": jax.jit(perceive).lower(metric.tensors, latents, latents, keys),
+    }
+    return [
+        {"row": name, "batch": batch_size, "tflop": lowered.compile().cost_analysis()["flops"] / 1e12}
+        for name, lowered in parts.items()
+    ]
+
+
 def main() -> int:
     args = parse()
     rows = []
@@ -130,6 +166,8 @@ def main() -> int:
         for row in args.rows:
             rows.append(measure(args, row, batch_size))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if args.parts:
+            rows += count_parts(args, batch_size)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"\n{datetime.now(UTC):%Y-%m-%d}, jax {jax.__version__}, {device}, {args.dtype}, {args.sizes}\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -265,6 +265,7 @@ def test_photographs_cached_latents_and_pictures(train, photos, tmp_path):
         ([TINY, "teacher=nowhere", "vae=none"], "nowhere: no such folder"),
         ([TINY, "metric=none"], "CC-BY-NC"),
         ([TINY, "init=nowhere", "loss.terms=task", "vae=none"], "nowhere: no such folder"),
+        ([TINY, "data.kind=images", "data.path=docs", "data.augment.image_size=32"], "no images"),
         ([TINY, "fsdp=3"], "divisor of the 8 devices"),
         ([TINY, "batch_size=12"], "multiple of the 8 devices"),
         ([TINY, "--coordinator", "x:1"], "go together"),
@@ -290,11 +291,37 @@ def test_wrong_surroundings_are_one_line(arguments, message, train):
     assert "Traceback" not in err
 
 
-def test_checkpoints_of_another_configuration_are_refused(straight, train):
-    status, _, err = finish(train(TINY, "--workdir", straight[0], "ema_decay=0"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("ema_decay=0", "of another configuration"),
+        ("seed=5", "of a run with seed=0"),
+        ("batch_size=7", "no whole number of such batches"),
+    ],
+)
+def test_checkpoints_of_another_run_are_refused(change, message, straight, train):
+    status, _, err = finish(train(TINY, "--workdir", straight[0], "vae=none", change))
     assert status == 1
-    assert "of another configuration" in err
-    assert "init=FOLDER" in err
+    assert message in err
+    assert "Traceback" not in err
+    assert (straight[0] / "checkpoints" / "step_60").exists()
+
+
+def test_sizes_that_do_not_fit_and_places_that_cannot_be_written(train, photos, tmp_path):
+    images = ["data.kind=images", f"data.path={photos}"]
+    status, _, err = finish(train(TINY, *images, "data.augment.image_size=32", "--workdir", tmp_path / "a"))
+    assert status == 1
+    assert "data.augment.image_size is 32; expected 64" in err
+    status, _, err = finish(train(TINY, *images, "--preview-data", tmp_path / "picture"))
+    assert status == 1
+    assert "found no suffix" in err
+    (tmp_path / "file").touch()
+    status, _, err = finish(
+        train(TINY, "vae=none", "loss.terms=task", "--workdir", tmp_path / "file" / "run")
+    )
+    assert status == 1
+    assert "cannot be written" in err
+    assert "Traceback" not in err
 
 
 def test_numbers_that_explode_end_the_run(train, tmp_path):
@@ -308,7 +335,7 @@ def test_numbers_that_explode_end_the_run(train, tmp_path):
     status, _, err = finish(train(TINY, "--workdir", tmp_path / "run", *options))
     assert status == 1
     assert "loss_task is" in err
-    assert "the last good checkpoint is" in err
+    assert "the last checkpoint before it is" in err
     assert "Traceback" not in err
 
 

@@ -54,12 +54,21 @@ def test_values(override, key, expected):
         ("teacher=none", "coarse and fine loss needs a teacher"),
         ("metric=none", "CC-BY-NC"),
         ("ema_decay=1", "ema_decay is 1.0"),
+        ("checkpoint.keep_every=0", "checkpoint.keep_every is 0"),
+        ("noise_offset=nan", "noise_offset is nan"),
+        ("optimizer.weight_decay=-1", "weight_decay is -1.0"),
+        ("optimizer.newton_schulz_dtype=float33", "is not one of bfloat16, float32"),
         ("student.num_heads=5", "multiple"),
     ],
 )
 def test_errors(override, message):
     with pytest.raises(UserError, match=message):
         load("debug", override)
+
+
+def test_a_group_and_its_field_cannot_both_be_set():
+    with pytest.raises(UserError, match="set one or the other"):
+        load("debug", "teacher=folder", "teacher.platform=cpu")
 
 
 def test_fields_that_depend_on_each_other_change_together():

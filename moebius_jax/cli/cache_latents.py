@@ -6,7 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from moebius_jax.cli.common import enable_compilation_cache, progress, run
+from moebius_jax.cli.common import enable_compilation_cache, progress, require_training_extra, run
 from moebius_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -45,6 +45,7 @@ def cache(args: argparse.Namespace) -> int:
     if args.draws < 1 or args.batch_size < 1:
         raise UserError("--draws and --batch-size must be 1 or more")
 
+    require_training_extra()
     import jax
     import numpy as np
 
@@ -52,7 +53,7 @@ def cache(args: argparse.Namespace) -> int:
     from moebius_jax.data.latent_cache import FILES, INDEX, CacheInfo, CacheWriter
     from moebius_jax.data.loader import Loader
     from moebius_jax.files import replace_when_complete
-    from moebius_jax.training.encode import latent_batch, to_devices
+    from moebius_jax.training.encode import check_images, latent_batch, to_devices
     from moebius_jax.training.launch import load_config
     from moebius_jax.training.networks import load_vae
     from moebius_jax.training.overrides import describe
@@ -62,8 +63,7 @@ def cache(args: argparse.Namespace) -> int:
     config = load_config(args.config, [*args.overrides, "data.kind=images", "loss.terms=task"])
     mesh = make_mesh(1)
     vae = load_vae(config, mesh)
-    if vae is None:
-        raise UserError("the encoder is missing: pass vae=FOLDER")
+    check_images(config, vae)
     enable_compilation_cache()
     source = open_source(config.data, config.student.latent_size)
     batch_size = -(-args.batch_size // mesh.size) * mesh.size

@@ -1,5 +1,6 @@
 """What the command-line programs share: errors as one line, progress bars, quiet libraries."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -42,6 +43,17 @@ def progress(items: Iterable[Any], desc: str = "", **options: Any) -> Iterable[A
     from tqdm import tqdm
 
     return tqdm(items, desc=desc, disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+def require_training_extra() -> None:
+    """Raises UserError if what only training needs is not installed."""
+    missing = [n for n in ("optax", "grain", "clu", "tensorflow") if importlib.util.find_spec(n) is None]
+    if "--aot" in sys.argv:  # only compiles: writes no events
+        missing = [n for n in missing if n in ("optax", "grain")]
+    if missing:
+        raise UserError(
+            f'{", ".join(missing)} missing; install the training extra: pip install -e ".[train]"'
+        )
 
 
 def enable_compilation_cache() -> None:

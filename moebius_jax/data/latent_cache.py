@@ -82,6 +82,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         try:
             index = json.loads((folder / INDEX).read_text())
             if index.pop("format") != FORMAT:
@@ -96,6 +97,12 @@ class LatentCache:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: damaged cache of latents ({error})") from None
+
+    def __getstate__(self) -> Path:
+        return self._folder  # not the arrays: a worker that is sent a mapped file is sent its contents
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__init__(folder)
 
     def __len__(self) -> int:
         return self.info.samples

@@ -7,6 +7,7 @@ state is k.
 """
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class LoaderConfig:
     Attributes:
         workers: processes that prepare samples; 0 prepares them in threads of this one.
         threads: per worker.
-        prefetch: batches kept ready.
+        prefetch: batches kept ready; with workers, by each of them.
         max_bad_fraction: of the items may be missing or corrupt (one, in a small set; 0 allows none). Each is
             named once, and another one drawn at random takes its place; beyond this share the run stops.
 
@@ -78,7 +79,7 @@ class Loader:
         seed: of order and augmentation.
         global_batch: samples of a batch over all processes.
         process, processes: which share is this process's.
-        first_batch: where to start; what `position` said when the state was saved.
+        first_batch: where to start.
         warn: told of every unreadable item once.
 
     Raises:
@@ -99,7 +100,8 @@ class Loader:
     ) -> None:
         if global_batch % processes:
             raise UserError(f"batch_size is {global_batch}; expected a multiple of the {processes} processes")
-        self.position = first_batch
+        self.samples = first_batch * global_batch  # drawn by all processes so far; the state to save
+        self._global_batch = global_batch
         self._source, self._config, self._warn = source, config, warn
         self._bad: set[int] = set()
         order = grain.MapDataset.range(len(source.names)).seed(seed).shuffle().repeat()
@@ -127,7 +129,7 @@ class Loader:
         """
         batch = next(self._iterator)
         self._report(batch.pop("bad"))
-        self.position += 1
+        self.samples += self._global_batch
         return batch
 
     def close(self) -> None:
@@ -141,16 +143,24 @@ class Loader:
         for item in np.unique(bad[bad >= 0]):
             if int(item) not in self._bad:
                 self._bad.add(int(item))
-                self._warn(f"{names[item]}: cannot be read, another sample takes its place")
+                self._warn(f"{self._reason(int(item))}; another sample takes its place")
         exhausted = bad[bad[:, -1] >= 0]
         if len(exhausted):
-            raise UserError(f"{TRIES} items in a row cannot be read, the first is {names[exhausted[0, 0]]}")
+            raise UserError(f"{TRIES} items in a row cannot be read; {self._reason(int(exhausted[0, 0]))}")
         allowed = max(1, fraction * len(names)) if fraction else 0
         if len(self._bad) > allowed:
             raise UserError(
                 f"{len(self._bad)} of {len(names)} items cannot be read, more than max_bad_fraction = "
-                f"{fraction} allows; one is {names[max(self._bad)]}"
+                f"{fraction} allows; {self._reason(max(self._bad))}"
             )
+
+    def _reason(self, item: int) -> str:
+        """What is wrong with an item, from trying it once more here."""
+        try:
+            self._source.draw(item, np.random.default_rng(0))
+        except UserError as error:
+            return str(error)
+        return f"{self._source.names[item]}: could not be read"
 
 
 class _Draw:
@@ -188,4 +198,10 @@ def _with_workers(iterable: Any, config: LoaderConfig) -> Any:
     options = grain.MultiprocessingOptions(
         num_workers=config.workers, per_worker_buffer_size=max(1, config.prefetch // config.workers)
     )
-    return iterable.mp_prefetch(options)
+    return iterable.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
+
+
+def _leave_signals_to_the_parent(*_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too; the parent still needs them while it saves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,7 +3,7 @@
 Each generator is a function of a NumPy generator and a size. LaMa's follow the release, draw by draw in
 distribution (`tests/golden/mask_statistics.json`). The other two follow the published descriptions:
 rectangles of up to half and of up to the whole side, and strokes of many short thick segments. MAT's large
-masks are CoModGAN's; what its small ones differ by is our reading: fewer of each, and at most half covered.
+masks are CoModGAN's; of its small ones at most half is covered, and counts are halved: our reading.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ PRESETS: dict[str, Mixed | FreeForm] = {
     ),
     "comodgan": FreeForm(half_boxes=5, boxes=3, strokes=9),
     "mat_large": FreeForm(half_boxes=5, boxes=3, strokes=9),
-    "mat_small": FreeForm(half_boxes=4, boxes=1, strokes=5, max_ratio=0.5),
+    "mat_small": FreeForm(half_boxes=2, boxes=1, strokes=4, max_ratio=0.5),
 }
 
 

@@ -2,15 +2,17 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax.errors import UserError
-from moebius_jax.training.config import CheckpointConfig
+from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -27,6 +29,9 @@ class RunCheckpoints:
         folder: of the run.
         config: how many to keep.
         warn: told of checkpoints that cannot be read.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
@@ -38,7 +43,10 @@ class RunCheckpoints:
             enable_async_checkpointing=True,
             step_prefix="step",
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
     @property
     def latest(self) -> Path | None:
@@ -46,8 +54,13 @@ class RunCheckpoints:
         step = self._manager.latest_step()
         return None if step is None else self._path(step)
 
-    def save(self, state: TrainState, position: int, config: dict[str, Any]) -> None:
+    def save(self, state: TrainState, samples: int, config: dict[str, Any]) -> None:
         """Starts saving; returns when the state may be given away to the next step.
+
+        Args:
+            state: to save.
+            samples: how many the run has drawn.
+            config: of the run, flat.
 
         Raises:
             UserError: it cannot be written.
@@ -60,7 +73,7 @@ class RunCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_named(state)),
-                    data=ocp.args.JsonSave({"batches": position}),
+                    data=ocp.args.JsonSave({"samples": samples, "seed": config["seed"]}),
                     config=ocp.args.JsonSave(config),
                 ),
                 force=True,
@@ -68,11 +81,14 @@ class RunCheckpoints:
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path(step)}: cannot be written ({_first_line(error)})") from None
 
-    def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
-        """The newest state that can be read, and the data position; None where there is none at all.
+    def restore(self, target: TrainState, seed: int) -> tuple[TrainState, int] | None:
+        """The newest state that can be read, and the samples drawn so far; None where there is none at all.
+
+        Checkpoints that cannot be read are put aside under another name.
 
         Args:
             target: shapes, dtypes and shardings.
+            seed: of the run; the data are in another order for every seed.
 
         Raises:
             UserError: there are checkpoints, and none can be read.
@@ -88,19 +104,21 @@ class RunCheckpoints:
                         state=ocp.args.StandardRestore(_named(target)), data=ocp.args.JsonRestore()
                     ),
                 )
-                return _unnamed(target, restored["state"]), int(restored["data"]["batches"])
             except Exception as error:  # storage libraries raise whatever they meet
                 self._explain(step, error, target)
+                continue
             finally:
                 logger.setLevel(level)
+            if restored["data"]["seed"] != seed:
+                raise UserError(
+                    f"{self._path(step)}: of a run with seed={restored['data']['seed']}; this one has "
+                    f"seed={seed}. Use another --workdir"
+                )
+            self._agree(step)
+            return _unnamed(target, restored["state"]), int(restored["data"]["samples"])
         if steps:
             raise UserError(f"{self.folder}: none of its {len(steps)} checkpoints can be read")
         return None
-
-    def discard_after(self, step: int) -> None:
-        """Removes newer checkpoints: damaged ones a restore went past, in the way of new ones."""
-        for newer in [s for s in self._manager.all_steps() if s > step]:
-            self._manager.delete(newer)
 
     def wait(self) -> None:
         """Until everything started is on disk.
@@ -114,7 +132,20 @@ class RunCheckpoints:
             raise UserError(f"{self.folder}: cannot be written ({_first_line(error)})") from None
 
     def close(self) -> None:
+        """Waits for what is being written; errors as for `wait`."""
+        self.wait()
         self._manager.close()
+
+    def _agree(self, step: int) -> None:
+        """Raises UserError unless every process could read the same checkpoint."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            steps = multihost_utils.process_allgather(np.int32(step)).tolist()
+            if len(set(steps)) > 1:
+                raise UserError(
+                    f"{self.folder}: the processes could read different checkpoints, of steps {steps}"
+                )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
@@ -130,7 +161,13 @@ class RunCheckpoints:
                 f"{different[0]}: stored {stored.get(different[0])}, expected {expected.get(different[0])}. "
                 "Use another --workdir, or init=FOLDER to take over weights only"
             ) from None
+        if isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(f"{self._path(step)}: cannot be read ({_first_line(error)})") from None
         self._warn(f"{self._path(step)}: damaged, going back to the one before ({_first_line(error)})")
+        if jax.process_index() == 0:
+            aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
+            self._path(step).rename(aside)
+        self._manager.reload()
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]] | None:
         try:
@@ -138,6 +175,20 @@ class RunCheckpoints:
             return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
         except Exception:  # as damaged as the rest
             return None
+
+
+def first_batch(samples: int, config: TrainConfig) -> int:
+    """Number of the batch a run goes on with after so many samples, perhaps of batches of another size.
+
+    Raises:
+        UserError: the samples drawn so far are no whole number of batches.
+    """
+    if samples % config.batch_size:
+        raise UserError(
+            f"batch_size is {config.batch_size}; the run has drawn {samples} samples so far, which is no "
+            "whole number of such batches. Use a divisor of the former batch size"
+        )
+    return samples // config.batch_size
 
 
 def write_run_config(folder: Path, config: dict[str, Any]) -> None:

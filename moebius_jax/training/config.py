@@ -1,6 +1,7 @@
 """Everything a training run depends on, in one frozen tree of values."""
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -123,6 +124,12 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of accumulation = {self.accumulation}"
             )
+        if self.checkpoint.keep_every is not None and self.checkpoint.keep_every < 1:
+            raise ValueError(
+                f"checkpoint.keep_every is {self.checkpoint.keep_every}; expected 1 or more, or none"
+            )
+        if not math.isfinite(self.noise_offset):
+            raise ValueError(f"noise_offset is {self.noise_offset}; expected a finite number")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 up to, not including, 1")
         if self.timestep_sampling not in ("logit_normal", "uniform"):

@@ -8,7 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
+from moebius_jax.errors import UserError
 from moebius_jax.models import VAE
+from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.sharding import batch_sharding
 from moebius_jax.training.step import LatentBatch
 
@@ -28,6 +30,20 @@ def encode_batch(
     scaled = images.astype(jnp.float32) / 127.5 - 1
     visible = scaled * (1 - holes[..., None].astype(jnp.float32))
     return posterior_moments(vae, scaled), posterior_moments(vae, visible), holes[:, ::factor, ::factor]
+
+
+def check_images(config: TrainConfig, vae: VAE | None) -> None:
+    """Raises UserError unless a run on images has an encoder, and they come out at the student's size."""
+    if config.data.kind != "images":
+        return
+    if vae is None:
+        raise UserError("training on images needs their encoder: pass vae=FOLDER, or cache latents first")
+    size, side = config.data.augment.image_size, config.student.latent_size
+    if size != side * vae.config.factor:
+        raise UserError(
+            f"data.augment.image_size is {size}; expected {side * vae.config.factor}: the student is trained "
+            f"at latents of {side}, and the VAE makes one of {vae.config.factor} pixels"
+        )
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -30,6 +30,23 @@ class Stop:
 
     asked: bool = False
 
+    @classmethod
+    def on(cls, *signals: signal.Signals) -> "Stop":
+        """Asked for by any of these signals; a second one of the same kind ends the program at once.
+
+        Among several processes jax listens to SIGTERM itself and has all agree on a step.
+        """
+        stop = cls()
+
+        def ask(number: int, _: Any) -> None:
+            stop.asked = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if jax.process_count() == 1:
+            for number in signals:
+                signal.signal(number, ask)
+        return stop
+
 
 class Loop:
     """Runs a run's steps.
@@ -45,6 +62,7 @@ class Loop:
         grids: maker of sample grids, or None.
         flops: of a step, for the fraction of peak.
         profile_at: step to start a trace at.
+        stop: asked to, the run ends after the step under way, and is saved.
         say: for a person.
     """
 
@@ -61,6 +79,7 @@ class Loop:
         grids: SampleGrids | None,
         flops: float | None,
         profile_at: int | None,
+        stop: Stop,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._workdir, self._say = config, workdir, say
@@ -69,18 +88,8 @@ class Loop:
         self._profile_at = profile_at
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._watch = Stopwatch(config.batch_size, flops, peak * mesh.size if peak else None)
-        self._stop = Stop()
-
-    def stop_on(self, *signals: signal.Signals) -> Stop:
-        """Ends the run after the step under way when one of the signals arrives."""
-
-        def ask(*_: Any) -> None:
-            self._stop.asked = True
-
-        if jax.process_count() == 1:
-            for number in signals:
-                signal.signal(number, ask)
-        return self._stop
+        self.stop = stop
+        self._is_profiling = False
 
     def run(self, state: TrainState) -> TrainState:
         """From the state's step to the last one, or until stopped; the state at the end is saved.
@@ -101,13 +110,19 @@ class Loop:
                 at_end = done >= config.steps or self._must_stop(done)
                 if (at_end or done % config.checkpoint.every == 0) and done > first:
                     pending = self._look(pending, log, progress)
-                    self._checkpoints.save(state, self._batches.position, describe(config))
-                if self._grids and done > first and (at_end or done % config.log.grid_every == 0):
+                    self._save(state)
+                if (
+                    self._grids
+                    and done > first
+                    and (done == config.steps or done % config.log.grid_every == 0)
+                ):
                     log.picture(done, "samples", self._grids.draw(state.result))
                 if at_end:
                     break
                 self._profile(done)
-                batch = self._next()
+                batch = self._next(state)
+                if batch is None:  # the workers were told to stop as well
+                    continue
                 self._watch.tick()
                 state, metrics = self._step(state, batch)
                 # Looked at a step late: the devices are then busy with the next one already.
@@ -115,17 +130,34 @@ class Loop:
                 done += 1
                 pending = (done, metrics)
                 progress.step()
-            self._checkpoints.wait()
         finally:
+            # Also on the way out of an error: a checkpoint that is being written is lost otherwise.
+            self._checkpoints.close()
+            self._end_profile()
             progress.close()
             log.close()
         return state
 
-    def _next(self) -> LatentBatch:
+    def _next(self, state: TrainState) -> LatentBatch | None:
+        """The next batch, or None if workers ended because the run was told to stop.
+
+        Bad data end the run; its state is saved first.
+        """
         started = time.perf_counter()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except UserError:
+            self._save(state)
+            raise
+        except RuntimeError:
+            if not self.stop.asked:
+                raise
+            return None
         self._watch.waiting += time.perf_counter() - started
         return self._prepare(batch)
+
+    def _save(self, state: TrainState) -> None:
+        self._checkpoints.save(state, self._batches.samples, describe(self._config))
 
     def _look(self, pending: tuple[int, Metrics] | None, log: RunLog, progress: Progress) -> None:
         """Checks a step's figures and writes them down when it is time."""
@@ -134,10 +166,11 @@ class Loop:
         step, metrics = pending
         metrics = jax.device_get(metrics)
         if bad := first_bad_term(metrics):
+            self._checkpoints.wait()
             latest = self._checkpoints.latest
             raise UserError(
                 f"step {step}: {bad} is {float(metrics[bad])}; "
-                + (f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet")
+                + (f"the last checkpoint before it is {latest}" if latest else "there is no checkpoint yet")
             )
         if step % self._config.log.every == 0 or step == self._config.steps:
             values = {name: float(value) for name, value in metrics.items()} | self._watch.rates()
@@ -148,14 +181,20 @@ class Loop:
         if jax.process_count() > 1:  # all processes have to agree on the step
             from jax.experimental import multihost_utils
 
-            self._stop.asked |= multihost_utils.reached_preemption_sync_point(done)
-        return self._stop.asked
+            self.stop.asked |= multihost_utils.reached_preemption_sync_point(done)
+        return self.stop.asked
 
     def _profile(self, done: int) -> None:
         if self._profile_at is None:
             return
         if done == self._profile_at:
             jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._is_profiling = True
         elif done == self._profile_at + PROFILED_STEPS:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self._is_profiling:
             jax.profiler.stop_trace()
-            self._say(f"profile of {PROFILED_STEPS} steps: tensorboard --logdir {self._workdir / 'profile'}")
+            self._is_profiling = False
+            self._say(f"profile: tensorboard --logdir {self._workdir / 'profile'}")

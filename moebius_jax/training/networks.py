@@ -57,7 +57,8 @@ def load_teacher(config: TrainConfig, mesh: Mesh, *, abstract: bool) -> FrozenNe
         if not isinstance(architecture, UNetConfig):
             raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
     architecture = dataclasses.replace(architecture, platform=config.student.platform)
-    _check_taps(config.student, architecture)
+    if "coarse" in config.loss.terms:
+        _check_taps(config.student, architecture)
     if abstract or isinstance(config.teacher, UNetConfig):
         return _drawn(lambda: draw(architecture), mesh, abstract)
     network = checkpoints.load_unet(config.teacher, placement=_placement(mesh), **dtypes)

@@ -51,7 +51,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
-    newton_schulz_dtype: str = "bfloat16"
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
         for field, choices in (("name", OptimizerName), ("schedule", Schedule)):
@@ -61,6 +61,11 @@ class OptimizerConfig:
                 )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if not self.weight_decay >= 0 or not 0 < self.decay_factor <= 1:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}, decay_factor {self.decay_factor}; expected 0 or more, "
+                "and above 0 up to 1"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
         if any(not 0 < f <= 1 for f in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):

@@ -32,6 +32,8 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         for parent in parents:
             node = _child(node, parent, key)
             branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise UserError(f"{key}: {parent} itself is set as well; set one or the other")
         hint = _hints(node, key).get(last)
         if hint is None:
             raise _unknown(key, config)

@@ -1,5 +1,6 @@
 """Pictures of a run: what the network will see, and what it makes of it."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,13 +28,13 @@ from moebius_jax.training.step import LatentBatch
 STRENGTH = 0.99
 
 
-def preview_grid(loader: Loader, config: TrainConfig, mesh: Mesh) -> Image.Image:
+def preview_grid(source: Source, config: TrainConfig, mesh: Mesh) -> Image.Image:
     """The first samples of a run: image, hole, and the image with its hole grey.
 
     Raises:
         UserError: cached latents without a VAE to decode them.
     """
-    batch = _first(loader, config.log.grid_images)
+    batch = _first(source, config, config.seed)
     if "image" in batch:
         images, holes = batch["image"], batch["hole"]
     else:
@@ -78,14 +79,9 @@ class SampleGrids:
 
     def _fixed_batch(self, config: TrainConfig, source: Source) -> LatentBatch:
         if config.log.validation:
-            data = config.data.__class__(
-                kind=config.data.kind, path=config.log.validation, augment=config.data.augment
-            )
+            data = dataclasses.replace(config.data, path=config.log.validation)
             source = open_source(data, config.student.latent_size)
-        count = config.log.grid_images
-        loader = Loader(source, config.data.loader, seed=config.seed + 1, global_batch=count)
-        batch = _first(loader, count)
-        loader.close()
+        batch = _first(source, config, config.seed + 1)
         arrays = {name: jax.device_put(value, self._place) for name, value in batch.items()}
         return latent_batch(arrays, self._vae)
 
@@ -129,6 +125,7 @@ def _to_images(vae: VAE, latents: Array) -> UInt8[np.ndarray, "B H W 3"]:
     return np.asarray(_decode(vae, latents))
 
 
-def _first(loader: Loader, count: int) -> dict[str, Any]:
-    batch = next(loader)
-    return {name: value[:count] for name, value in batch.items()}
+def _first(source: Source, config: TrainConfig, seed: int) -> dict[str, Any]:
+    """A batch for a picture, without workers."""
+    options = dataclasses.replace(config.data.loader, workers=0, threads=1, prefetch=1)
+    return next(Loader(source, options, seed=seed, global_batch=config.log.grid_images))

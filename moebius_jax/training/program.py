@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from moebius_jax.data.loader import Source
 from moebius_jax.models import VAE, ELatentLPIPS, UNet
@@ -99,7 +98,9 @@ class Program:
         """The compiled step: (state, frozen, batch) → (state, metrics); takes the state's memory over."""
         compiled = self.lower(state).compile()
         costs = compiled.cost_analysis() or {}
-        self.flops = costs["flops"] * self._mesh.size if "flops" in costs else None
+        # XLA counts the body of the loop over parts once.
+        parts = self._config.accumulation
+        self.flops = costs["flops"] * self._mesh.size * parts if "flops" in costs else None
         return compiled
 
     def abstract_batch(self) -> LatentBatch:
@@ -126,8 +127,3 @@ class Program:
         if not self._config.log.grid_every or vae is None:
             return None
         return SampleGrids(self._config, self._mesh, self.student, vae, source)
-
-
-def first_scalars(metrics: dict[str, Array]) -> dict[str, float]:
-    """Metrics on the host."""
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}

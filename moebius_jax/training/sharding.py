@@ -13,7 +13,7 @@ SMALLEST_SHARDED = 2**14  # elements; below it a tensor is copied to every devic
 
 
 def make_mesh(fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices as a `data` x `fsdp` mesh (Auto axes); neighbours in the device order share a copy.
+    """All devices as a `data` x `fsdp` mesh (Auto axes), as the topology of a slice suits it.
 
     Raises:
         UserError: the number of devices is no multiple of `fsdp`.
@@ -21,8 +21,12 @@ def make_mesh(fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(devices) if devices is not None else jax.devices()
     if len(devices) % fsdp:
         raise UserError(f"fsdp is {fsdp}; expected a divisor of the {len(devices)} devices")
-    grid = np.array(devices).reshape(-1, fsdp)
-    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

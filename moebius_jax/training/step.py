@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
@@ -154,9 +155,12 @@ def build_step(
 
 
 def first_bad_term(metrics: Metrics) -> str | None:
-    """Name of the first loss that is not finite, the total last; or of the gradient norm."""
+    """Name of the first loss that is not finite, the total last; or of the gradient norm.
+
+    Of metrics on the host: asking the devices would wait for the step they have begun since.
+    """
     for name in (*LOSS_NAMES.values(), "gradient_norm"):
-        if name in metrics and not jnp.isfinite(metrics[name]):
+        if name in metrics and not np.isfinite(metrics[name]):
             return name
     return None
 
