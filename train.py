@@ -12,8 +12,8 @@ Restore policy, first match wins:
   3. otherwise weights drawn at random.
 
 On several hosts start the same command on each: TPU pods and SLURM are found with --distributed, elsewhere
-add --coordinator HOST:PORT --num-processes N --process-id I. A run that is told to stop (SIGTERM, Ctrl-C)
-saves and exits with status 0; started again, it goes on.
+add --coordinator HOST:PORT --num-processes N --process-id I. A run that is told to stop (SIGTERM; in a
+single process Ctrl-C too) saves and exits with status 0; started again, it goes on.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.aot:  # before jax is imported: libtpu must not look for a TPU of its own
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only writes events here
+    # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
     return run(lambda: train(args))
 
 
@@ -183,7 +184,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
     state = loop.run(state)
     loader.close()
     if int(state.step) < config.steps:
-        say(f"stopped at step {int(state.step)}, saved; the same command goes on from there")
+        say(f"stopped at step {int(state.step)}, the same command goes on from there")
         return 0
 
     # ------------------------------------------------------------------ result

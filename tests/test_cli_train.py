@@ -164,7 +164,7 @@ class TestResuming:
         process.send_signal(signal.SIGTERM)
         status, _, err = finish(process)
         assert status == 0, err
-        assert "saved; the same command goes on" in err
+        assert "the same command goes on from there" in err
         assert not (workdir / "model").exists()
         status, _, err = finish(train(TINY, "--workdir", workdir, "vae=none"))
         assert status == 0, err
