@@ -7,7 +7,8 @@
 Needs, converted by convert_weights.py: the PixelHacker teacher, its VAE, the E-LatentLPIPS network (or
 loss.terms=coarse,fine,task without it).
 
-Hardware: the paper took 16 L40S. What fits a TPU slice, and what a step costs: benchmarks/RESULTS.md.
+Hardware: the paper took 16 L40S. Time: not measured by us yet; benchmarks/RESULTS.md says what fits a TPU
+slice and what a step costs.
 """
 
 from moebius_jax.data.config import DataConfig

@@ -4,7 +4,7 @@
 
 Starts from the released weights, converted to converted/pretrained; init=FOLDER takes others.
 
-Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images.
+Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images. Time: not measured by us yet.
 """
 
 from configs.distill import get_config as distill

@@ -4,7 +4,7 @@
 
 Starts from the released weights, converted to converted/pretrained; init=FOLDER takes others.
 
-Hardware: the paper took 4 RTX 3090 for 51k steps of batch 88 on 1.8 M images.
+Hardware: the paper took 4 RTX 3090 for 51k steps of batch 88 on 1.8 M images. Time: not measured by us yet.
 """
 
 from configs.distill import get_config as distill
