@@ -146,7 +146,7 @@ def test_meshes_and_batches_that_do_not_fit():
 
 def test_teachers_that_do_not_fit_are_refused():
     config = tiny_run.get_config()
-    wrong = config.teacher.replace(channels=(32, 64))
+    wrong = config.teacher.replace(channels=(64, 32))
     with pytest.raises(UserError, match="do not fit"):
         load_teacher(config.replace(teacher=wrong), make_mesh(1), abstract=True)
 
