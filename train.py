@@ -162,9 +162,9 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it r
 
     # ------------------------------------------------------------------ compile
     loader = loader_from(position)
-    log_started = time.perf_counter()
+    compile_started = time.perf_counter()
     step_function = program.compile(state)
-    say(f"compiled in {time.perf_counter() - log_started:.0f} s")
+    say(f"compiled in {time.perf_counter() - compile_started:.0f} s")
 
     # ------------------------------------------------------------------ loop
     loop = Loop(

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
 from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet, UNetConfig, VAEConfig
 from moebius_jax.models import vae as vae_model
@@ -352,8 +352,7 @@ def _orbax_errors(problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{problem} ({reason})") from None
+        raise UserError(f"{problem} ({first_line(error)})") from None
     finally:
         gc.collect()  # forgotten futures report when they are collected
         logger.setLevel(level)

@@ -8,3 +8,9 @@ class UserError(Exception):
     found, and what was expected. The command line prints it without a traceback and exits
     with status 1.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough for a message; its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -45,19 +45,17 @@ class Inputs:
 
 @struct.dataclass
 class Balanced:
-    """Losses, norms and weights of a step, all scalars; and what the student predicted.
+    """Losses, norms and weights of a step, all scalars.
 
     Attributes:
         losses: by term; `total` too.
         weights: W by term; `cross` is W_C.
         norms: `theta_f/TERM`, `theta_c/coarse`, and `theta_c/` the term or `output` W_C was made with.
-        sample: the student's noise.
     """
 
     losses: dict[str, Scalar]
     weights: dict[str, Scalar]
     norms: dict[str, Scalar]
-    sample: Float[Array, "B H W 4"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +159,7 @@ def balanced_gradients(
     cross, coarse_scale = jnp.float32(1), 0.0
     if "coarse" in config.terms:
         losses["coarse"], coarse_cotangent = jax.value_and_grad(mean_square)(halfway.x, coarse_target)
-        norms["theta_c/coarse"] = _norm_c = at_bottleneck(coarse_cotangent)
+        norms["theta_c/coarse"] = at_bottleneck(coarse_cotangent)
         coarse_scale = config.scale("coarse")
         if terms:
             if config.balance == "release":
@@ -169,7 +167,7 @@ def balanced_gradients(
             else:
                 name, reference = "output", below.x
             norms[f"theta_c/{name}"] = at_bottleneck(reference)
-            cross = cross_weight(config, _norm_c, norms[f"theta_c/{name}"])
+            cross = cross_weight(config, norms["theta_c/coarse"], norms[f"theta_c/{name}"])
             weights["cross"] = cross
     if all_norms:
         for term in terms:
@@ -180,7 +178,7 @@ def balanced_gradients(
         below = below.replace(x=below.x + coarse_scale * coarse_cotangent)
     gradients |= pull_down(below)[0]
     losses["total"] = cross * output_loss + coarse_scale * losses.get("coarse", 0.0)
-    return gradients, network.new_statistics, Balanced(losses, weights, norms, sample)
+    return gradients, network.new_statistics, Balanced(losses, weights, norms)
 
 
 class _Stages:

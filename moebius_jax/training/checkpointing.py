@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
 
@@ -79,7 +79,7 @@ class RunCheckpoints:
                 force=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._path(step)}: cannot be written ({_first_line(error)})") from None
+            raise UserError(f"{self._path(step)}: cannot be written ({first_line(error)})") from None
 
     def restore(self, target: TrainState, seed: int) -> tuple[TrainState, int] | None:
         """The newest state that can be read, and the samples drawn so far; None where there is none at all.
@@ -129,7 +129,7 @@ class RunCheckpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise UserError(f"{self.folder}: cannot be written ({_first_line(error)})") from None
+            raise UserError(f"{self.folder}: cannot be written ({first_line(error)})") from None
 
     def close(self) -> None:
         """Waits for what is being written; errors as for `wait`."""
@@ -162,8 +162,8 @@ class RunCheckpoints:
                 "Use another --workdir, or init=FOLDER to take over weights only"
             ) from None
         if isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"{self._path(step)}: cannot be read ({_first_line(error)})") from None
-        self._warn(f"{self._path(step)}: damaged, going back to the one before ({_first_line(error)})")
+            raise UserError(f"{self._path(step)}: cannot be read ({first_line(error)})") from None
+        self._warn(f"{self._path(step)}: damaged, going back to the one before ({first_line(error)})")
         if jax.process_index() == 0:
             aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
             self._path(step).rename(aside)
@@ -209,7 +209,3 @@ def _unnamed(like: TrainState, named: dict[str, Any]) -> TrainState:
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     return jax.tree_util.tree_unflatten(structure, [named[name] for name in names])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -14,7 +14,7 @@ from moebius_jax import checkpoints
 from moebius_jax.errors import UserError
 from moebius_jax.models import VAE, ELatentLPIPS, UNet, UNetConfig, inference_copy
 from moebius_jax.models import vae as vae_model
-from moebius_jax.models.functional import Bare, Tensors
+from moebius_jax.models.functional import Bare, Tensors, split_tensors
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.sharding import replicated, tensor_sharding, tree_shardings
@@ -119,12 +119,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
         )
         raise UserError(f"{folder}: differs from the student in {', '.join(different)}")
     network = checkpoints.load_unet(folder, param_dtype=jnp.float32, placement=_placement(mesh))
-    tensors = checkpoints.network_tensors(network)
-    statistics = {k for k in tensors if k.rpartition(".")[2] in checkpoints.STATISTICS}
-    return (
-        {k: v for k, v in tensors.items() if k not in statistics},
-        {k: tensors[k] for k in tensors if k in statistics},
-    )
+    return split_tensors(network)
 
 
 def _check_taps(student: UNetConfig, teacher: UNetConfig) -> None:
