@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -22,18 +23,32 @@ from flax.typing import Dtype
 
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
-from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet, UNetConfig, VAEConfig
+from moebius_jax.models import (
+    VAE,
+    ELatentLPIPS,
+    ELatentLPIPSConfig,
+    Inception,
+    InceptionConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
 
-Architecture = UNetConfig | VAEConfig | ELatentLPIPSConfig
+Architecture = UNetConfig | VAEConfig | ELatentLPIPSConfig | InceptionConfig
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
 FORMAT = "moebius-jax"
 VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
 STATISTICS = ("mean", "var")  # BatchNorm's running statistics, fp32 in every folder
-_KINDS: dict[str, type] = {"unet": UNetConfig, "vae": VAEConfig, "elatentlpips": ELatentLPIPSConfig}
+_KINDS: dict[str, type] = {
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "elatentlpips": ELatentLPIPSConfig,
+    "inception": InceptionConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +219,27 @@ def load_elatentlpips(
     placement: Placement = None,
 ) -> ELatentLPIPS:
     """The metric network in a converted folder; arguments and errors as for `load_unet`."""
-    folder = Path(folder)
+    return _load_metric(Path(folder), ELatentLPIPSConfig, dtype, param_dtype, placement)
+
+
+def load_inception(
+    folder: str | Path,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype | None = None,
+    placement: Placement = None,
+) -> Inception:
+    """FID's network in a converted folder; arguments and errors as for `load_unet`."""
+    return _load_metric(Path(folder), InceptionConfig, dtype, param_dtype, placement)
+
+
+def _load_metric(
+    folder: Path, kind: type, dtype: Dtype, param_dtype: Dtype | None, placement: Placement
+) -> Any:
     config = read_config(folder)
-    if not isinstance(config.architecture, ELatentLPIPSConfig):
-        raise UserError(f"{folder}: holds {_article(describe(config.architecture))}, expected E-LatentLPIPS")
+    if not isinstance(config.architecture, kind):
+        found, expected = describe(config.architecture), describe(kind())
+        raise UserError(f"{folder}: holds {_article(found)}, expected {_article(expected)}")
     kept = jnp.dtype(param_dtype or config.dtype)
     network = abstract_network(config.architecture, dtype=dtype, param_dtype=kept)
     fill(network, _restore(folder, _with_dtype(config, kept), placement))
@@ -233,6 +265,17 @@ def save_vae(
     save(Path(folder), vae.config, tensors, dtype=dtype, source=source or {}, overwrite=overwrite)
 
 
+def digest(network: nnx.Module | VAE) -> str:
+    """SHA-256 of a network's tensors: names, shapes, dtypes and values, whatever folder they came from."""
+    tensors = _flatten(network.params) if isinstance(network, VAE) else network_tensors(network)
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        array = np.asarray(value)
+        total.update(f"{name} {array.dtype} {array.shape}\0".encode())
+        total.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return total.hexdigest()
+
+
 def network_tensors(network: nnx.Module) -> dict[str, jax.Array]:
     """Parameters and BatchNorm statistics of a module by dotted name."""
     return {name: variable[...] for name, variable in _variables(network).items()}
@@ -248,13 +291,14 @@ def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeS
 
 
 def abstract_network(
-    architecture: UNetConfig | ELatentLPIPSConfig,
+    architecture: UNetConfig | ELatentLPIPSConfig | InceptionConfig,
     *,
     param_dtype: Dtype = jnp.float32,
     **dtypes: Dtype,
-) -> UNet | ELatentLPIPS:
+) -> UNet | ELatentLPIPS | Inception:
     """A network of shapes instead of arrays, to be filled; `dtypes` are the network's other ones."""
-    cls = UNet if isinstance(architecture, UNetConfig) else ELatentLPIPS
+    networks = {UNetConfig: UNet, ELatentLPIPSConfig: ELatentLPIPS, InceptionConfig: Inception}
+    cls = networks[type(architecture)]
     return nnx.eval_shape(
         lambda: cls(architecture, param_dtype=param_dtype, rngs=KeyStream(jax.random.key(0)), **dtypes)
     )
@@ -262,10 +306,13 @@ def abstract_network(
 
 def describe(architecture: Architecture) -> str:
     """A name for messages: "student", "teacher", "ablation 8", "VAE", …"""
-    if isinstance(architecture, VAEConfig):
-        return "VAE"
-    if isinstance(architecture, ELatentLPIPSConfig):
-        return "E-LatentLPIPS network"
+    others = {
+        VAEConfig: "VAE",
+        ELatentLPIPSConfig: "E-LatentLPIPS network",
+        InceptionConfig: "Inception network",
+    }
+    if not isinstance(architecture, UNetConfig):
+        return others[type(architecture)]
     switches = _switches(architecture)
     if switches == _switches(UNetConfig.student()):
         return "student"

@@ -16,6 +16,7 @@ import synth
 from safetensors.numpy import save_file
 
 from moebius_jax import MoebiusInpaintPipeline, UNetConfig, checkpoints
+from moebius_jax.conversion import convert_file
 from moebius_jax.conversion.architecture import detect_architecture
 from moebius_jax.conversion.names import expected_tensors
 from moebius_jax.models import VAE, UNet, VAEConfig
@@ -87,6 +88,18 @@ def tiny_folder(tiny_pipeline, tmp_path_factory) -> "os.PathLike[str]":
     """The tiny pipeline, saved."""
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inception_folder(tmp_path_factory) -> "os.PathLike[str]":
+    """Seeded Inception weights: a file of pytorch-fid's layout, and `converted`."""
+    import reference
+    import torch
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save(reference.state_dict(), folder / "pt_inception.pth")
+    convert_file(folder / "pt_inception.pth", folder / "converted")
     return folder
 
 

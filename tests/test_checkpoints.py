@@ -83,7 +83,7 @@ def test_wrong_kind_is_named(folder, tiny_folder):
         load_vae(folder)
     with pytest.raises(UserError, match="holds a VAE, expected a U-Net"):
         load_unet(tiny_folder / "vae")
-    with pytest.raises(UserError, match="expected E-LatentLPIPS"):
+    with pytest.raises(UserError, match="expected an E-LatentLPIPS network"):
         load_elatentlpips(folder)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moebius_jax.checkpoints import Architecture
 from moebius_jax.errors import UserError
-from moebius_jax.models import ELatentLPIPSConfig, UNetConfig, VAEConfig
+from moebius_jax.models import ELatentLPIPSConfig, InceptionConfig, UNetConfig, VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,14 +19,15 @@ def detect_architecture(shapes: Shapes, file: str) -> Architecture:
         file: what to call the file in messages.
 
     Raises:
-        UserError: neither a U-Net, a VAE nor an E-LatentLPIPS network, or tensors that decide a size
-            are missing or contradict each other.
+        UserError: none of the networks we know, or tensors that decide a size are missing or contradict each
+            other.
     """
     detectors = {
         "embedding_layer.weight": _unet,
         "diff_model.conv_norm_out.weight": _unet,
         "encoder.conv_norm_out.weight": _vae,
         "net.slice1.0.weight": _elatentlpips,
+        "Mixed_7c.branch_pool.conv.weight": lambda shapes: InceptionConfig(classes=shapes["fc.weight"][0]),
     }
     for landmark, detect in detectors.items():
         if landmark in shapes:
@@ -43,8 +44,8 @@ def detect_architecture(shapes: Shapes, file: str) -> Architecture:
             raise UserError(f"{file}: every name begins with {prefix!r}; save the inner module's state dict")
     some = ", ".join(list(shapes)[:3]) or "no tensors"
     raise UserError(
-        f"{file}: not a Moebius or PixelHacker U-Net, an SDXL-layout VAE or an E-LatentLPIPS network; "
-        f"it holds {some}"
+        f"{file}: not a Moebius or PixelHacker U-Net, an SDXL-layout VAE, an E-LatentLPIPS network or FID's "
+        f"Inception; it holds {some}"
     )
 
 

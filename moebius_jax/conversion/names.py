@@ -10,7 +10,7 @@ import re
 from moebius_jax.checkpoints import Architecture, abstract_tensors
 from moebius_jax.conversion import layouts
 from moebius_jax.conversion.layouts import Layout
-from moebius_jax.models import ELatentLPIPSConfig, UNetConfig, VAEConfig
+from moebius_jax.models import ELatentLPIPSConfig, InceptionConfig, UNetConfig, VAEConfig
 
 Shape = tuple[int, ...]
 
@@ -92,12 +92,20 @@ _VAE_RENAMES = (
     (r"\.proj_attn\.", ".to_out.0."),
 )
 
+_INCEPTION_RENAMES = (
+    (r"^conv2d_", "Conv2d_"),
+    (r"^mixed_", "Mixed_"),
+    (r"\.norm\.", ".bn."),
+)
+
+_RENAMES = {UNetConfig: _UNET_RENAMES, VAEConfig: _VAE_RENAMES, InceptionConfig: _INCEPTION_RENAMES}
+
 
 def _released_names(architecture: Architecture, path: str) -> list[str]:
     if isinstance(architecture, ELatentLPIPSConfig):
         return _elatentlpips_names(architecture, path)
     name = path
-    for pattern, replacement in _UNET_RENAMES if isinstance(architecture, UNetConfig) else _VAE_RENAMES:
+    for pattern, replacement in _RENAMES[type(architecture)]:
         name = re.sub(pattern, replacement, name)
     return [_rename_leaf(name)]
 

@@ -1,0 +1,153 @@
+"""Which files an evaluation is made of: images with their masks, or results with their originals."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from moebius_jax.errors import UserError
+from moebius_jax.imaging.masks import THRESHOLD, grey_levels
+from moebius_jax.imaging.picture import SUFFIXES, read_mask, read_picture
+
+Rgb = UInt8[np.ndarray, "H W 3"]
+Hole = Bool[np.ndarray, "H W"]
+PairBy = Literal["name", "order"]
+
+PREPARATION = (
+    "short side resized to the protocol's size (Lanczos, PIL), centre crop; files of that size as they are"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One picture of an evaluation.
+
+    Attributes:
+        name: path below the images' folder, without suffix.
+        truth: the original's file.
+        mask: file, white = hole; None where nothing is said of holes.
+        mask_name: its path below its set's folder, without suffix: part of the set's hash.
+        result: the file with what was painted.
+    """
+
+    name: str
+    truth: Path
+    mask: Path | None
+    mask_name: str = ""
+    result: Path
+
+
+def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
+    """Image files in a folder and its subfolders, by path without suffix, in sorted order.
+
+    Raises:
+        UserError: no such folder, nothing in it, or two files of one name.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: {'is a file, expected' if folder.exists() else 'no such'} folder of {what}"
+        )
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        if file.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in relative.parts):
+            continue
+        name = relative.with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{file}: same name as {found[name].name}; rename or remove one")
+        found[name] = file
+    if not found:
+        raise UserError(f"{folder}: no {what} here (looked for {', '.join(SUFFIXES)})")
+    return found
+
+
+def pair_masks(
+    names: Iterable[str], masks: dict[str, Path], folder: Path, by: PairBy = "name"
+) -> dict[str, str]:
+    """The name of each image's mask.
+
+    Args:
+        names: of the images, sorted.
+        masks: from `list_pictures`.
+        folder: of the masks, for messages.
+        by: "name", or "order": the first image has the first mask.
+
+    Raises:
+        UserError: an image has no mask.
+    """
+    names = list(names)
+    if by == "order":
+        if len(masks) < len(names):
+            raise UserError(
+                f"{folder}: {len(masks)} masks for {len(names)} images; expected at least as many"
+            )
+        return dict(zip(names, masks, strict=False))
+    missing = [name for name in names if name not in masks]
+    if missing:
+        more = f" (and {len(missing) - 1} more images have none)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{folder}: no mask {missing[0]}.*{more}; masks are paired by name, --pair-by order pairs the "
+            "first image with the first mask"
+        )
+    return {name: name for name in names}
+
+
+def read_truth(case: Case, size: int | None) -> Rgb:
+    """An original, brought to size x size as `PREPARATION` says; None leaves it as it is.
+
+    Raises:
+        UserError: unreadable.
+    """
+    rgb = read_picture(case.truth).rgb
+    return rgb if size is None else prepare(rgb, size)
+
+
+def prepare(rgb: Rgb, size: int) -> Rgb:
+    """The middle square of a picture at size x size."""
+    height, width = rgb.shape[:2]
+    if (height, width) == (size, size):
+        return rgb
+    scale = size / min(height, width)
+    box = (max(size, round(width * scale)), max(size, round(height * scale)))
+    image = Image.fromarray(rgb).resize(box, Image.Resampling.LANCZOS)
+    left, top = (box[0] - size) // 2, (box[1] - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_hole(file: Path, truth: Rgb, *, invert: bool = False) -> Hole:
+    """A mask as a hole of the picture's size.
+
+    Raises:
+        UserError: unreadable, or of another size.
+    """
+    grey = grey_levels(read_mask(file), invert=invert, name=str(file))
+    if grey.shape != truth.shape[:2]:
+        raise UserError(_sizes(file, "mask", grey, truth))
+    return grey > THRESHOLD
+
+
+def read_result(case: Case, truth: Rgb) -> Rgb:
+    """A painted picture.
+
+    Raises:
+        UserError: unreadable, or not of the original's size.
+    """
+    result = read_picture(case.result).rgb
+    if result.shape != truth.shape:
+        raise UserError(_sizes(case.result, "result", result, truth))
+    return result
+
+
+def pixel_digest(rgb: Rgb) -> bytes:
+    """Digest of one picture's size and pixels."""
+    return hashlib.sha256(repr(rgb.shape).encode() + np.ascontiguousarray(rgb).tobytes()).digest()
+
+
+def _sizes(file: Path, what: str, found: np.ndarray, truth: Rgb) -> str:
+    (h, w), (H, W) = found.shape[:2], truth.shape[:2]
+    return f"{file}: the {what} is {w} x {h} pixels and its image {W} x {H}; they must agree"

