@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moebius_jax.cli.arguments import add_model_arguments, add_process_arguments, load_pipeline, process_share
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress, run
 from moebius_jax.cli.pairing import Task, grid_path, plan_tasks
 from moebius_jax.errors import UserError
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from moebius_jax.inpaint import InpaintOptions, Item
     from moebius_jax.pipeline import MoebiusInpaintPipeline
     from moebius_jax.sampling.sampler import SamplingOptions
-
-DEFAULT_MODEL = "hustvl/Moebius"
 
 _DESCRIPTION = """\
 Repaint the masked part of an image, or of every image in a folder, with Moebius.
@@ -63,24 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="mask (white = repaint), or folder of masks",
     )
     add("--output", type=Path, required=True, metavar="FILE|DIR", help="result, or folder for results (PNG)")
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add(
-        "--model", default=DEFAULT_MODEL, help=f"converted folder or Hub repository (default {DEFAULT_MODEL})"
-    )
-    add("--variant", help="pretrained (default), ft_places2, ft_celebahq or ft_ffhq")
-    add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the U-Net (default bfloat16 on GPU and TPU, else float32)",
-    )
-    add(
-        "--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE (default float32)"
-    )
-    add(
-        "--allow-untrained", action="store_true", help="if the Hub cannot be reached, run with random weights"
-    )
+    add_model_arguments(parser)
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--num-inference-steps", type=int, default=20, metavar="N", help="default 20")
@@ -135,16 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", action="store_true", help="also write NAME_grid.png: original | mask | result")
     add("--overwrite", action="store_true", help="redo existing results instead of skipping them")
     add("--no-compilation-cache", action="store_true", help="do not keep compiled programs between runs")
-    group = parser.add_argument_group("several processes (each takes its share of the files)")
-    add = group.add_argument
-    add("--num-processes", type=int, default=1, metavar="N")
-    add("--process-id", type=int, default=0, metavar="I", help="0 to N-1")
-    add("--distributed", action="store_true", help="ask the cluster (TPU pod, SLURM, …) for the two instead")
+    add_process_arguments(parser)
     return parser
 
 
 def _sample(args: argparse.Namespace) -> int:
-    for name in ("num_samples", "batch_size", "num_processes"):
+    for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
     if not 0 <= args.seed < 2**32:
@@ -155,7 +133,7 @@ def _sample(args: argparse.Namespace) -> int:
     )
     import jax
 
-    process, count = _share(args)
+    process, count = process_share(args)
     tasks = tasks[process::count]
     todo = [t for t in tasks if args.overwrite or not t.output.exists()]
     if skipped := len(tasks) - len(todo):
@@ -167,32 +145,11 @@ def _sample(args: argparse.Namespace) -> int:
         if not args.no_compilation_cache:
             enable_compilation_cache()
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
-        problems += _Run(args, _load(args), options, sampling).all(todo)
+        problems += _Run(args, load_pipeline(args, args.variant), options, sampling).all(todo)
     if problems:
         print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)
         return FAILED
     return 0
-
-
-def _share(args: argparse.Namespace) -> tuple[int, int]:
-    """This process's number and how many there are."""
-    import jax
-
-    if args.distributed:
-        # Only what the command line says; jax asks the cluster for the rest.
-        known = {"num_processes": args.num_processes, "process_id": args.process_id}
-        try:
-            jax.distributed.initialize(**(known if args.num_processes > 1 else {}))
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--distributed: no cluster could be joined ({reason}); outside TPU pods, SLURM and the like "
-                "set JAX_COORDINATOR_ADDRESS, --num-processes and --process-id, or leave --distributed out"
-            ) from None
-        return jax.process_index(), jax.process_count()
-    if not 0 <= args.process_id < args.num_processes:
-        raise UserError(f"--process-id is {args.process_id}; expected 0 to {args.num_processes - 1}")
-    return args.process_id, args.num_processes
 
 
 def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptions"]:
@@ -215,30 +172,6 @@ def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptio
         truncate=args.mode == "release",
     )
     return options, sampling
-
-
-def _load(args: argparse.Namespace) -> "MoebiusInpaintPipeline":
-    import jax
-
-    from moebius_jax.conversion.hub import HubUnreachable
-    from moebius_jax.pipeline import MoebiusInpaintPipeline
-
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    dtypes = {"dtype": jax.numpy.dtype(dtype), "vae_dtype": jax.numpy.dtype(args.vae_dtype)}
-    if not Path(args.model).exists():
-        print(f"{args.model}: no such folder here, asking the Hub …", file=sys.stderr)
-    try:
-        return MoebiusInpaintPipeline.from_pretrained(
-            args.model, variant=args.variant, vae=args.vae, track=progress, **dtypes
-        )
-    except HubUnreachable as error:
-        if not args.allow_untrained:
-            raise
-        print(
-            f"{args.model} cannot be had here: running with UNTRAINED random weights ({error})",
-            file=sys.stderr,
-        )
-        return MoebiusInpaintPipeline.untrained(seed=0, **dtypes)
 
 
 class _Run:

@@ -1,0 +1,104 @@
+"""Arguments shared by the programs that sample: which model, which share of the work."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moebius_jax.cli.common import progress
+from moebius_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from moebius_jax.pipeline import MoebiusInpaintPipeline
+
+DEFAULT_MODEL = "hustvl/Moebius"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pretrained (default)") -> None:
+    """--model, --variant, --vae, --dtype, --vae-dtype and --allow-untrained."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model", default=DEFAULT_MODEL, help=f"converted folder or Hub repository (default {DEFAULT_MODEL})"
+    )
+    add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
+    add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the U-Net (default bfloat16 on GPU and TPU, else float32)",
+    )
+    add(
+        "--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE (default float32)"
+    )
+    add(
+        "--allow-untrained", action="store_true", help="if the Hub cannot be reached, run with random weights"
+    )
+
+
+def load_pipeline(args: argparse.Namespace, variant: str | None) -> "MoebiusInpaintPipeline":
+    """The pipeline the arguments name.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from moebius_jax.conversion.hub import HubUnreachable
+    from moebius_jax.pipeline import MoebiusInpaintPipeline
+
+    dtypes = compute_dtypes(args)
+    if not Path(args.model).exists():
+        print(f"{args.model}: no such folder here, asking the Hub …", file=sys.stderr)
+    try:
+        return MoebiusInpaintPipeline.from_pretrained(
+            args.model, variant=variant, vae=args.vae, track=progress, **dtypes
+        )
+    except HubUnreachable as error:
+        if not args.allow_untrained:
+            raise
+        print(
+            f"{args.model} cannot be had here: running with UNTRAINED random weights ({error})",
+            file=sys.stderr,
+        )
+        return MoebiusInpaintPipeline.untrained(seed=0, **dtypes)
+
+
+def compute_dtypes(args: argparse.Namespace) -> dict:
+    """`dtype` and `vae_dtype` for `MoebiusInpaintPipeline`."""
+    import jax
+
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return {"dtype": jax.numpy.dtype(dtype), "vae_dtype": jax.numpy.dtype(args.vae_dtype)}
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """--num-processes, --process-id and --distributed."""
+    add = parser.add_argument_group("several processes (each takes its share of the files)").add_argument
+    add("--num-processes", type=int, default=1, metavar="N")
+    add("--process-id", type=int, default=0, metavar="I", help="0 to N-1")
+    add("--distributed", action="store_true", help="ask the cluster (TPU pod, SLURM, …) for the two instead")
+
+
+def process_share(args: argparse.Namespace) -> tuple[int, int]:
+    """This process's number and how many there are.
+
+    Raises:
+        UserError: numbers that do not fit, or no cluster to join.
+    """
+    import jax
+
+    if args.num_processes < 1:
+        raise UserError(f"--num-processes is {args.num_processes}; expected 1 or more")
+    if args.distributed:
+        # Only what the command line says; jax asks the cluster for the rest.
+        known = {"num_processes": args.num_processes, "process_id": args.process_id}
+        try:
+            jax.distributed.initialize(**(known if args.num_processes > 1 else {}))
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--distributed: no cluster could be joined ({reason}); outside TPU pods, SLURM and the like "
+                "set JAX_COORDINATOR_ADDRESS, --num-processes and --process-id, or leave --distributed out"
+            ) from None
+        return jax.process_index(), jax.process_count()
+    if not 0 <= args.process_id < args.num_processes:
+        raise UserError(f"--process-id is {args.process_id}; expected 0 to {args.num_processes - 1}")
+    return args.process_id, args.num_processes

@@ -1,0 +1,173 @@
+"""`evaluate.py`: the paper's benchmarks from images to report, and scores of any method's pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebius_jax.cli.arguments import add_model_arguments, add_process_arguments
+from moebius_jax.cli.common import run
+
+if TYPE_CHECKING:
+    from moebius_jax.evaluation.protocols import Protocol
+
+_DESCRIPTION = """\
+Reproduce the paper's tables: paint a benchmark's images with a model, score them, and write a report
+(report.html to look at, report.md, report.json, scores.csv) with the published figures beside ours.
+"""
+_EPILOG = """\
+protocols (images, size, masks):
+{protocols}
+  custom         any images, with --size, --mask-kind, …
+and
+  score          scores pictures that exist already, of any method
+
+examples:
+  python evaluate.py celebahq --images CelebA-HQ/test --inception converted/inception --output out/celebahq
+  python evaluate.py places2_test --images places/test --masks masks/ --pair-by order --output out/p \\
+      --inception converted/inception --guidance-sweep                  # Table 6
+  python evaluate.py custom --images photos/ --metrics lpips psnr ssim l1 --output out/mine
+  python evaluate.py score --pred results/ --gt originals/ --masks masks/ --inception converted/inception
+
+FID, P-IDS and U-IDS need Inception's weights as used by pytorch-fid, fetched and converted once:
+  curl -LO {url}
+  python convert_weights.py {file} converted/inception
+A stopped run continues where it was. `evaluate.py PROTOCOL --help` shows every option.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(arguments)
+    args.command = ["python", "evaluate.py", *arguments]
+    if args.protocol == "score":
+        from moebius_jax.cli.score import score as program
+    else:
+        from moebius_jax.cli.benchmark import evaluate as program
+    return run(lambda: program(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from moebius_jax.evaluation.inception_features import INCEPTION_FILE, INCEPTION_URL
+    from moebius_jax.evaluation.protocols import PROTOCOLS
+
+    lines = [
+        f"  {p.name:14} {p.count:,} images, {p.size} px; masks: {p.masks_like}"
+        for p in PROTOCOLS.values()
+        if p.count
+    ]
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(protocols="\n".join(lines), url=INCEPTION_URL, file=INCEPTION_FILE),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
+    for protocol in PROTOCOLS.values():
+        _protocol_arguments(commands.add_parser(protocol.name, description=_describe(protocol)), protocol)
+    _score_arguments(
+        commands.add_parser("score", description="Score pictures that exist already, of any method.")
+    )
+    return parser
+
+
+def _describe(protocol: "Protocol") -> str:
+    text = f"{protocol.title}: {protocol.dataset}, {protocol.size} px. Masks: {protocol.masks_like}."
+    return text if protocol.count is None else f"{text} Released weights: {protocol.variant}."
+
+
+def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -> None:
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="originals; subfolders are searched too")
+    add("--output", type=Path, required=True, metavar="DIR", help="for results, masks and report")
+    count = f"the protocol's {protocol.count:,}" if protocol.count else "all"
+    add("--count", type=int, metavar="N", help=f"the first N images by name (default: {count})")
+    add(
+        "--size",
+        type=int,
+        default=protocol.size,
+        metavar="PX",
+        help=f"side of the pictures (default {protocol.size})",
+    )
+    add_model_arguments(parser, variant=f"default {protocol.variant or 'pretrained'}; pretrained")
+    add = parser.add_argument_group("masks (white = hole)").add_argument
+    _mask_arguments(add)
+    add("--mask-kind", help=f"what is drawn without --masks (default {protocol.masks.kind})")
+    add(
+        "--mask-ratio",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="only masks with this share of hole",
+    )
+    add("--mask-seed", type=int, default=0, help="default 0")
+    add = parser.add_argument_group("sampling").add_argument
+    guidance = protocol.guidance_scale or "the checkpoint's"
+    add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
+    add("--num-inference-steps", type=int, default=20, metavar="N", help="default 20")
+    add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
+    add("--scheduler", choices=("ddim", "dpmpp_2m"), default="ddim", help="default ddim")
+    add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--batch-size", type=int, default=8, metavar="N", help="default 8")
+    sweeps = parser.add_argument_group(
+        "sweeps: one report over several settings"
+    ).add_mutually_exclusive_group()
+    sweeps.add_argument(
+        "--guidance-sweep",
+        type=float,
+        nargs="*",
+        metavar="S",
+        help="Table 6; its scales unless some are named",
+    )
+    sweeps.add_argument("--steps-sweep", type=int, nargs="*", metavar="N", help="default 5 10 20 50")
+    sweeps.add_argument("--scheduler-sweep", action="store_true", help="every scheduler")
+    _metric_arguments(parser)
+    add_process_arguments(parser)
+    parser.add_argument(
+        "--sample-only",
+        action="store_true",
+        help="paint and stop: for all processes but the last that scores",
+    )
+    parser.add_argument("--no-compilation-cache", action="store_true", help="do not keep compiled programs")
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--pred", type=Path, required=True, metavar="DIR", help="results")
+    add("--gt", type=Path, required=True, metavar="DIR", help="originals, of the same names")
+    _mask_arguments(add)
+    add("--size", type=int, metavar="PX", help="bring originals to this size first, as the protocols do")
+    add("--output", type=Path, metavar="DIR", help="write a report here")
+    add("--batch-size", type=int, default=8, metavar="N", help="default 8")
+    add("--beside", metavar="PROTOCOL", help="show this protocol's published figures")
+    _metric_arguments(parser)
+
+
+def _mask_arguments(add: Any) -> None:
+    add("--masks", type=Path, metavar="DIR", help="a stored set")
+    add("--invert-masks", action="store_true", help="black is the hole, as in MAT's and CoModGAN's own files")
+    add(
+        "--pair-by",
+        choices=("name", "order"),
+        default="name",
+        help="which mask goes with which image (default name)",
+    )
+
+
+def _metric_arguments(parser: argparse.ArgumentParser) -> None:
+    from moebius_jax.evaluation.scoring import METRICS
+
+    add = parser.add_argument_group("metrics").add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
+    add("--inception", type=Path, metavar="DIR", help="converted Inception weights, for fid and ids")
+    add(
+        "--small-fid",
+        action="store_true",
+        help="give FID and P-/U-IDS of fewer than 2048 images, which are far from those of many",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
