@@ -335,7 +335,7 @@ def _switches(config: UNetConfig) -> tuple[Any, ...]:
 
 
 def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiouE' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeiouEI' else 'a'} {noun}"
 
 
 def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:

@@ -1,0 +1,436 @@
+"""`evaluate.py` as a person types it: a small model, small pictures, from images to report."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from test_metrics import pictures
+
+from moebius_jax import MoebiusInpaintPipeline, checkpoints
+from moebius_jax.cli.evaluate import main
+from moebius_jax.evaluation.protocols import PROTOCOLS
+from moebius_jax.evaluation.published import GUIDANCE, QUALITY
+
+ROOT = Path(__file__).parents[1]
+SIZE = 96  # larger than the tiny model's square of 64
+QUICK = ("--metrics", "psnr", "l1", "--num-inference-steps", "2", "--no-compilation-cache")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five pictures of three sizes, one in a subfolder, one with an alpha channel."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    found = pictures(5, size=160)
+    Image.fromarray(found[0]).save(folder / "a.png")
+    Image.fromarray(found[1][:, :120]).save(folder / "b.jpg")
+    Image.fromarray(found[2]).resize((SIZE, SIZE)).save(folder / "c.png")
+    Image.fromarray(found[3]).save(folder / "more/a.png")
+    Image.fromarray(np.dstack([found[4], found[4][..., :1]])).save(folder / "z.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder):
+    """The tiny pipeline on eight devices, loaded once."""
+    return MoebiusInpaintPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def evaluate(images, loaded, tiny_folder, tmp_path, capsys, monkeypatch):
+    """Runs evaluate.py on the tiny pipeline; returns status, stdout and stderr."""
+    monkeypatch.setattr("moebius_jax.cli.benchmark.load_pipeline", lambda *_: loaded)
+
+    def run(*arguments, protocol="custom", output="out"):
+        common = ("--images", images, "--model", tiny_folder, "--size", SIZE, "--output", tmp_path / output)
+        status = main([str(a) for a in (protocol, *common, *QUICK, *arguments)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def results(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}
+
+
+class TestBenchmark:
+    def test_from_images_to_report(self, evaluate, images, tiny_pipeline, tmp_path, inception_folder):
+        out = tmp_path / "out"
+        status, text, _ = evaluate(
+            "--metrics", "fid", "ids", "lpips", "psnr", "ssim", "l1", "--small-fid",
+            "--inception", inception_folder / "converted",
+        )  # fmt: skip
+        assert status == 0
+        assert "painted 5 in" in text
+        assert sorted(results(out / "results")) == ["a.png", "b.png", "c.png", "more/a.png", "z.png"]
+        for name in results(out / "results"):
+            result = np.asarray(Image.open(out / "results" / name))
+            hole = np.asarray(Image.open(out / "masks" / name).convert("L")) > 127
+            assert result.shape == (SIZE, SIZE, 3)
+            if name == "c.png":  # of the protocol's size: taken as it is, and kept outside the hole
+                truth = np.asarray(Image.open(images / name))
+                same = (result == truth).all(-1)
+                # The soft edge: 4 pixels of the model's 64, here of 96.
+                assert same[ndimage.distance_transform_edt(~hole) > 4 * SIZE / 64].all()
+                assert same[hole].mean() < 0.5
+        document = report(out)
+        assert document["runs"][0]["all"]["count"] == 5
+        keys = ("fid", "p_ids", "u_ids", "lpips_alex", "lpips_vgg", "psnr", "ssim", "l1")
+        for key in keys:
+            assert isinstance(document["runs"][0]["all"][key]["whole"], float)
+            assert isinstance(document["runs"][0]["all"][key]["hole"], float)
+            assert key in document["methods"]
+        assert sum(row["count"] for row in document["runs"][0]["bins"]) == 5
+        # All it takes to repeat it.
+        sources = document["sources"]
+        assert sources["model"]["unet_sha256"] == checkpoints.digest(tiny_pipeline.unet)
+        assert sources["model"]["vae_sha256"] == checkpoints.digest(tiny_pipeline.vae)
+        assert sources["masks"]["sha256"] == sources["masks"]["set_sha256"]
+        assert sources["masks"]["set_kind"] == "mat_large"
+        assert sources["images"]["count"] == 5
+        assert len(sources["inception"]["sha256"]) == 64
+        assert document["versions"]["jax"]
+        assert document["runs"][0]["settings"]["sampling"]["num_inference_steps"] == 2
+        assert document["command"][:3] == ["python", "evaluate.py", "custom"]
+        with (out / "scores.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == ["a", "b", "c", "more/a", "z"]
+        mean = np.mean([float(row["l1_hole"]) for row in rows])
+        assert mean == pytest.approx(document["runs"][0]["all"]["l1"]["hole"], rel=1e-4)
+        markdown = (out / "report.md").read_text()
+        assert "| FID ↓ |" in markdown
+        assert sources["masks"]["sha256"] in markdown
+
+    def test_again_paints_nothing_and_scores_the_same(self, evaluate, tmp_path):
+        evaluate()
+        first = report(tmp_path / "out")
+        status, out, _ = evaluate()
+        assert status == 0
+        assert "5 of 5 results exist already" in out
+        assert report(tmp_path / "out")["runs"][0]["all"] == first["runs"][0]["all"]
+
+    def test_stopped_and_continued_is_the_same_to_the_bit(self, evaluate, tmp_path):
+        evaluate("--batch-size", 8)
+        whole = results(tmp_path / "out")
+        evaluate("--batch-size", 8, "--sample-only", output="resumed")
+        for name in ("results/b.png", "results/z.png"):
+            (tmp_path / "resumed" / name).unlink()
+        status, out, _ = evaluate("--batch-size", 8, output="resumed")
+        assert status == 0
+        assert "3 of 5 results exist already" in out
+        assert results(tmp_path / "resumed") == whole
+        a, b = report(tmp_path / "out"), report(tmp_path / "resumed")
+        assert a["runs"][0]["all"] == b["runs"][0]["all"]
+
+    def test_killed_and_continued(self, images, tiny_folder, tmp_path):
+        """A process of its own, killed with -9 while it paints."""
+        for i in range(20):
+            Image.fromarray(pictures(1, seed=i)[0]).save(images / f"many_{i:02}.png")
+        out = tmp_path / "out"
+        arguments = (
+            "custom", "--images", images, "--model", tiny_folder, "--size", SIZE, "--output", out, *QUICK,
+            "--batch-size", 1, "--num-inference-steps", 40,
+        )  # fmt: skip
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            [sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, env=environment
+        )
+        until = time.time() + 240
+        while not list((out / "results").glob("*.png")) and time.time() < until and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        painted = results(out / "results")
+        assert 0 < len(painted) < 25
+        for data in painted.values():
+            assert data.endswith(b"IEND\xaeB`\x82")  # whole files only
+        done = subprocess.run(
+            [sys.executable, "evaluate.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{len(painted)} of 25 results exist already" in done.stdout
+        assert report(out)["runs"][0]["all"]["count"] == 25
+        assert painted.items() <= results(out / "results").items()
+
+    def test_processes_share_the_work(self, evaluate, tmp_path):
+        evaluate("--sample-only", "--num-processes", 2, "--process-id", 0)
+        assert len(results(tmp_path / "out/results")) == 3
+        status, _, err = evaluate("--num-processes", 2, "--process-id", 1)
+        assert status == 1
+        assert "several processes paint (--sample-only); score afterwards with one" in err
+        evaluate("--sample-only", "--num-processes", 2, "--process-id", 1)
+        status, out, _ = evaluate()
+        assert status == 0
+        assert "5 of 5 results exist already" in out
+
+    def test_stored_set_is_reused_and_recognised(self, evaluate, tmp_path):
+        evaluate()
+        masks = tmp_path / "out/masks"
+        status, _, _ = evaluate("--masks", masks, output="second")
+        assert status == 0
+        first, second = report(tmp_path / "out"), report(tmp_path / "second")
+        assert first["sources"]["masks"]["sha256"] == second["sources"]["masks"]["sha256"]
+        assert first["runs"][0]["all"] == second["runs"][0]["all"]
+        # By order: the hash is that of the masks, whatever they are paired with.
+        evaluate("--masks", masks, "--pair-by", "order", "--seed", 1, output="third")
+        assert report(tmp_path / "third")["sources"]["masks"]["sha256"] == first["sources"]["masks"]["sha256"]
+        # Inverted files of the same holes.
+        inverted = tmp_path / "inverted"
+        for file in masks.rglob("*.png"):
+            target = inverted / file.relative_to(masks)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - np.asarray(Image.open(file).convert("L"))).save(target)
+        evaluate("--masks", inverted, "--invert-masks", output="fourth")
+        fourth = report(tmp_path / "fourth")
+        assert fourth["runs"][0]["all"] == first["runs"][0]["all"]
+        assert fourth["sources"]["masks"]["sha256"] == first["sources"]["masks"]["sha256"]
+        # A changed set is not the set its masks.json speaks of.
+        Image.fromarray(np.eye(SIZE, dtype=bool)).save(masks / "a.png")
+        status, _, err = evaluate("--masks", masks, output="fifth")
+        assert status == 1
+        assert "the set was changed" in err
+
+    def test_sweeps(self, evaluate, tmp_path):
+        status, out, _ = evaluate("--guidance-sweep", 1, 2.5, "--count", 2, protocol="places2_test")
+        assert status == 0
+        assert "guidance_1.0 (2 images" in out
+        document = report(tmp_path / "out")
+        assert [r["label"] for r in document["runs"]] == ["guidance_1.0", "guidance_2.5"]
+        assert document["published"]["guidance"][2] == {"guidance_scale": 2.5, "fid": 9.48, "lpips": 0.207}
+        assert "| 2.5 | – | – | – | 9.48 | 0.207 |" in (tmp_path / "out/report.md").read_text()
+        assert (tmp_path / "out/scores_guidance_1.0.csv").is_file()
+        a, b = (results(tmp_path / f"out/guidance_{s}") for s in ("1.0", "2.5"))
+        assert a.keys() == b.keys()
+        assert a != b
+        evaluate("--steps-sweep", 2, 3, "--count", 1, output="steps")
+        assert [r["label"] for r in report(tmp_path / "steps")["runs"]] == ["steps_2", "steps_3"]
+        evaluate("--scheduler-sweep", "--count", 1, output="schedulers")
+        assert report(tmp_path / "schedulers")["sweep"] == "scheduler"
+
+    def test_departures_from_a_protocol_are_said(self, evaluate, tmp_path):
+        status, _, _ = evaluate("--count", 3, "--guidance-scale", 3, protocol="celebahq")
+        assert status == 0
+        said = report(tmp_path / "out")["departures"]
+        assert said[0] == "3 images, the protocol has 3,000"
+        for part in (
+            "num inference steps 2, the protocol has 20",
+            f"size {SIZE}, the protocol has 512",
+            "guidance scale 3.0, the protocol has 2.0",
+            "masks drawn from their published description",
+        ):
+            assert any(part in line for line in said), part
+        text = (tmp_path / "out/report.md").read_text()
+        assert "| Moebius, published | 5.39 | 0.122 | Tables 1 and 4 |" in text
+        assert "| PixelHacker, published | 4.75 | 0.115 | Tables 1 and 4 |" in text
+
+
+class TestBenchmarkErrors:
+    """One line that names what is wrong, exit status 1, nothing lost."""
+
+    def one_line(self, outcome, *parts):
+        status, _, err = outcome
+        assert status == 1
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        for part in parts:
+            assert str(part) in err, err
+
+    def test_counts(self, evaluate, images):
+        self.one_line(
+            evaluate(protocol="ffhq"), images, "5 images, 10000 are needed", "--count 5 evaluates these"
+        )
+        self.one_line(evaluate("--count", 9), "5 images, 9 are needed")
+        self.one_line(evaluate("--count", 0), "--count is 0; expected 1 or more")
+
+    def test_fid(self, evaluate, tmp_path, inception_folder, tiny_folder):
+        self.one_line(
+            evaluate("--metrics", "fid", "l1"),
+            "fid need --inception DIR",
+            "convert_weights.py",
+            "--metrics l1",
+        )
+        weights = inception_folder / "converted"
+        self.one_line(
+            evaluate("--metrics", "fid", "--inception", weights),
+            "fid of 5 images: expected 2048 or more",
+            "--small-fid",
+        )
+        self.one_line(
+            evaluate("--metrics", "fid", "--inception", weights, "--small-fid", "--count", 1),
+            "fid of 1 images: expected 2 or more",
+        )
+        self.one_line(
+            evaluate("--metrics", "fid", "--inception", tiny_folder / "unet", "--small-fid"),
+            "holds a",
+            "expected an Inception network",
+        )
+        self.one_line(
+            evaluate("--metrics", "fid", "--inception", tmp_path / "no", "--small-fid"), "no such folder"
+        )
+
+    def test_folders(self, evaluate, images, tmp_path):
+        (tmp_path / "empty").mkdir()
+        self.one_line(evaluate("--images", tmp_path / "empty"), "no images here")
+        self.one_line(evaluate("--images", tmp_path / "none"), "no such folder of images")
+        self.one_line(evaluate("--images", images / "a.png"), "is a file, expected folder of images")
+        self.one_line(evaluate("--masks", tmp_path / "none"), "no such folder of masks")
+        self.one_line(evaluate("--output", images), "is a folder of inputs")
+        Image.fromarray(pictures(1)[0]).save(images / "a.jpg")
+        self.one_line(evaluate(), "same name as a.jpg")
+
+    def test_masks(self, evaluate, tmp_path):
+        evaluate()
+        masks = tmp_path / "out/masks"
+        (masks / "b.png").unlink()
+        self.one_line(evaluate("--masks", masks, output="x"), f"{masks}: no mask b.*", "--pair-by order")
+        self.one_line(evaluate("--masks", masks, "--pair-by", "order", output="x"), "4 masks for 5 images")
+        self.one_line(evaluate("--mask-kind", "mat_small", output="out"), "drawn otherwise")
+        self.one_line(evaluate("--mask-kind", "blobs", output="x"), "mask kind 'blobs'; expected one of")
+        self.one_line(evaluate("--invert-masks", output="x"), "are for --masks")
+        self.one_line(evaluate("--masks", masks, "--mask-seed", 1, output="x"), "leave out --masks")
+
+    def test_a_mask_of_another_size_or_an_unreadable_image(self, evaluate, images, tmp_path):
+        evaluate("--sample-only")
+        masks = tmp_path / "masks"
+        (tmp_path / "out/masks").rename(masks)
+        (masks / "masks.json").unlink()
+        Image.fromarray(np.eye(50, dtype=bool)).save(masks / "b.png")
+        (images / "c.png").write_bytes(b"no picture")
+        status, _, err = evaluate("--masks", masks, output="other")
+        assert status == 1
+        assert "2 not done:" in err
+        assert f"b.png: the mask is 50 x 50 pixels and its image {SIZE} x {SIZE}; they must agree" in err
+        assert f"{images / 'c.png'}: not an image PIL can read" in err
+        # What could be done is kept, and there is no report of a part.
+        assert sorted(results(tmp_path / "other/results")) == ["a.png", "more/a.png", "z.png"]
+        assert not (tmp_path / "other/report.json").exists()
+
+    def test_other_settings_are_not_mixed_in(self, evaluate, tmp_path):
+        evaluate("--sample-only")
+        self.one_line(evaluate("--seed", 1), "holds results with seed 0, asked for is 1")
+        self.one_line(evaluate("--guidance-scale", 3), "holds results with sampling")
+        (tmp_path / "foreign/results").mkdir(parents=True)
+        (tmp_path / "foreign/results/letter.txt").write_text("dear")
+        self.one_line(evaluate(output="foreign"), "is not empty and not from an evaluation")
+        (tmp_path / "out/results/run.json").write_text("{")
+        self.one_line(evaluate(), "run.json: damaged")
+
+    def test_a_damaged_result_is_named(self, evaluate, tmp_path):
+        evaluate("--sample-only")
+        (tmp_path / "out/results/c.png").write_bytes(b"no picture")
+        self.one_line(evaluate(), "results/c.png: not an image PIL can read")
+
+
+class TestScore:
+    @pytest.fixture
+    def score(self, tmp_path, capsys):
+        """Two folders of four pictures, the second blurred, and masks."""
+        rng = np.random.default_rng(0)
+        for name in ("gt", "pred", "masks"):
+            (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures(4)):
+            Image.fromarray(picture).save(tmp_path / f"gt/{i}.png")
+            noisy = np.clip(picture + rng.normal(0, 9, picture.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(tmp_path / f"pred/{i}.png")
+            hole = np.zeros((SIZE, SIZE), bool)
+            hole[: 20 * (i + 1)] = True
+            Image.fromarray(hole).save(tmp_path / f"masks/{i}.png")
+
+        def run(*arguments, metrics=("psnr", "l1")):
+            folders = ("--pred", tmp_path / "pred", "--gt", tmp_path / "gt")
+            status = main([str(a) for a in ("score", *folders, "--metrics", *metrics, *arguments)])
+            return status, *capsys.readouterr()
+
+        return run
+
+    def test_prints_figures_and_writes_nothing(self, score, tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        status, out, _ = score()
+        assert status == 0
+        assert "scores (4 images" in out
+        assert "PSNR ↑" in out
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_report_with_masks_beside_a_protocol(self, score, tmp_path):
+        out = tmp_path / "out"
+        status, _, _ = score("--masks", tmp_path / "masks", "--output", out, "--beside", "ffhq")
+        assert status == 0
+        document = report(out)
+        assert [(r["low"], r["count"]) for r in document["runs"][0]["bins"]] == [
+            (0.2, 1),
+            (0.4, 1),
+            (0.6, 1),
+            (0.8, 1),
+        ]
+        assert "| Moebius, published | 8.15 | 0.231 |" in (out / "report.md").read_text()
+        assert "<svg" in (out / "report.html").read_text()
+
+    def test_identical_pictures_are_infinitely_alike(self, score, tmp_path):
+        status, out, _ = score("--pred", tmp_path / "gt", "--output", tmp_path / "out")
+        assert status == 0
+        assert "∞" in out
+        assert report(tmp_path / "out")["runs"][0]["all"]["psnr"]["whole"] == "Infinity"
+
+    def test_errors(self, score, tmp_path):
+        one_line = TestBenchmarkErrors().one_line
+        pred, gt = tmp_path / "pred", tmp_path / "gt"
+        (pred / "2.png").rename(tmp_path / "2.png")
+        one_line(score(), f"{pred}: no result 2.*")
+        one_line(score("--pred", gt, "--gt", pred), f"{pred}: no original 2.*")
+        Image.open(tmp_path / "2.png").resize((50, 60)).save(pred / "2.png")
+        one_line(score(), "2.png: the result is 50 x 60 pixels and its image 96 x 96; they must agree")
+        (pred / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])
+        one_line(score(), "2.png: unreadable image")
+        one_line(score("--beside", "custom"), "--beside custom: expected one of places2_test")
+        one_line(score("--invert-masks"), "are for --masks, which is missing")
+        one_line(score("--batch-size", 0), "--batch-size is 0")
+        one_line(score(metrics=("fid",)), "--inception")
+
+
+def test_protocols_are_the_papers():
+    assert set(PROTOCOLS) == {*QUALITY, "custom"}
+    assert GUIDANCE.keys() <= QUALITY.keys()
+    sizes = {name: (p.count, p.size) for name, p in PROTOCOLS.items()}
+    assert sizes["places2_test"] == (10_000, 512)
+    assert sizes["places2_256"] == (36_500, 256)
+    assert sizes["ffhq"] == (10_000, 256)
+    assert sizes["celebahq"] == (3_000, 512)
+    for name, protocol in PROTOCOLS.items():
+        assert protocol.masks.size == protocol.size, name
+    for name, scales in GUIDANCE.items():
+        scale = PROTOCOLS[name].guidance_scale
+        assert scales[scale] == (QUALITY[name][0].fid, QUALITY[name][0].lpips)
+
+
+def test_without_its_extra_it_says_what_to_install(evaluate, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else name)
+    status, _, err = evaluate()
+    assert status == 1
+    assert 'sklearn missing; install the evaluation extra: pip install -e ".[eval]"' in err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in (*QUALITY, "custom", "score", "convert_weights.py"):
+        assert name in out
