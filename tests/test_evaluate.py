@@ -403,6 +403,10 @@ class TestScore:
         one_line(score("--invert-masks"), "are for --masks, which is missing")
         one_line(score("--batch-size", 0), "--batch-size is 0")
         one_line(score(metrics=("fid",)), "--inception")
+        for folder in (pred, gt):
+            for file in folder.iterdir():
+                Image.fromarray(pictures(1)[0][:30, :40]).save(file)
+        one_line(score(metrics=("lpips",)), "0.png: 40 x 30 pixels; LPIPS needs 31 or more each way")
 
 
 def test_protocols_are_the_papers():

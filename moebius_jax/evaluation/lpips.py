@@ -15,6 +15,7 @@ from moebius_jax.evaluation.inception_features import weighted_mean
 
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
+SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for images in [-1, 1]
 
 

@@ -29,7 +29,7 @@ from moebius_jax.evaluation.distributions import (
     inception_discriminative_scores,
 )
 from moebius_jax.evaluation.inception_features import InceptionFeatures
-from moebius_jax.evaluation.lpips import LPIPS
+from moebius_jax.evaluation.lpips import LPIPS, SMALLEST
 from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
 from moebius_jax.models import Inception
 
@@ -182,6 +182,9 @@ class Scorer:
 
         def read(case: Case) -> _Read:
             truth = read_truth(case, size)
+            if self._lpips and min(truth.shape[:2]) < SMALLEST:
+                h, w = truth.shape[:2]
+                raise UserError(f"{case.truth}: {w} x {h} pixels; LPIPS needs {SMALLEST} or more each way")
             result = read_result(case, truth)
             hole = np.zeros(truth.shape[:2], bool)
             if case.mask is not None:
