@@ -25,9 +25,12 @@ $(VENV)-aot/.installed: pyproject.toml
 	-test -d $(VENV)-aot || $(PYTHON) -m venv $(VENV)-aot
 	-$(VENV)-aot/bin/python -m pip install --quiet --editable ".[aot]" && touch $@
 
+# Two processes of up to 10 GB; each test file runs in one of them. `make test WORKERS=1` for less memory.
+WORKERS ?= 2
+
 # On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
 test: $(VENV)/.installed $(VENV)-aot/.installed  ## all tests, on the CPU, without network
-	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed  ## ruff: errors and formatting
 	$(BIN)/ruff check .

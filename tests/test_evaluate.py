@@ -292,7 +292,7 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--images", tmp_path / "none"), "no such folder of images")
         self.one_line(evaluate("--images", images / "a.png"), "is a file, expected folder of images")
         self.one_line(evaluate("--masks", tmp_path / "none"), "no such folder of masks")
-        self.one_line(evaluate("--output", images), "is a folder of inputs")
+        self.one_line(evaluate("--output", images / "out"), "is in the folder of inputs")
         Image.fromarray(pictures(1)[0]).save(images / "a.jpg")
         self.one_line(evaluate(), "same name as a.jpg")
 

@@ -13,6 +13,7 @@ from moebius_jax.cli.arguments import compute_dtypes, load_pipeline, process_sha
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress
 from moebius_jax.cli.scoring import (
     fewest_images,
+    gathered_mask_warnings,
     inception_facts,
     make_scorer,
     require_evaluation_extra,
@@ -52,19 +53,22 @@ def evaluate(args: argparse.Namespace) -> int:
     model = _model_facts(args, protocol, pipe)
     runs: list[Run] = []
     folders: list[Path] = []
-    for label, sampling in _variations(args, protocol, pipe):
-        folder = args.output / (label or "results")
-        folders.append(folder)
-        placed = [dataclasses.replace(c, result=folder / f"{c.name}.png") for c in cases]
-        settings = _settings(args, protocol, pipe, model, placed, sampling)
-        seconds, count, problems = _paint(args, pipe, placed[process::processes], folder, settings, sampling)
-        if problems:
-            print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)
-            return FAILED
-        if scorer:
-            scores = scorer(placed, size=args.size, invert_masks=args.invert_masks, track=progress)
-            _check_stored_set(masks, scores)
-            runs.append(Run(label=label, settings=settings, scores=scores, seconds=seconds, painted=count))
+    with gathered_mask_warnings():
+        for label, sampling in _variations(args, protocol, pipe):
+            folder = args.output / (label or "results")
+            folders.append(folder)
+            placed = [dataclasses.replace(c, result=folder / f"{c.name}.png") for c in cases]
+            settings = _settings(args, protocol, pipe, model, placed, sampling)
+            mine = placed[process::processes]
+            seconds, count, problems = _paint(args, pipe, mine, folder, settings, sampling)
+            if problems:
+                print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)
+                return FAILED
+            if scorer:
+                scores = scorer(placed, size=args.size, invert_masks=args.invert_masks, track=progress)
+                _check_stored_set(masks, scores)
+                run = Run(label=label, settings=settings, scores=scores, seconds=seconds, painted=count)
+                runs.append(run)
     if scorer:
         write_report(
             args,
@@ -98,8 +102,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: is a file, expected a folder")
     for base in (args.images, args.masks):
-        if base is not None and args.output.resolve() == base.resolve():
-            raise UserError(f"{args.output}: is a folder of inputs; choose another --output")
+        if base is not None and args.output.resolve().is_relative_to(base.resolve()):
+            raise UserError(f"{args.output}: is in the folder of inputs {base}; choose another --output")
 
 
 def _images(args: argparse.Namespace, protocol: Protocol) -> dict[str, Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from moebius_jax.cli.common import progress
 from moebius_jax.cli.scoring import (
     fewest_images,
+    gathered_mask_warnings,
     inception_facts,
     make_scorer,
     require_evaluation_extra,
@@ -29,7 +30,9 @@ def score(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     cases = _pairs(args)
     enough = fewest_images(args, len(cases))
-    scores = make_scorer(args)(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+    scorer = make_scorer(args)
+    with gathered_mask_warnings():
+        scores = scorer(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
     protocol = {}
     if args.beside:
         protocol = {"name": args.beside, "title": f"Scores beside {PROTOCOLS[args.beside].title}"}

@@ -1,15 +1,19 @@
 """What `evaluate.py`'s benchmarks and its `score` share: checks before the work, and the report after it."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moebius_jax.errors import UserError
+from moebius_jax.imaging.masks import MaskWarning
 
 if TYPE_CHECKING:
     from moebius_jax.evaluation.cases import Case
@@ -49,6 +53,23 @@ def fewest_images(args: argparse.Namespace, count: int) -> int:
         hint = "" if args.small_fid else "; --small-fid gives them all the same, or choose other --metrics"
         raise UserError(f"{' and '.join(asked)} of {count} images: expected {enough} or more{hint}")
     return enough
+
+
+@contextlib.contextmanager
+def gathered_mask_warnings() -> Iterator[None]:
+    """One line for each thing that looks wrong with masks, however many of thousands it is true of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MaskWarning)
+        yield
+    kinds: dict[str, list[str]] = {}
+    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, MaskWarning)):
+        kinds.setdefault(message.partition(": ")[2], []).append(message)
+    for first, *others in kinds.values():
+        more = f" (and {len(others)} more masks)" if others else ""
+        print(f"warning: {first}{more}", file=sys.stderr)
+    for w in caught:
+        if not issubclass(w.category, MaskWarning):
+            warnings.showwarning(w.message, w.category, w.filename, w.lineno)
 
 
 def make_scorer(args: argparse.Namespace) -> "Scorer":

@@ -24,7 +24,7 @@ def render_markdown(document: dict[str, Any]) -> str:
     protocol = document["protocol"]
     sections = [f"# {protocol.get('title', 'Scores')}", _facts(document)]
     if document["departures"]:
-        sections.append("**Differs from the protocol**\n\n" + _list(document["departures"]))
+        sections.append("**Before you compare**\n\n" + _list(document["departures"]))
     if document["published"]["rows"] and len(document["runs"]) == 1:
         sections.append("## Beside the paper\n\n" + _beside_the_paper(document))
     if document["sweep"]:
