@@ -1,4 +1,11 @@
-"""What devices could do at best, for fractions of peak."""
+"""What devices could do at best, and their way of saying that something was too much."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from moebius_jax.errors import UserError
 
 # Dense bfloat16 FLOP/s and bytes/s of device kinds, as jax names them.
 PEAKS = {
@@ -15,3 +22,14 @@ PEAKS = {
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device; None where we do not know."""
     return PEAKS[device_kind][0] if device_kind in PEAKS else None
+
+
+@contextlib.contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Makes a `UserError` of a device's error that `what` does not fit in its memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"{what} does not fit in the device's memory; use a smaller batch size") from None

@@ -1,7 +1,6 @@
 """Images of any size through a sampler that works on one square: cut, batch, run, paste."""
 
 import collections
-import contextlib
 import dataclasses
 import math
 import numbers
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from moebius_jax.errors import UserError
+from moebius_jax.hardware import memory_errors
 from moebius_jax.imaging import crop, masks, release
 from moebius_jax.imaging.regions import Window, plan_windows
 from moebius_jax.sampling.sampler import Sampler, SamplingOptions, StepCallback
@@ -229,7 +229,7 @@ def _start(
     taken = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
     filled = taken + [taken[0]] * (batch_size - len(taken))
     seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
-    with _memory_errors(batch_size):
+    with memory_errors(f"a batch of {batch_size} squares"):
         images, finite = sampler(
             np.stack([row.image for row in filled]),
             np.stack([row.hole for row in filled]),
@@ -240,20 +240,9 @@ def _start(
     return _Batch(rows=taken, images=images, finite=finite)
 
 
-@contextlib.contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"a batch of {batch_size} squares does not fit in the device's memory; use a smaller batch size"
-        ) from None
-
-
 def _finish(batch: _Batch, options: InpaintOptions) -> None:
-    with _memory_errors(batch.images.shape[0]):  # dispatch is asynchronous: the devices' errors come here
+    # Dispatch is asynchronous: the devices' errors come here.
+    with memory_errors(f"a batch of {len(batch.images)} squares"):
         images, finite = np.asarray(batch.images), np.asarray(batch.finite)
     for row, image, is_finite in zip(batch.rows, images, finite, strict=False):
         job = row.job

@@ -60,6 +60,12 @@ class TestMultiplyAdds:
             return jax.lax.scan(lambda c, _: (c @ w + x, None), jnp.zeros((1, 6)), length=5)[0]
 
         assert count(late, shape(6, 6), shape(1, 6)).layers == 5 * 36
+
+        # What is carried along and never varies does not count.
+        def beside(w, x):
+            return jax.lax.scan(lambda c, _: ((c[0] @ w, c[1] @ w), None), (x, w), length=5)[0]
+
+        assert count(beside, shape(6, 6), shape(1, 6)).layers == 5 * 36
         with pytest.raises(NotImplementedError, match="while"):
             count(
                 lambda _, x: jax.lax.while_loop(lambda c: c.sum() < 1, lambda c: c + x, x), shape(1), shape(3)

@@ -1,7 +1,9 @@
 """`evaluate.py` as a person types it: a small model, small pictures, from images to report."""
 
 import csv
+import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from test_metrics import pictures
 
 from moebius_jax import MoebiusInpaintPipeline, checkpoints
 from moebius_jax.cli.evaluate import main
+from moebius_jax.cli.masks import main as draw_masks
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 
@@ -50,9 +53,9 @@ def evaluate(images, loaded, tiny_folder, tmp_path, capsys, monkeypatch):
     """Runs evaluate.py on the tiny pipeline; returns status, stdout and stderr."""
     monkeypatch.setattr("moebius_jax.cli.benchmark.load_pipeline", lambda *_: loaded)
 
-    def run(*arguments, protocol="custom", output="out"):
+    def run(*arguments, protocol="custom", output="out", quick=QUICK):
         common = ("--images", images, "--model", tiny_folder, "--size", SIZE, "--output", tmp_path / output)
-        status = main([str(a) for a in (protocol, *common, *QUICK, *arguments)])
+        status = main([str(a) for a in (protocol, *common, *quick, *arguments)])
         return status, *capsys.readouterr()
 
     return run
@@ -105,7 +108,7 @@ class TestBenchmark:
         assert document["versions"]["jax"]
         assert document["runs"][0]["settings"]["sampling"]["num_inference_steps"] == 2
         assert document["command"][:3] == ["python", "evaluate.py", "custom"]
-        with (out / "scores.csv").open() as file:
+        with (out / "results/scores.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["name"] for row in rows] == ["a", "b", "c", "more/a", "z"]
         mean = np.mean([float(row["l1_hole"]) for row in rows])
@@ -168,7 +171,18 @@ class TestBenchmark:
         assert done.returncode == 0, done.stderr
         assert f"{len(painted)} of 25 results exist already" in done.stdout
         assert report(out)["runs"][0]["all"]["count"] == 25
-        assert painted.items() <= results(out / "results").items()
+        # To the bit what a run without an end in between makes.
+        arguments = tuple(tmp_path / "whole" if a == out else a for a in arguments)
+        whole = subprocess.run(
+            [sys.executable, "evaluate.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert whole.returncode == 0
+        assert results(out / "results") == results(tmp_path / "whole/results")
+        assert report(out)["runs"][0]["all"] == report(tmp_path / "whole")["runs"][0]["all"]
 
     def test_processes_share_the_work(self, evaluate, tmp_path):
         evaluate("--sample-only", "--num-processes", 2, "--process-id", 0)
@@ -207,6 +221,38 @@ class TestBenchmark:
         status, _, err = evaluate("--masks", masks, output="fifth")
         assert status == 1
         assert "the set was changed" in err
+        assert not (tmp_path / "fifth/results").exists()  # said before anything is painted
+
+    def test_masks_changed_under_a_run(self, evaluate, tmp_path):
+        """Files of the same names and sizes: they are known by what is in them."""
+        for name, row in (("one", 20), ("two", 60)):
+            for image in ("a", "b", "c", "more/a", "z"):
+                hole = np.zeros((SIZE, SIZE), np.uint8)
+                hole[row : row + 20] = 255
+                file = tmp_path / name / f"{image}.bmp"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(hole).save(file)
+        assert evaluate("--masks", tmp_path / "one")[0] == 0
+        status, _, err = evaluate("--masks", tmp_path / "two")
+        assert status == 1
+        assert "holds results with masks" in err
+
+    def test_black_and_white_masks_are_said(self, evaluate, tmp_path):
+        for image, value in (("a", 0), ("b", 255), ("c", 255), ("more/a", 128), ("z", 128)):
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[10:40, 10:40] = 255 if value == 128 else 0
+            file = tmp_path / "masks" / f"{image}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask if value == 128 else np.full_like(mask, value)).save(file)
+        status, _, err = evaluate("--masks", tmp_path / "masks")
+        assert status == 0
+        assert "1 of 5 masks have no hole and count for whole pictures only; the first is that of a" in err
+        assert "2 of 5 masks are all hole (is black the hole? --invert-masks); the first is that of b" in err
+        summary = report(tmp_path / "out")["runs"][0]["all"]
+        assert math.isfinite(summary["psnr"]["whole"])  # one picture is its original
+        rows = list(csv.DictReader((tmp_path / "out/results/scores.csv").open()))
+        assert [row["psnr"] == "inf" for row in rows] == [True, False, False, False, False]
+        assert rows[0]["psnr_hole"] == ""
 
     def test_sweeps(self, evaluate, tmp_path):
         status, out, _ = evaluate("--guidance-sweep", 1, 2.5, "--count", 2, protocol="places2_test")
@@ -216,11 +262,12 @@ class TestBenchmark:
         assert [r["label"] for r in document["runs"]] == ["guidance_1.0", "guidance_2.5"]
         assert document["published"]["guidance"][2] == {"guidance_scale": 2.5, "fid": 9.48, "lpips": 0.207}
         assert "| 2.5 | – | – | – | 9.48 | 0.207 |" in (tmp_path / "out/report.md").read_text()
-        assert (tmp_path / "out/scores_guidance_1.0.csv").is_file()
+        assert (tmp_path / "out/guidance_1.0/scores.csv").is_file()
         a, b = (results(tmp_path / f"out/guidance_{s}") for s in ("1.0", "2.5"))
         assert a.keys() == b.keys()
         assert a != b
-        evaluate("--steps-sweep", 2, 3, "--count", 1, output="steps")
+        quick = ("--metrics", "l1", "--no-compilation-cache")
+        evaluate("--steps-sweep", 2, 3, "--count", 1, output="steps", quick=quick)
         assert [r["label"] for r in report(tmp_path / "steps")["runs"]] == ["steps_2", "steps_3"]
         evaluate("--scheduler-sweep", "--count", 1, output="schedulers")
         assert report(tmp_path / "schedulers")["sweep"] == "scheduler"
@@ -230,11 +277,19 @@ class TestBenchmark:
         assert status == 0
         said = report(tmp_path / "out")["departures"]
         assert said[0] == "3 images, the protocol has 3,000"
+        (tmp_path / "thin").mkdir()
+        draw_masks(["lama_thin", "--size", str(SIZE), "--count", "5", "--output", str(tmp_path / "thin/set")])
+        arguments = ("--count", 3, "--masks", tmp_path / "thin/set", "--pair-by", "order", "--mask-blur", 0)
+        evaluate(*arguments, protocol="celebahq", output="thin/out")
+        more = report(tmp_path / "thin/out")["departures"]
+        assert "masks lama_thin 0.0 to 1.0, the protocol has mat_large 0.0 to 1.0" in more
+        assert "mask blur 0.0, the protocol has 4.0" in more
         for part in (
             "num inference steps 2, the protocol has 20",
             f"size {SIZE}, the protocol has 512",
             "guidance scale 3.0, the protocol has 2.0",
             "masks drawn from their published description",
+            "the network is neither Moebius nor PixelHacker",
         ):
             assert any(part in line for line in said), part
         text = (tmp_path / "out/report.md").read_text()
@@ -291,8 +346,18 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--images", tmp_path / "empty"), "no images here")
         self.one_line(evaluate("--images", tmp_path / "none"), "no such folder of images")
         self.one_line(evaluate("--images", images / "a.png"), "is a file, expected folder of images")
+        self.one_line(evaluate("--output", images / "a.png"), "a.png: is in the folder of inputs")
+        (tmp_path / "file").write_text("")
+        self.one_line(evaluate("--output", tmp_path / "file"), "file: cannot be made (File exists)")
         self.one_line(evaluate("--masks", tmp_path / "none"), "no such folder of masks")
         self.one_line(evaluate("--output", images / "out"), "is in the folder of inputs")
+        (images / "gone.png").symlink_to(tmp_path / "gone.png")
+        self.one_line(evaluate(), "gone.png: a link to a file that is not there")
+        (images / "gone.png").unlink()
+        odd = images / os.fsdecode(b"\xff.png")
+        odd.write_bytes((images / "a.png").read_bytes())
+        self.one_line(evaluate(), "is not plain text; rename it")
+        odd.unlink()
         Image.fromarray(pictures(1)[0]).save(images / "a.jpg")
         self.one_line(evaluate(), "same name as a.jpg")
 
@@ -312,26 +377,65 @@ class TestBenchmarkErrors:
         masks = tmp_path / "masks"
         (tmp_path / "out/masks").rename(masks)
         (masks / "masks.json").unlink()
+        whole = (masks / "b.png").read_bytes()
         Image.fromarray(np.eye(50, dtype=bool)).save(masks / "b.png")
+        self.one_line(
+            evaluate("--masks", masks, output="other"),
+            f"b.png: the mask is 50 x 50 pixels, expected {SIZE} x {SIZE}, to which images are resized",
+        )
+        (masks / "b.png").write_bytes(whole)
         (images / "c.png").write_bytes(b"no picture")
         status, _, err = evaluate("--masks", masks, output="other")
         assert status == 1
-        assert "2 not done:" in err
-        assert f"b.png: the mask is 50 x 50 pixels and its image {SIZE} x {SIZE}; they must agree" in err
+        assert "1 not done:" in err
         assert f"{images / 'c.png'}: not an image PIL can read" in err
         # What could be done is kept, and there is no report of a part.
-        assert sorted(results(tmp_path / "other/results")) == ["a.png", "more/a.png", "z.png"]
+        assert sorted(results(tmp_path / "other/results")) == ["a.png", "b.png", "more/a.png", "z.png"]
         assert not (tmp_path / "other/report.json").exists()
 
     def test_other_settings_are_not_mixed_in(self, evaluate, tmp_path):
         evaluate("--sample-only")
         self.one_line(evaluate("--seed", 1), "holds results with seed 0, asked for is 1")
-        self.one_line(evaluate("--guidance-scale", 3), "holds results with sampling")
+        self.one_line(
+            evaluate("--guidance-scale", 3),
+            "holds results with sampling.guidance_scale 2.5, asked for is 3.0",
+        )
+        self.one_line(evaluate("--batch-size", 16), "holds results with batch_size 8, asked for is 16")
+        self.one_line(evaluate("--guidance-scale", 3, "--guidance-sweep"), "has no place in a sweep over it")
         (tmp_path / "foreign/results").mkdir(parents=True)
         (tmp_path / "foreign/results/letter.txt").write_text("dear")
         self.one_line(evaluate(output="foreign"), "is not empty and not from an evaluation")
-        (tmp_path / "out/results/run.json").write_text("{")
-        self.one_line(evaluate(), "run.json: damaged")
+        for text in ("{", "[]"):
+            (tmp_path / "out/results/run.json").write_text(text)
+            self.one_line(evaluate(), "run.json: damaged")
+
+    def test_other_reports_are_not_replaced(self, evaluate, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/report.md").write_text("my notes")
+        self.one_line(evaluate(), "report.md: is not from evaluate.py custom")
+        assert (tmp_path / "out/report.md").read_text() == "my notes"
+        assert evaluate(output="second")[0] == 0
+        self.one_line(
+            evaluate("--count", 2, protocol="ffhq", output="second"),
+            "report.json: is not from evaluate.py ffhq",
+        )
+
+    def test_a_report_is_replaced_whole_or_not_at_all(self, evaluate, tmp_path, monkeypatch):
+        evaluate()
+        before = {f.name: f.read_bytes() for f in (tmp_path / "out").glob("report.*")}
+        monkeypatch.setattr(Path, "write_text", self.full_disk(Path.write_text))
+        self.one_line(evaluate(), "cannot be written (No space left on device)")
+        assert {f.name: f.read_bytes() for f in (tmp_path / "out").glob("report.*")} == before
+        assert not list((tmp_path / "out").rglob(".partial*"))
+
+    @staticmethod
+    def full_disk(write_text):
+        def write(path, text, **options):
+            if path.suffix == ".html":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write_text(path, text, **options)
+
+        return write
 
     def test_a_damaged_result_is_named(self, evaluate, tmp_path):
         evaluate("--sample-only")
@@ -380,7 +484,10 @@ class TestScore:
             (0.6, 1),
             (0.8, 1),
         ]
-        assert "| Moebius, published | 8.15 | 0.231 |" in (out / "report.md").read_text()
+        text = (out / "report.md").read_text()
+        assert "| Moebius, published | 8.15 | 0.231 |" in text
+        assert "4 images, the protocol has 10,000" in text
+        assert "pictures of 96 x 96 pixels, the protocol has 256 x 256" in text
         assert "<svg" in (out / "report.html").read_text()
 
     def test_identical_pictures_are_infinitely_alike(self, score, tmp_path):
@@ -402,6 +509,7 @@ class TestScore:
         one_line(score("--beside", "custom"), "--beside custom: expected one of places2_test")
         one_line(score("--invert-masks"), "are for --masks, which is missing")
         one_line(score("--batch-size", 0), "--batch-size is 0")
+        one_line(score("--output", pred / "out"), "is in the folder of inputs")
         one_line(score(metrics=("fid",)), "--inception")
         for folder in (pred, gt):
             for file in folder.iterdir():

@@ -15,7 +15,7 @@ from moebius_jax.conversion import verify_folder
 from moebius_jax.evaluation import pixels
 from moebius_jax.evaluation.cases import Case
 from moebius_jax.evaluation.distributions import frechet_distance, inception_discriminative_scores
-from moebius_jax.evaluation.inception_features import InceptionFeatures
+from moebius_jax.evaluation.inception_features import InceptionFeatures, hole_share
 from moebius_jax.evaluation.lpips import LPIPS, load_weights
 from moebius_jax.evaluation.scoring import METRICS, Scorer, Scores
 from moebius_jax.sampling.sampler import data_mesh
@@ -221,6 +221,28 @@ class TestPixels:
             assert math.isnan(metric(a, a, nothing)[1])
         assert all(map(math.isnan, pixels.ssim(a[:8, :8], a[:8, :8], nothing[:8, :8])))
 
+    @pytest.mark.parametrize("metric", [pixels.psnr, pixels.ssim, pixels.l1])
+    def test_a_hole_that_is_everything_is_the_picture(self, metric):
+        (a,), (b,) = pictures(1), blurred(pictures(1), 2)
+        whole, inside = metric(b, a, np.ones((SIZE, SIZE), bool))
+        assert inside == pytest.approx(whole, rel=1e-12)
+
+
+class TestHoleShare:
+    def test_is_the_mean_of_each_cell(self):
+        holes = np.random.default_rng(0).random((2, 24, 36)) > 0.5
+        np.testing.assert_allclose(
+            hole_share(holes, (4, 6)), holes.reshape(2, 4, 6, 6, 6).mean((2, 4)), atol=1e-6
+        )
+
+    def test_cells_may_cut_pixels(self):
+        holes = np.zeros((1, 5, 5), bool)
+        holes[0, :, 2] = True
+        np.testing.assert_allclose(hole_share(holes, (2, 2)), np.full((1, 2, 2), 0.2), atol=1e-6)
+        np.testing.assert_allclose(
+            hole_share(np.ones((1, 7, 9), bool), (3, 4)), np.ones((1, 3, 4)), atol=1e-6
+        )
+
 
 @pytest.fixture(scope="module")
 def score(inception_folder, mesh, tmp_path_factory):
@@ -274,6 +296,11 @@ class TestProperties:
         assert forward.images_sha256 == backward.images_sha256
         assert forward.masks_sha256 == backward.masks_sha256
         assert forward.summary(METRICS, enough=2) == backward.summary(METRICS, enough=2)
+        # Nor to the sums themselves.
+        turned = forward.summary(METRICS, np.arange(6)[::-1], enough=2)
+        for key, parts in forward.summary(METRICS, enough=2).items():
+            if key != "count":
+                assert turned[key]["whole"] == pytest.approx(parts["whole"], rel=1e-6, abs=1e-9), key
 
     def test_a_larger_blur_is_worse(self, score):
         run, images = score

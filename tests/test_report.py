@@ -41,9 +41,11 @@ def made_up_scores(names=None):
 
 
 def document(scores, **changes):
-    run = Run(label="", settings={"sampling": {"guidance_scale": 2.0}}, scores=scores, seconds=2.0, painted=N)
+    enough = changes.get("enough", 2)
+    settings = {"sampling": {"guidance_scale": 2.0}}
+    run = Run.of(scores, METRICS, enough, label="", settings=settings, seconds=2.0, painted=N)
     facts = {
-        "metrics": METRICS,
+        "kind": "celebahq",
         "enough": 2,
         "protocol": {"name": "celebahq", "title": "CelebA-HQ (512)", "dataset": "d", "masks_like": "m"},
         "departures": ["15 images, the protocol has 3,000"],
@@ -101,7 +103,7 @@ class TestPickCases:
 class TestDocument:
     def test_json_has_no_infinity(self):
         scores = made_up_scores()
-        scores.values["psnr"][0] = math.inf, math.nan
+        scores.values["psnr"][:] = math.inf, math.nan
         found = document(scores)
         assert found["runs"][0]["all"]["psnr"]["whole"] == "Infinity"
         json.loads(json.dumps(found, allow_nan=False))

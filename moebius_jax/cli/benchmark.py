@@ -8,31 +8,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from moebius_jax import checkpoints
 from moebius_jax.cli.arguments import compute_dtypes, load_pipeline, process_share
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress
 from moebius_jax.cli.scoring import (
+    claim_report,
     fewest_images,
-    gathered_mask_warnings,
     inception_facts,
     make_scorer,
     require_evaluation_extra,
+    small_set_note,
     write_report,
 )
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
-from moebius_jax.evaluation.distributions import ENOUGH_FOR_FID
-from moebius_jax.evaluation.generate import claim_folder, generate, listing_hash
+from moebius_jax.evaluation.generate import claim_folder, generate
+from moebius_jax.evaluation.inputs import Inputs, inspect, odd_masks
 from moebius_jax.evaluation.mask_sets import DESCRIPTION_FILE, MaskSpec, read_description, write_set
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.report import Run
-from moebius_jax.evaluation.scoring import NEEDS_INCEPTION, Scores
 from moebius_jax.inpaint import InpaintOptions
+from moebius_jax.models import UNetConfig
 from moebius_jax.pipeline import PORTRAIT_GUIDANCE, MoebiusInpaintPipeline
 from moebius_jax.sampling.sampler import SamplingOptions
 
 _PAPER = {"num_inference_steps": 20, "strength": 0.99, "scheduler": "ddim"}
+_MOST_PROBLEMS = 20  # lines shown
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -45,40 +49,41 @@ def evaluate(args: argparse.Namespace) -> int:
     process, processes = process_share(args)
     if processes > 1 and not args.sample_only:
         raise UserError("several processes paint (--sample-only); score afterwards with one")
+    claim_report(args.output, protocol.name, (args.images, args.masks))
     if not args.no_compilation_cache:
         enable_compilation_cache()
     scorer = None if args.sample_only else make_scorer(args)  # its weights may be wrong: first, it is quick
-    cases, masks = _with_masks(args, protocol, images)
+    cases, masks, inputs = _with_masks(args, protocol, images)
     pipe = load_pipeline(args, _variant(args, protocol))
     model = _model_facts(args, protocol, pipe)
+    plans = [
+        _plan(args, label, sampling, _settings(args, protocol, pipe, model, inputs, sampling), cases)
+        for label, sampling in _variations(args, protocol, pipe)
+    ]
+    for plan in plans:
+        claim_folder(args.output / plan.folder, plan.settings)
     runs: list[Run] = []
-    folders: list[Path] = []
-    with gathered_mask_warnings():
-        for label, sampling in _variations(args, protocol, pipe):
-            folder = args.output / (label or "results")
-            folders.append(folder)
-            placed = [dataclasses.replace(c, result=folder / f"{c.name}.png") for c in cases]
-            settings = _settings(args, protocol, pipe, model, placed, sampling)
-            mine = placed[process::processes]
-            seconds, count, problems = _paint(args, pipe, mine, folder, settings, sampling)
-            if problems:
-                print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)
-                return FAILED
-            if scorer:
-                scores = scorer(placed, size=args.size, invert_masks=args.invert_masks, track=progress)
-                _check_stored_set(masks, scores)
-                run = Run(label=label, settings=settings, scores=scores, seconds=seconds, painted=count)
-                runs.append(run)
+    for plan in plans:
+        seconds, count, problems = _paint(args, pipe, plan.cases[process::processes], plan)
+        if problems:
+            shown = problems[:_MOST_PROBLEMS]
+            more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+            print(f"{len(problems)} not done:", *shown, *more, sep="\n  ", file=sys.stderr)
+            return FAILED
+        if scorer:
+            scores = scorer(plan.cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+            facts = {"label": plan.label, "settings": plan.settings, "folder": plan.folder}
+            runs.append(Run.of(scores, args.metrics, enough, **facts, seconds=seconds, painted=count))
     if scorer:
         write_report(
             args,
             runs,
-            [dataclasses.replace(c, result=folders[0] / f"{c.name}.png") for c in cases],
+            plans[0].cases,
             enough=enough,
             protocol={k: getattr(protocol, k) for k in ("name", "title", "dataset", "masks_like")},
-            departures=_departures(args, protocol, len(cases), masks),
+            departures=_departures(args, protocol, pipe, masks, model, len(cases)),
             sources={
-                "images": {"folder": str(args.images)},
+                "images": {"folder": str(args.images), "sha256_of_files": inputs.images_sha256},
                 "masks": masks,
                 "model": model,
                 **inception_facts(args),
@@ -86,6 +91,29 @@ def evaluate(args: argparse.Namespace) -> int:
             sweep=_sweep(args),
         )
     return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One setting: what to paint, and where; `label` is "" where there is no sweep."""
+
+    label: str
+    folder: str
+    sampling: SamplingOptions
+    settings: dict[str, Any]
+    cases: list[Case]
+
+
+def _plan(
+    args: argparse.Namespace,
+    label: str,
+    sampling: SamplingOptions,
+    settings: dict[str, Any],
+    cases: Sequence[Case],
+) -> _Plan:
+    folder = label or "results"
+    placed = [dataclasses.replace(c, result=args.output / folder / f"{c.name}.png") for c in cases]
+    return _Plan(label=label, folder=folder, sampling=sampling, settings=settings, cases=placed)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -99,11 +127,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--invert-masks and --pair-by are for --masks; drawn masks are white = hole")
     if args.masks is not None and (args.mask_kind or args.mask_ratio or args.mask_seed):
         raise UserError("--mask-kind, --mask-ratio and --mask-seed are for drawing masks; leave out --masks")
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"{args.output}: is a file, expected a folder")
-    for base in (args.images, args.masks):
-        if base is not None and args.output.resolve().is_relative_to(base.resolve()):
-            raise UserError(f"{args.output}: is in the folder of inputs {base}; choose another --output")
+    sweep = _sweep(args)
+    if sweep and getattr(args, sweep) is not None:
+        raise UserError(f"--{sweep.replace('_', '-')} has no place in a sweep over it; leave it out")
 
 
 def _images(args: argparse.Namespace, protocol: Protocol) -> dict[str, Path]:
@@ -118,8 +144,8 @@ def _images(args: argparse.Namespace, protocol: Protocol) -> dict[str, Path]:
 
 def _with_masks(
     args: argparse.Namespace, protocol: Protocol, images: dict[str, Path]
-) -> tuple[list[Case], dict[str, Any]]:
-    """Images with their masks, and what is known of the set."""
+) -> tuple[list[Case], dict[str, Any], Inputs]:
+    """Images with their masks, what is known of the set, and a look at them all."""
     folder = args.masks or args.output / "masks"
     if args.masks is None:
         _draw_masks(folder, _mask_spec(args, protocol), list(images))
@@ -129,7 +155,16 @@ def _with_masks(
         Case(name=name, truth=file, mask=found[pairs[name]], mask_name=pairs[name], result=Path())
         for name, file in images.items()
     ]
+    inputs = inspect(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+    for line in odd_masks([case.name for case in cases], inputs.ratios):
+        print(f"warning: {folder}: {line}", file=sys.stderr)
     description = read_description(folder) or {}
+    if len(found) == len(cases) and description.get("sha256") not in (None, inputs.masks_sha256):
+        raise UserError(
+            f"{folder / DESCRIPTION_FILE}: says SHA-256 {description['sha256'][:16]}…, the masks have "
+            f"{inputs.masks_sha256[:16]}…: the set was changed; draw it again, or delete {DESCRIPTION_FILE} "
+            "if the masks are your own"
+        )
     facts = {
         "folder": str(folder),
         "origin": "stored set" if args.masks else "drawn for this evaluation",
@@ -138,7 +173,7 @@ def _with_masks(
         "is_whole_set": len(found) == len(cases),
         **{f"set_{key}": value for key, value in description.items() if key != "polarity"},
     }
-    return cases, facts
+    return cases, facts, inputs
 
 
 def _mask_spec(args: argparse.Namespace, protocol: Protocol) -> MaskSpec:
@@ -163,18 +198,6 @@ def _draw_masks(folder: Path, spec: MaskSpec, names: list[str]) -> None:
         raise UserError(
             f"{folder / DESCRIPTION_FILE}: drawn otherwise (kind, ratio, size, seed or count differ); "
             "choose another --output, or name them with --masks"
-        )
-
-
-def _check_stored_set(masks: dict[str, Any], scores: Scores) -> None:
-    """A set that says what its hash is must have it."""
-    said = masks.get("set_sha256")
-    is_comparable = masks["is_whole_set"] and masks["polarity"].startswith("white")
-    if said and is_comparable and said != scores.masks_sha256:
-        raise UserError(
-            f"{masks['folder']}/{DESCRIPTION_FILE}: says SHA-256 {said[:16]}…, the files have "
-            f"{scores.masks_sha256[:16]}…: the set was changed; draw it again, or delete {DESCRIPTION_FILE} "
-            "if the masks are your own"
         )
 
 
@@ -207,10 +230,10 @@ def _variations(
     """The settings to run, each with a label that is a folder's name; "" where there is no sweep."""
     default = protocol.guidance_scale or pipe.guidance_scale
     base = SamplingOptions(
-        num_inference_steps=args.num_inference_steps,
+        num_inference_steps=args.num_inference_steps or _PAPER["num_inference_steps"],
         guidance_scale=default if args.guidance_scale is None else args.guidance_scale,
         strength=args.strength,
-        scheduler=args.scheduler,
+        scheduler=args.scheduler or _PAPER["scheduler"],
     )
     sweep = _sweep(args)
     if sweep is None:
@@ -241,15 +264,15 @@ def _settings(
     protocol: Protocol,
     pipe: MoebiusInpaintPipeline,
     model: dict[str, Any],
-    cases: Sequence[Case],
+    inputs: Inputs,
     sampling: SamplingOptions,
 ) -> dict[str, Any]:
-    """All that decides the results, for run.json and the report."""
+    """All that decides the results to the bit, for run.json and the report."""
     return {
         "protocol": protocol.name,
         "size": args.size,
-        "images_and_masks": listing_hash(cases),
-        "invert_masks": args.invert_masks,
+        "images": inputs.images_sha256,
+        "masks": inputs.pairs_sha256,
         "unet": model["unet_sha256"],
         "vae": model["vae_sha256"],
         "dtype": model["dtype"],
@@ -258,32 +281,28 @@ def _settings(
         "sampling": dataclasses.asdict(sampling),
         "mask_blur": args.mask_blur,
         "seed": args.seed,
+        "batch_size": pipe.sampler.batch_size(args.batch_size),
+        "device": jax.devices()[0].device_kind,
     }
 
 
 def _paint(
-    args: argparse.Namespace,
-    pipe: MoebiusInpaintPipeline,
-    cases: Sequence[Case],
-    folder: Path,
-    settings: dict[str, Any],
-    sampling: SamplingOptions,
-) -> tuple[float, int, list[str]]:
+    args: argparse.Namespace, pipe: MoebiusInpaintPipeline, cases: Sequence[Case], plan: _Plan
+) -> tuple[float | None, int, list[str]]:
     """Paints what is missing; returns seconds without compiling, how many, and problems."""
-    inpainting = InpaintOptions(invert_mask=args.invert_masks, mask_blur=args.mask_blur)
-    claim_folder(folder, settings)
+    folder = args.output / plan.folder
     missing = sum(not case.result.exists() for case in cases)
     if missing < len(cases):
         print(f"{folder}: {len(cases) - missing} of {len(cases)} results exist already and are kept")
     if not missing:
-        return 0.0, 0, []
+        return None, 0, []
     start = time.perf_counter()
     with CompileClock() as compiling:
         problems = generate(
             pipe.sampler,
             cases,
-            inpainting,
-            sampling,
+            InpaintOptions(invert_mask=args.invert_masks, mask_blur=args.mask_blur),
+            plan.sampling,
             size=args.size,
             seed=args.seed,
             batch_size=pipe.sampler.batch_size(args.batch_size),
@@ -298,11 +317,23 @@ def _paint(
     return seconds, count, problems
 
 
-def _departures(args: argparse.Namespace, protocol: Protocol, count: int, masks: dict[str, Any]) -> list[str]:
+def _departures(
+    args: argparse.Namespace,
+    protocol: Protocol,
+    pipe: MoebiusInpaintPipeline,
+    masks: dict[str, Any],
+    model: dict[str, Any],
+    count: int,
+) -> list[str]:
     """What a reader who compares with the paper has to know."""
     lines = []
     if protocol.count:
-        usual = {**_PAPER, "size": protocol.size, "guidance_scale": protocol.guidance_scale}
+        usual = {
+            **_PAPER,
+            "size": protocol.size,
+            "guidance_scale": protocol.guidance_scale,
+            "mask_blur": InpaintOptions().mask_blur,
+        }
         found = {name: getattr(args, name) for name in usual}
         lines += [
             f"{name.replace('_', ' ')} {found[name]}, the protocol has {value}"
@@ -311,14 +342,32 @@ def _departures(args: argparse.Namespace, protocol: Protocol, count: int, masks:
         ]
         if count != protocol.count:
             lines.insert(0, f"{count:,} images, the protocol has {protocol.count:,}")
-        if args.mask_kind or args.mask_ratio:
-            lines.append("masks of another kind than the protocol's")
-        elif masks["origin"] != "stored set":
-            lines.append("masks drawn from their published description, not the files the paper used")
+        lines += _mask_departures(protocol.masks, masks) + _model_departures(protocol, pipe, model)
     if args.allow_untrained:
         lines.append("--allow-untrained: the weights may be random, see the model's name and digest")
-    if set(args.metrics) & set(NEEDS_INCEPTION) and count < ENOUGH_FOR_FID:
+    return lines + small_set_note(args, count)
+
+
+def _mask_departures(spec: MaskSpec, masks: dict[str, Any]) -> list[str]:
+    """Whether the masks are drawn as the protocol says, as far as their set tells."""
+    keys = ("kind", "min_ratio", "max_ratio")
+    if "set_kind" not in masks:
+        return [
+            "masks of a set that does not say what it is: whether they are the protocol's is not known here"
+        ]
+    if any(masks.get(f"set_{key}") != getattr(spec, key) for key in keys):
+        found = f"{masks['set_kind']} {masks.get('set_min_ratio')} to {masks.get('set_max_ratio')}"
+        return [f"masks {found}, the protocol has {spec.kind} {spec.min_ratio} to {spec.max_ratio}"]
+    return ["masks drawn from their published description, not the files the paper used"]
+
+
+def _model_departures(protocol: Protocol, pipe: MoebiusInpaintPipeline, model: dict[str, Any]) -> list[str]:
+    lines = []
+    if pipe.unet.config not in (UNetConfig.student(), UNetConfig.teacher()):
         lines.append(
-            f"FID, P-IDS and U-IDS of {count:,} images are far from those of many: compare with equals"
+            f"the network is neither Moebius nor PixelHacker ({model['parameters']:,} parameters, squares of "
+            f"{pipe.sampler.image_size} pixels)"
         )
+    if model["variant"] not in (None, protocol.variant):
+        lines.append(f"weights {model['variant']}, the protocol has {protocol.variant}")
     return lines

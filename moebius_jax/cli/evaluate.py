@@ -105,9 +105,9 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -
     add = parser.add_argument_group("sampling").add_argument
     guidance = protocol.guidance_scale or "the checkpoint's"
     add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
-    add("--num-inference-steps", type=int, default=20, metavar="N", help="default 20")
+    add("--num-inference-steps", type=int, metavar="N", help="default 20")
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", choices=("ddim", "dpmpp_2m"), default="ddim", help="default ddim")
+    add("--scheduler", choices=("ddim", "dpmpp_2m"), help="default ddim")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")

@@ -77,8 +77,13 @@ def _profile(args: argparse.Namespace) -> int:
 
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}; expected 1 or more")
-    if args.output and args.output.is_dir():
-        raise UserError(f"{args.output}: is a folder, expected a file to write")
+    if args.output:
+        if args.output.is_dir():
+            raise UserError(f"{args.output}: is a folder, expected a file to write")
+        try:  # before the work, not after it
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{args.output}: cannot be written ({error.strerror or error})") from None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if not args.count_only:
         enable_compilation_cache()

@@ -1,19 +1,22 @@
 """`evaluate.py score`: any method's pictures against their originals."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from moebius_jax.cli.common import progress
 from moebius_jax.cli.scoring import (
+    claim_report,
     fewest_images,
-    gathered_mask_warnings,
     inception_facts,
     make_scorer,
     require_evaluation_extra,
+    small_set_note,
     write_report,
 )
 from moebius_jax.errors import UserError
-from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
+from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks, read_truth
+from moebius_jax.evaluation.inputs import odd_masks
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import QUALITY
 
@@ -30,9 +33,11 @@ def score(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     cases = _pairs(args)
     enough = fewest_images(args, len(cases))
-    scorer = make_scorer(args)
-    with gathered_mask_warnings():
-        scores = scorer(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+    if args.output is not None:
+        claim_report(args.output, "score", (args.pred, args.gt, args.masks))
+    scores = make_scorer(args)(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+    for line in odd_masks(scores.names, scores.ratios):
+        print(f"warning: {args.masks}: {line}", file=sys.stderr)
     protocol = {}
     if args.beside:
         protocol = {"name": args.beside, "title": f"Scores beside {PROTOCOLS[args.beside].title}"}
@@ -42,14 +47,32 @@ def score(args: argparse.Namespace) -> int:
         sources["masks"] = {"folder": str(args.masks), "origin": "stored set", "polarity": polarity}
     write_report(
         args,
-        [Run(label="", settings={}, scores=scores)],
+        [Run.of(scores, args.metrics, enough, label="", settings={})],
         cases,
         enough=enough,
         protocol=protocol,
-        departures=[],
+        departures=[*_departures(args, cases), *small_set_note(args, len(cases))],
         sources={**sources, **inception_facts(args)},
     )
     return 0
+
+
+def _departures(args: argparse.Namespace, cases: list[Case]) -> list[str]:
+    """What a reader who compares with the published figures has to know."""
+    if args.beside is None:
+        return []
+    protocol = PROTOCOLS[args.beside]
+    lines = [
+        "pictures made elsewhere: whether images, masks and settings are the protocol's is not known here"
+    ]
+    if len(cases) != protocol.count:
+        lines.append(f"{len(cases):,} images, the protocol has {protocol.count:,}")
+    height, width = (args.size,) * 2 if args.size else read_truth(cases[0], None).shape[:2]
+    if (height, width) != (protocol.size,) * 2:
+        lines.append(
+            f"pictures of {width} x {height} pixels, the protocol has {protocol.size} x {protocol.size}"
+        )
+    return lines
 
 
 def _pairs(args: argparse.Namespace) -> list[Case]:

@@ -5,19 +5,18 @@ import contextlib
 import datetime
 import importlib.util
 import json
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.masks import MaskWarning
 
 if TYPE_CHECKING:
     from moebius_jax.evaluation.cases import Case
     from moebius_jax.evaluation.report import Run
+    from moebius_jax.evaluation.report.html import Load
     from moebius_jax.evaluation.scoring import Scorer
 
 
@@ -55,21 +54,14 @@ def fewest_images(args: argparse.Namespace, count: int) -> int:
     return enough
 
 
-@contextlib.contextmanager
-def gathered_mask_warnings() -> Iterator[None]:
-    """One line for each thing that looks wrong with masks, however many of thousands it is true of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", MaskWarning)
-        yield
-    kinds: dict[str, list[str]] = {}
-    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, MaskWarning)):
-        kinds.setdefault(message.partition(": ")[2], []).append(message)
-    for first, *others in kinds.values():
-        more = f" (and {len(others)} more masks)" if others else ""
-        print(f"warning: {first}{more}", file=sys.stderr)
-    for w in caught:
-        if not issubclass(w.category, MaskWarning):
-            warnings.showwarning(w.message, w.category, w.filename, w.lineno)
+def small_set_note(args: argparse.Namespace, count: int) -> list[str]:
+    """A line for the report if set metrics are given for few images."""
+    from moebius_jax.evaluation.distributions import ENOUGH_FOR_FID
+    from moebius_jax.evaluation.scoring import NEEDS_INCEPTION
+
+    if not set(args.metrics) & set(NEEDS_INCEPTION) or count >= ENOUGH_FOR_FID:
+        return []
+    return [f"FID, P-IDS and U-IDS of {count:,} images are far from those of many: compare with equals"]
 
 
 def make_scorer(args: argparse.Namespace) -> "Scorer":
@@ -100,10 +92,42 @@ def inception_facts(args: argparse.Namespace) -> dict[str, Any]:
     return {"inception": {"folder": str(args.inception), **origin}}
 
 
+def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None:
+    """Makes the folder a report goes to, before the work for it is done.
+
+    Args:
+        folder: of the report.
+        kind: of the report; an earlier one of this kind will be replaced.
+        inputs: folders that nothing may be written to.
+
+    Raises:
+        UserError: it cannot be written, is among the inputs, or holds another report or files of that name.
+    """
+    from moebius_jax.evaluation.report import FORMAT
+
+    for base in inputs:
+        if base is not None and folder.resolve().is_relative_to(base.resolve()):
+            raise UserError(f"{folder}: is in the folder of inputs {base}; choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from None
+    for name in ("report.json", "report.md", "report.html"):
+        if not (folder / name).exists():
+            continue
+        try:
+            before = json.loads((folder / "report.json").read_text())
+            ours = before["format"] == FORMAT and before["kind"] == kind
+        except (OSError, ValueError, LookupError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"{folder / name}: is not from evaluate.py {kind}; choose another --output")
+
+
 def write_report(
     args: argparse.Namespace, runs: Sequence["Run"], cases: Sequence["Case"], **facts: Any
 ) -> None:
-    """Prints the figures, and writes the report's files where there is an --output.
+    """Prints the figures, and writes the report's files where there is an --output: all, or none.
 
     Args:
         args: of the program.
@@ -111,7 +135,6 @@ def write_report(
         cases: of the first run.
         facts: for `build_document`.
     """
-    from moebius_jax.evaluation.cases import read_hole, read_result, read_truth
     from moebius_jax.evaluation.report import (
         build_document,
         finite,
@@ -123,11 +146,28 @@ def write_report(
 
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     document = finite(
-        build_document(runs, metrics=args.metrics, created=created, command=args.command, **facts)
+        build_document(runs, kind=args.protocol, created=created, command=args.command, **facts)
     )
     _print_figures(document)
     if args.output is None:
         return
+    texts = {f"{run.folder}/scores.csv".lstrip("/"): render_csv(run.scores) for run in runs}
+    texts |= {
+        "report.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
+        "report.md": render_markdown(document),
+        "report.html": render_html(document, runs[0].scores, _loader(args, cases)),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, text in texts.items():
+            partial = stack.enter_context(replace_when_complete(args.output / name, overwrite=True))
+            partial.write_text(text)
+    print(f"report: {args.output / 'report.html'}")
+
+
+def _loader(args: argparse.Namespace, cases: Sequence["Case"]) -> "Load":
+    """Reads a case's pictures by name."""
+    from moebius_jax.evaluation.cases import read_hole, read_result, read_truth
+
     by_name = {case.name: case for case in cases}
 
     def load(name: str) -> tuple[Any, Any, Any]:
@@ -138,16 +178,7 @@ def write_report(
             hole = read_hole(case.mask, truth, invert=args.invert_masks)
         return truth, read_result(case, truth), hole
 
-    texts = {f"scores{f'_{r.label}' if r.label else ''}.csv": render_csv(r.scores) for r in runs}
-    texts |= {
-        "report.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
-        "report.md": render_markdown(document),
-        "report.html": render_html(document, runs[0].scores, load),
-    }
-    for name, text in texts.items():
-        with replace_when_complete(args.output / name, overwrite=True) as partial:
-            partial.write_text(text)
-    print(f"report: {args.output / 'report.html'}")
+    return load
 
 
 def _print_figures(document: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.masks import THRESHOLD, grey_levels
+from moebius_jax.imaging.masks import to_hole
 from moebius_jax.imaging.picture import SUFFIXES, read_mask, read_picture
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -57,7 +57,13 @@ def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
         relative = file.relative_to(folder)
         if file.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in relative.parts):
             continue
+        if file.is_dir():
+            continue
         name = relative.with_suffix("").as_posix()
+        if not file.is_file():
+            raise UserError(f"{file}: a link to a file that is not there")
+        if not name.isprintable():  # the reports could not hold it
+            raise UserError(f"{folder}: the file name {name!r} is not plain text; rename it")
         if name in found:
             raise UserError(f"{file}: same name as {found[name].name}; rename or remove one")
         found[name] = file
@@ -119,16 +125,16 @@ def prepare(rgb: Rgb, size: int) -> Rgb:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def read_hole(file: Path, truth: Rgb, *, invert: bool = False) -> Hole:
-    """A mask as a hole of the picture's size.
+def read_hole(file: Path, truth: Rgb | None = None, *, invert: bool = False) -> Hole:
+    """A mask as a hole, of the picture's size where one is given.
 
     Raises:
         UserError: unreadable, or of another size.
     """
-    grey = grey_levels(read_mask(file), invert=invert, name=str(file))
-    if grey.shape != truth.shape[:2]:
-        raise UserError(_sizes(file, "mask", grey, truth))
-    return grey > THRESHOLD
+    hole = to_hole(read_mask(file), invert=invert)
+    if truth is not None and hole.shape != truth.shape[:2]:
+        raise UserError(_sizes(file, "mask", hole, truth))
+    return hole
 
 
 def read_result(case: Case, truth: Rgb) -> Rgb:

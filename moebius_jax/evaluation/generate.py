@@ -1,9 +1,9 @@
 """Paints the pictures of an evaluation: batched over all devices, and resumable to the bit."""
 
 import dataclasses
-import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from PIL import Image
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
-from moebius_jax.files import replace_when_complete
+from moebius_jax.imaging.masks import MaskWarning
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
 from moebius_jax.sampling.sampler import Sampler, SamplingOptions
@@ -33,38 +33,63 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         UserError: the folder holds results of other settings (names the first), or something else.
     """
     file = folder / SETTINGS_FILE
-    settings = json.loads(json.dumps(settings))
-    if file.is_file():
-        try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file}: damaged ({error})") from None
-        different = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
-        if different:
-            key = different[0]
+    wanted = _flat(json.loads(json.dumps(settings)))
+    before = _read_settings(file)
+    if before is None:
+        foreign = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
+        before = _read_settings(file)  # another process may have made it just now, and started
+        if foreign and before is None:
+            raise UserError(f"{folder}: is not empty and not from an evaluation (no {SETTINGS_FILE})")
+    if before is None:
+        if _write_once(file, json.dumps(settings, indent=2) + "\n"):
+            return
+        before = _read_settings(file)
+    before = _flat(before or {})
+    for key in sorted(wanted.keys() | before.keys()):
+        if wanted.get(key) != before.get(key):
             raise UserError(
                 f"{folder}: holds results with {key} {_short(before.get(key))}, asked for is "
-                f"{_short(settings.get(key))}; choose another --output"
+                f"{_short(wanted.get(key))}; choose another --output"
             )
-        return
-    if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and not from an evaluation (no {SETTINGS_FILE})")
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
     try:
-        with replace_when_complete(file, overwrite=False) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    except UserError:
-        if not file.is_file():
-            raise
-        claim_folder(folder, settings)  # another process was faster: are its settings ours?
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: damaged (expected an object, found {type(values).__name__})")
+    return values
 
 
-def listing_hash(cases: Sequence[Case]) -> str:
-    """Hash of the originals' and masks' names and sizes in bytes: quick, to recognise a run's inputs."""
-    total = hashlib.sha256()
-    for case in cases:
-        for file in (case.truth, case.mask):
-            total.update(f"{case.name}\0{file.stat().st_size if file else ''}\0".encode())
-    return total.hexdigest()
+def _write_once(file: Path, text: str) -> bool:
+    """Writes a file that appears whole, and not if there is one; returns whether it did."""
+    partial = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        try:
+            os.link(partial, file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            partial.replace(file)
+        return True
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def generate(
@@ -116,16 +141,20 @@ def generate(
                 tag=case,
             )
 
-    # The masks are upright by now.
+    # The masks are upright by now, and were looked at before (see `inputs`).
     options = dataclasses.replace(inpainting, invert_mask=False)
-    stream = inpaint_stream(sampler, items(), options, sampling, batch_size=batch_size)
-    for result in track(stream, desc="painting", total=len(todo)):
-        try:
-            if result.error:
-                raise result.error
-            write_image(result.item.tag.result, Image.fromarray(result.rgb), overwrite=False)
-        except UserError as error:
-            problems.append(str(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MaskWarning)
+        stream = inpaint_stream(sampler, items(), options, sampling, batch_size=batch_size)
+        for result in track(stream, desc="painting", total=len(todo)):
+            case = result.item.tag
+            try:
+                if result.error:
+                    raise result.error
+                if not case.result.exists():  # another process may have painted the same
+                    write_image(case.result, Image.fromarray(result.rgb), overwrite=False)
+            except UserError as error:
+                problems.append(str(error))
     return problems
 
 

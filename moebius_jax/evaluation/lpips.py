@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
-from moebius_jax.evaluation.inception_features import weighted_mean
+from moebius_jax.evaluation.inception_features import hole_share, weighted_mean
 
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
@@ -71,7 +71,7 @@ def _distances(
     whole = hole = jnp.zeros(results.shape[0])
     for a, b, head in zip(*taps, weights["heads"], strict=True):
         distance = jnp.einsum("byxc,c->byx", jnp.square(a - b), head, precision="highest")
-        share = jax.image.resize(holes.astype(jnp.float32), distance.shape, "linear")
+        share = hole_share(holes, distance.shape[1:])
         whole += distance.mean((1, 2))
         hole += weighted_mean(distance[..., None], share)[:, 0]
     return whole, hole

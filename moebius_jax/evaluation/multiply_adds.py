@@ -30,7 +30,7 @@ class MultiplyAdds:
 
     @property
     def with_weights(self) -> int:
-        """What the paper's tables count: its figures are met to 0.3 % (see docs/evaluation.md)."""
+        """What the paper's tables count: its figures are met to 0.1 % (see docs/evaluation.md)."""
         return self.layers + self.elementwise
 
     @property
@@ -77,11 +77,15 @@ def _walk(jaxpr: Any, depends: Iterable[bool]) -> tuple[MultiplyAdds, list[bool]
         results = [any(operands)] * len(eqn.outvars)
         if inner := _inner(eqn):
             program, times = inner
-            if eqn.primitive.name == "scan":  # what a step hands to the next may vary after the first
-                first = eqn.params["num_consts"]
-                for i in range(first, first + eqn.params["num_carry"]):
-                    operands[i] = any(operands)
             done, results = _walk(program, operands)
+            if eqn.primitive.name == "scan":  # what a turn hands to the next may vary only after some turns
+                first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+                while any(
+                    r and not o for r, o in zip(results, operands[first : first + carried], strict=False)
+                ):
+                    for i, result in enumerate(results[:carried]):
+                        operands[first + i] |= result
+                    done, results = _walk(program, operands)
             total += done.times(times)
         elif any(operands):
             total += _primitive(eqn, operands)
@@ -110,6 +114,7 @@ def _primitive(eqn: Any, operands: list[bool]) -> MultiplyAdds:
         size *= math.prod(shapes[0][axis] for axis in contracted)
     elif name == "conv_general_dilated":
         size *= math.prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
+        size //= math.prod(params["lhs_dilation"])  # between the inserted zeros there is nothing to multiply
     elif name == "mul" and not all(operands) and all(not isinstance(v, core.Literal) for v in eqn.invars):
         return MultiplyAdds(elementwise=size)
     else:

@@ -9,6 +9,7 @@ Rgb = UInt8[np.ndarray, "H W 3"]
 
 SSIM = "scikit-image, Gaussian window of σ 1.5, mean of the channels (Wang et al. 2004)"
 _SMALLEST = 11  # side of SSIM's window
+_BORDER = 5  # half of it
 
 
 def l1(result: Rgb, truth: Rgb, hole: Bool[np.ndarray, "H W"]) -> tuple[float, float]:
@@ -24,9 +25,10 @@ def psnr(result: Rgb, truth: Rgb, hole: Bool[np.ndarray, "H W"]) -> tuple[float,
 
 
 def ssim(result: Rgb, truth: Rgb, hole: Bool[np.ndarray, "H W"]) -> tuple[float, float]:
-    """Structural similarity; inside a hole the mean of its map there (NaN if the hole is empty).
+    """Structural similarity: the mean of its map, and of its map inside the hole (NaN if that is empty).
 
-    Both are NaN for pictures smaller than its window of 11 pixels.
+    The map has no whole window within 5 pixels of the edge, and ends there. Both are NaN for pictures smaller
+    than the window of 11 pixels.
     """
     from skimage.metrics import structural_similarity
 
@@ -36,7 +38,8 @@ def ssim(result: Rgb, truth: Rgb, hole: Bool[np.ndarray, "H W"]) -> tuple[float,
     whole, similarity = structural_similarity(
         truth, result, channel_axis=-1, data_range=255, full=True, **options
     )
-    return float(whole), _means(similarity, hole)[1]
+    inner = (slice(_BORDER, -_BORDER),) * 2  # as scikit-image's own mean
+    return float(whole), _means(similarity[inner], hole[inner])[1]
 
 
 def _means(values: np.ndarray, hole: Bool[np.ndarray, "H W"]) -> tuple[float, float]:

@@ -37,102 +37,98 @@ class Protocol:
     guidance_scale: float | None = DEFAULT_GUIDANCE
 
 
-def _protocols() -> dict[str, Protocol]:
-    half = MaskSpec(kind="lama_medium", min_ratio=0.4, max_ratio=0.5)
-    large, small = MaskSpec(kind="mat_large"), MaskSpec(kind="mat_small")
-    natural = {"variant": "ft_places2", "guidance_scale": DEFAULT_GUIDANCE}
-    portrait = {"guidance_scale": PORTRAIT_GUIDANCE}
-    places = "Places2 validation (val_large), all 36,500 images"
-    protocols = (
-        Protocol(
-            name="places2_test",
-            title="Places2 (Test)",
-            dataset="Places2 test, 10,000 images (as PowerPaint)",
-            count=10_000,
-            masks=half,
-            masks_like="PowerPaint, 40-50 % hole; ours are LaMa's medium masks with that share",
-            **natural,
-        ),
-        Protocol(
-            name="places2_large",
-            title="Places2 (Large)",
-            dataset=places,
-            count=36_500,
-            masks=large,
-            masks_like="MAT, large",
-            **natural,
-        ),
-        Protocol(
-            name="places2_small",
-            title="Places2 (Small)",
-            dataset=places,
-            count=36_500,
-            masks=small,
-            masks_like="MAT, small",
-            **natural,
-        ),
-        Protocol(
-            name="places2_256",
-            title="Places2 (256)",
-            dataset="Places2 validation (val_256), all 36,500 images",
-            count=36_500,
-            size=256,
-            masks=MaskSpec(kind="comodgan", size=256),
-            masks_like="MI-GAN, CoModGAN's free-form",
-            **natural,
-        ),
-        Protocol(
-            name="celebahq",
-            title="CelebA-HQ (512)",
-            dataset="CelebA-HQ, 3,000 held-out images (as MAT)",
-            count=3_000,
-            masks=large,
-            masks_like="MAT, large",
-            variant="ft_celebahq",
-            **portrait,
-        ),
-        Protocol(
-            name="ffhq",
-            title="FFHQ (256)",
-            dataset="FFHQ, 10,000 held-out images (as MI-GAN)",
-            count=10_000,
-            size=256,
-            masks=MaskSpec(kind="lama_thick", size=256),
-            masks_like="LaMa; which of its three widths the paper does not say, ours are thick",
-            variant="ft_ffhq",
-            **portrait,
-        ),
-        Protocol(
-            name="lvis",
-            title="OOD natural (LVIS)",
-            dataset="10,000 images of LVIS",
-            count=10_000,
-            masks=half,
-            masks_like="as Places2 (Test)",
-            **natural,
-        ),
-        Protocol(
-            name="deepfakeface",
-            title="OOD portrait (DeepFakeFace)",
-            dataset="3,000 images of DeepFakeFace's wiki subset",
-            count=3_000,
-            masks=large,
-            masks_like="as CelebA-HQ",
-            variant="ft_celebahq",
-            **portrait,
-        ),
-        Protocol(
-            name="custom",
-            title="Custom evaluation",
-            dataset="your images",
-            count=None,
-            masks=large,
-            masks_like="yours, or drawn",
-            variant=None,
-            guidance_scale=None,
-        ),
-    )
-    return {p.name: p for p in protocols}
+_HALF = MaskSpec(kind="lama_medium", min_ratio=0.4, max_ratio=0.5)
+_LARGE, _SMALL = MaskSpec(kind="mat_large"), MaskSpec(kind="mat_small")
+_NATURAL = {"variant": "ft_places2", "guidance_scale": DEFAULT_GUIDANCE}
+_PLACES = "Places2 validation (val_large), all 36,500 images"
 
-
-PROTOCOLS = _protocols()
+_ALL = (
+    Protocol(
+        name="places2_test",
+        title="Places2 (Test)",
+        dataset="Places2 test, 10,000 images (as PowerPaint)",
+        count=10_000,
+        masks=_HALF,
+        masks_like="PowerPaint, 40-50 % hole; ours are LaMa's medium masks with that share",
+        **_NATURAL,
+    ),
+    Protocol(
+        name="places2_large",
+        title="Places2 (Large)",
+        dataset=_PLACES,
+        count=36_500,
+        masks=_LARGE,
+        masks_like="MAT, large",
+        **_NATURAL,
+    ),
+    Protocol(
+        name="places2_small",
+        title="Places2 (Small)",
+        dataset=_PLACES,
+        count=36_500,
+        masks=_SMALL,
+        masks_like="MAT, small",
+        **_NATURAL,
+    ),
+    Protocol(
+        name="places2_256",
+        title="Places2 (256)",
+        dataset="Places2 validation (val_256), all 36,500 images",
+        count=36_500,
+        size=256,
+        masks=MaskSpec(kind="comodgan", size=256),
+        masks_like="MI-GAN, CoModGAN's free-form",
+        **_NATURAL,
+    ),
+    Protocol(
+        name="celebahq",
+        title="CelebA-HQ (512)",
+        dataset="CelebA-HQ, 3,000 held-out images (as MAT)",
+        count=3_000,
+        masks=_LARGE,
+        masks_like="MAT, large",
+        variant="ft_celebahq",
+        guidance_scale=PORTRAIT_GUIDANCE,
+    ),
+    Protocol(
+        name="ffhq",
+        title="FFHQ (256)",
+        dataset="FFHQ, 10,000 held-out images (as MI-GAN)",
+        count=10_000,
+        size=256,
+        masks=MaskSpec(kind="lama_thick", size=256),
+        masks_like="LaMa; which of its three widths the paper does not say, ours are thick",
+        variant="ft_ffhq",
+        guidance_scale=PORTRAIT_GUIDANCE,
+    ),
+    Protocol(
+        name="lvis",
+        title="OOD natural (LVIS)",
+        dataset="10,000 images of LVIS",
+        count=10_000,
+        masks=_HALF,
+        masks_like="as Places2 (Test)",
+        **_NATURAL,
+    ),
+    Protocol(
+        name="deepfakeface",
+        title="OOD portrait (DeepFakeFace)",
+        dataset="3,000 images of DeepFakeFace's wiki subset",
+        count=3_000,
+        masks=_LARGE,
+        masks_like="as CelebA-HQ",
+        variant="ft_celebahq",
+        guidance_scale=PORTRAIT_GUIDANCE,
+    ),
+    Protocol(
+        name="custom",
+        title="Custom evaluation",
+        dataset="your images",
+        count=None,
+        masks=_LARGE,
+        masks_like="yours, or drawn",
+        variant=None,
+        guidance_scale=None,
+    ),
+)
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in _ALL}

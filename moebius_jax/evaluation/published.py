@@ -90,6 +90,5 @@ COSTS = {
     "exp5": Efficiency(table="Table 2", parameters=315, gflops=183.59),
     "exp6": Efficiency(table="Table 2", parameters=485, gflops=312.50),
     "exp8": Efficiency(table="Table 2", parameters=274, gflops=181.79),
-    "exp9": Efficiency(table="Table 2", parameters=226, gflops=154.00),
 }
 STEPS = 20  # of the paper's total times

@@ -1,10 +1,9 @@
 """Scores of many pictures: each metric of each picture, and what they come to over a set."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -31,6 +30,8 @@ from moebius_jax.evaluation.distributions import (
 from moebius_jax.evaluation.inception_features import InceptionFeatures
 from moebius_jax.evaluation.lpips import LPIPS, SMALLEST
 from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
+from moebius_jax.evaluation.prefetch import prefetch
+from moebius_jax.hardware import memory_errors
 from moebius_jax.models import Inception
 
 Metric = Literal["fid", "ids", "lpips", "psnr", "ssim", "l1"]
@@ -38,6 +39,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 NEEDS_INCEPTION = ("fid", "ids")
 BINS = tuple(i / 10 for i in range(11))
 
+_MOST_WAITING = 4  # batches of pictures kept until others of their size come
 _PIXELS = {"psnr": pixels.psnr, "ssim": pixels.ssim, "l1": pixels.l1}
 Summary = dict[str, Any]
 
@@ -97,6 +99,10 @@ class Scores:
                 for i, key in enumerate(("p_ids", "u_ids")):
                     summary[key] = {part: pair and pair[i] for part, pair in found.items()}
         return summary
+
+    def without_features(self) -> "Scores":
+        """The same without what Inception saw, which of many pictures takes gigabytes."""
+        return dataclasses.replace(self, features={})
 
     def bins(self, metrics: Sequence[Metric], *, enough: int = ENOUGH_FOR_FID) -> list[Summary]:
         """Summaries by the hole's share of the picture, in tenths; empty bins are left out."""
@@ -202,7 +208,7 @@ class Scorer:
         waiting: dict[tuple[int, ...], list[_Read]] = collections.defaultdict(list)
         digests: dict[str, dict[str, bytes]] = {"images": {}, "masks": {}}
         for case, item in zip(
-            cases, track(_prefetch(read, cases), desc="scoring", total=len(cases)), strict=True
+            cases, track(prefetch(read, cases), desc="scoring", total=len(cases)), strict=True
         ):
             digests["images"][item.name] = item.digests[0]
             if case.mask is not None:
@@ -216,6 +222,10 @@ class Scorer:
             if len(group) == self._batch_size:
                 self._run_networks(group, measured)
                 group.clear()
+            elif sum(map(len, waiting.values())) > _MOST_WAITING * self._batch_size:
+                fullest = max(waiting.values(), key=len)  # pictures of many sizes: do not keep them all
+                self._run_networks(fullest, measured)
+                fullest.clear()
         for group in waiting.values():
             if group:
                 self._run_networks(group, measured)
@@ -227,12 +237,13 @@ class Scorer:
             np.stack([getattr(r, f) for r in filled]) for f in ("truth", "result", "hole")
         )
         found: dict[Any, Any] = {}
-        for backbone, network in self._lpips.items():
-            found[f"lpips_{backbone}"] = network(results, truths, holes)
-        if self._inception is not None:
-            for kind, images in (("truth", truths), ("result", results)):
-                found[kind] = self._inception(images, holes)
-        found = jax.tree.map(np.asarray, found)
+        with memory_errors(f"scoring {self._batch_size} pictures of {truths.shape[2]} x {truths.shape[1]}"):
+            for backbone, network in self._lpips.items():
+                found[f"lpips_{backbone}"] = network(results, truths, holes)
+            if self._inception is not None:
+                for kind, images in (("truth", truths), ("result", results)):
+                    found[kind] = self._inception(images, holes)
+            found = jax.tree.map(np.asarray, found)
         for i, item in enumerate(group):
             for key, (whole, hole) in found.items():
                 measured[item.name][key] = whole[i], hole[i] if item.hole.any() else hole[i] * math.nan
@@ -260,23 +271,10 @@ class Scorer:
 
 
 def _mean(values: Float[np.ndarray, " N"]) -> float | None:
-    """Mean of what is not NaN."""
+    """Mean of the finite values: one picture without a fault must not make a set's PSNR infinite.
+
+    Infinite if all are; None if there is none.
+    """
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
-
-
-def _prefetch(read: Callable[[Case], _Read], cases: Sequence[Case], ahead: int = 16) -> Iterator[_Read]:
-    """Reads in threads, a few cases ahead, in order."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        pending: collections.deque[concurrent.futures.Future[_Read]] = collections.deque()
-        source = iter(cases)
-        try:
-            for case in source:
-                pending.append(pool.submit(read, case))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    finite = known[np.isfinite(known)]
+    return float((finite if len(finite) else known).mean()) if len(known) else None

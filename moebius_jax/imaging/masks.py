@@ -31,8 +31,7 @@ def grey_levels(
     """
     if mask.max(initial=0) == 1:
         _warn(f"{name}: holds only 0 and 1; read as 0 and 255")
-        mask = mask * np.uint8(255)
-    grey = np.uint8(255) - mask if invert else mask
+    grey = _upright(mask, invert=invert)
     hole = grey > THRESHOLD
     if hole.all():
         _warn(f"{name}: everything is to be repainted; was black = repaint meant (invert the mask)?")
@@ -43,6 +42,17 @@ def grey_levels(
             "the image is returned unchanged"
         )
     return grey
+
+
+def to_hole(mask: UInt8[np.ndarray, "H W"], *, invert: bool = False) -> Hole:
+    """The hole of a mask, read as `grey_levels` reads it but without its warnings."""
+    return _upright(mask, invert=invert) > THRESHOLD
+
+
+def _upright(mask: UInt8[np.ndarray, "H W"], *, invert: bool) -> UInt8[np.ndarray, "H W"]:
+    if mask.max(initial=0) == 1:
+        mask = mask * np.uint8(255)
+    return np.uint8(255) - mask if invert else mask
 
 
 def dilate(hole: Hole, size: int) -> Hole:

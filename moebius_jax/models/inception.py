@@ -19,7 +19,6 @@ from moebius_jax.models.precision import Precision
 Map = Float[Array, "B H W C"]
 
 SIDE = 299  # of the input, in pixels
-FEATURES = 2048  # channels of the last map
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from moebius_jax.evaluation import pixels
 from moebius_jax.evaluation.cases import PREPARATION
 from moebius_jax.evaluation.inception_features import RESIZE
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
-from moebius_jax.evaluation.scoring import Metric, Scores
+from moebius_jax.evaluation.scoring import Metric, Scores, Summary
 
 FORMAT = "moebius-jax evaluation"
 VERSION = 1
@@ -36,7 +36,7 @@ METHODS = {
     "u_ids": "share of errors of that machine",
     "lpips_alex": "version 0.1, AlexNet; inside the hole: positions weighted by share of it",
     "lpips_vgg": "version 0.1, VGG16; likewise",
-    "psnr": "dB, mean over images",
+    "psnr": "dB, mean over images (over those that differ from their original, if any do)",
     "ssim": pixels.SSIM,
     "l1": "mean absolute difference / 255",
 }
@@ -50,22 +50,44 @@ class Run:
     Attributes:
         label: of the setting in a sweep; "" where there is but one.
         settings: that decided the results.
-        scores: of them.
+        summary, bins: of all pictures, and by share of hole.
+        scores: of each picture, without features.
+        folder: of the results, below the report's; their scores go there.
         seconds: painting took in this call, without compilation; None where nothing was painted.
         painted: images this call painted.
     """
 
     label: str
     settings: dict[str, Any]
+    summary: Summary
+    bins: list[Summary]
     scores: Scores
+    folder: str = ""
     seconds: float | None = None
     painted: int = 0
+
+    @classmethod
+    def of(cls, scores: Scores, metrics: Sequence[Metric], enough: int, **facts: Any) -> "Run":
+        """Sums up `scores` and lets their features go.
+
+        Args:
+            scores: of the results.
+            metrics: that were asked for.
+            enough: smallest number of images FID, P-IDS and U-IDS are given for.
+            facts: the other attributes.
+        """
+        return cls(
+            summary=scores.summary(metrics, enough=enough),
+            bins=scores.bins(metrics, enough=enough),
+            scores=scores.without_features(),
+            **facts,
+        )
 
 
 def build_document(
     runs: Sequence[Run],
     *,
-    metrics: Sequence[Metric],
+    kind: str,
     enough: int,
     protocol: dict[str, Any],
     departures: Sequence[str],
@@ -78,7 +100,7 @@ def build_document(
 
     Args:
         runs: one, or one for each setting of a sweep.
-        metrics: that were asked for.
+        kind: the protocol's name, or "score".
         enough: smallest number of images FID, P-IDS and U-IDS are given for.
         protocol: its name and title, what the paper says of it; {} for a plain scoring.
         departures: what differs from the protocol, a sentence each.
@@ -91,6 +113,7 @@ def build_document(
     return {
         "format": FORMAT,
         "version": VERSION,
+        "kind": kind,
         "created": created,
         "command": list(command),
         "protocol": protocol,
@@ -110,7 +133,7 @@ def build_document(
         "versions": _versions(),
         "sweep": sweep,
         "published": _published(protocol.get("name")),
-        "runs": [_run(run, metrics, enough) for run in runs],
+        "runs": [_run(run) for run in runs],
     }
 
 
@@ -125,7 +148,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _run(run: Run, metrics: Sequence[Metric], enough: int) -> dict[str, Any]:
+def _run(run: Run) -> dict[str, Any]:
     speed = run.painted / run.seconds if run.seconds and run.painted else None
     return {
         "label": run.label,
@@ -133,8 +156,8 @@ def _run(run: Run, metrics: Sequence[Metric], enough: int) -> dict[str, Any]:
         "painted": run.painted,
         "seconds": run.seconds,
         "images_per_second": speed,
-        "all": run.scores.summary(metrics, enough=enough),
-        "bins": run.scores.bins(metrics, enough=enough),
+        "all": run.summary,
+        "bins": run.bins,
     }
 
 

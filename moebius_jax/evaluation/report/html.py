@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -55,6 +56,7 @@ def render_html(document: dict[str, Any], scores: Scores, load: Load) -> str:
         groups=_groups(scores, metric, load) if metric else {},
         metric=_title(*metric) if metric else None,
         charts=_charts(document),
+        command=shlex.join(document["command"]),
         md=markdown,
     )
 

@@ -1,6 +1,7 @@
 """The report as Markdown: our figures beside the published ones."""
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -156,7 +157,8 @@ def _methods(document: dict[str, Any]) -> str:
 
 def _repeat(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    return f"```\n{' '.join(document['command'])}\n```\n\n{versions}. All settings and hashes: `report.json`."
+    command = shlex.join(document["command"])
+    return f"```\n{command}\n```\n\n{versions}. All settings and hashes: `report.json`."
 
 
 def _list(lines: Iterable[str]) -> str:
