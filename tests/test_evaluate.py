@@ -260,6 +260,7 @@ class TestBenchmark:
         assert "guidance_1.0 (2 images" in out
         document = report(tmp_path / "out")
         assert [r["label"] for r in document["runs"]] == ["guidance_1.0", "guidance_2.5"]
+        assert document["shown"] == 1  # the protocol's scale
         assert document["published"]["guidance"][2] == {"guidance_scale": 2.5, "fid": 9.48, "lpips": 0.207}
         assert "| 2.5 | – | – | – | 9.48 | 0.207 |" in (tmp_path / "out/report.md").read_text()
         assert (tmp_path / "out/guidance_1.0/scores.csv").is_file()

@@ -254,7 +254,7 @@ def score(inception_folder, mesh, tmp_path_factory):
     )
     images, holes = pictures(6), some_holes(6)
 
-    def run(results, order=range(6)) -> Scores:
+    def run(results, order=range(6), scorer=scorer) -> Scores:
         folder = tmp_path_factory.mktemp("score")
         for i in range(6):
             Image.fromarray(images[i]).save(folder / f"truth_{i}.png")
@@ -301,6 +301,18 @@ class TestProperties:
         for key, parts in forward.summary(METRICS, enough=2).items():
             if key != "count":
                 assert turned[key]["whole"] == pytest.approx(parts["whole"], rel=1e-6, abs=1e-9), key
+
+    def test_remembered_originals_change_nothing(self, score, inception_folder, mesh, monkeypatch):
+        run, images = score
+        first = run(blurred(images, 1)).summary(("fid",), enough=2)
+        network = checkpoints.load_inception(inception_folder / "converted")
+        scorer = Scorer(("fid",), mesh, inception=network, batch_size=4, keep_truths=True)
+        calls = []
+        features = scorer._inception
+        monkeypatch.setattr(scorer, "_inception", lambda *a: calls.append(1) or features(*a))
+        again = [run(blurred(images, 1), scorer=scorer).summary(("fid",), enough=2) for _ in range(2)]
+        assert again == [first, first]
+        assert len(calls) == 4 + 2  # two batches of results and originals, then of results only
 
     def test_a_larger_blur_is_worse(self, score):
         run, images = score

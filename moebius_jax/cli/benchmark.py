@@ -52,7 +52,8 @@ def evaluate(args: argparse.Namespace) -> int:
     claim_report(args.output, protocol.name, (args.images, args.masks))
     if not args.no_compilation_cache:
         enable_compilation_cache()
-    scorer = None if args.sample_only else make_scorer(args)  # its weights may be wrong: first, it is quick
+    # Before the model: its weights may be wrong, and it is quick.
+    scorer = None if args.sample_only else make_scorer(args, keep_truths=_sweep(args) is not None)
     cases, masks, inputs = _with_masks(args, protocol, images)
     pipe = load_pipeline(args, _variant(args, protocol))
     model = _model_facts(args, protocol, pipe)
@@ -75,10 +76,12 @@ def evaluate(args: argparse.Namespace) -> int:
             facts = {"label": plan.label, "settings": plan.settings, "folder": plan.folder}
             runs.append(Run.of(scores, args.metrics, enough, **facts, seconds=seconds, painted=count))
     if scorer:
+        usual = _usual_sampling(args, protocol, pipe)
+        shown = next((i for i, plan in enumerate(plans) if plan.sampling == usual), 0)
         write_report(
             args,
             runs,
-            plans[0].cases,
+            plans[shown].cases,
             enough=enough,
             protocol={k: getattr(protocol, k) for k in ("name", "title", "dataset", "masks_like")},
             departures=_departures(args, protocol, pipe, masks, model, len(cases)),
@@ -89,6 +92,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 **inception_facts(args),
             },
             sweep=_sweep(args),
+            shown=shown,
         )
     return 0
 
@@ -224,21 +228,28 @@ def _model_facts(
     }
 
 
+def _usual_sampling(
+    args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
+) -> SamplingOptions:
+    """The settings without a sweep."""
+    guidance = protocol.guidance_scale or pipe.guidance_scale
+    return SamplingOptions(
+        num_inference_steps=args.num_inference_steps or _PAPER["num_inference_steps"],
+        guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
+        strength=args.strength,
+        scheduler=args.scheduler or _PAPER["scheduler"],
+    )
+
+
 def _variations(
     args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
 ) -> list[tuple[str, SamplingOptions]]:
     """The settings to run, each with a label that is a folder's name; "" where there is no sweep."""
-    default = protocol.guidance_scale or pipe.guidance_scale
-    base = SamplingOptions(
-        num_inference_steps=args.num_inference_steps or _PAPER["num_inference_steps"],
-        guidance_scale=default if args.guidance_scale is None else args.guidance_scale,
-        strength=args.strength,
-        scheduler=args.scheduler or _PAPER["scheduler"],
-    )
+    usual = _usual_sampling(args, protocol, pipe)
     sweep = _sweep(args)
     if sweep is None:
-        return [("", base)]
-    scales = GUIDANCE["celebahq" if default == PORTRAIT_GUIDANCE else "places2_test"]
+        return [("", usual)]
+    scales = GUIDANCE["celebahq" if usual.guidance_scale == PORTRAIT_GUIDANCE else "places2_test"]
     values: Sequence[Any] = {
         "guidance_scale": args.guidance_sweep or tuple(scales),
         "num_inference_steps": args.steps_sweep or (5, 10, 20, 50),
@@ -246,7 +257,7 @@ def _variations(
     }[sweep]
     short = {"guidance_scale": "guidance", "num_inference_steps": "steps"}.get(sweep, sweep)
     return [
-        (f"{short}_{value}", dataclasses.replace(base, **{sweep: value})) for value in dict.fromkeys(values)
+        (f"{short}_{value}", dataclasses.replace(usual, **{sweep: value})) for value in dict.fromkeys(values)
     ]
 
 

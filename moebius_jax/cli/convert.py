@@ -7,8 +7,8 @@ from pathlib import Path
 from moebius_jax.cli.common import progress, run
 
 _DESCRIPTION = """\
-Convert released weights (Moebius, PixelHacker, the ablations, the VAE, E-LatentLPIPS) to a folder for
-moebius-jax.
+Convert released weights (Moebius, PixelHacker, the ablations, the VAE, E-LatentLPIPS, FID's Inception) to a
+folder for moebius-jax.
 
 What the file is, and every size of it, is read off its tensors. Each tensor must fit exactly; otherwise
 nothing is written and every difference is listed: - missing, + unknown, ~ of another shape, ! duplicate.

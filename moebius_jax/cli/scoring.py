@@ -64,8 +64,12 @@ def small_set_note(args: argparse.Namespace, count: int) -> list[str]:
     return [f"FID, P-IDS and U-IDS of {count:,} images are far from those of many: compare with equals"]
 
 
-def make_scorer(args: argparse.Namespace) -> "Scorer":
+def make_scorer(args: argparse.Namespace, *, keep_truths: bool = False) -> "Scorer":
     """The scorer of the asked-for metrics on this process's devices.
+
+    Args:
+        args: of the program.
+        keep_truths: see `Scorer`.
 
     Raises:
         UserError: no Inception network in --inception.
@@ -77,7 +81,13 @@ def make_scorer(args: argparse.Namespace) -> "Scorer":
     inception = None
     if set(args.metrics) & set(NEEDS_INCEPTION):
         inception = checkpoints.load_inception(args.inception)
-    return Scorer(args.metrics, data_mesh(), inception=inception, batch_size=args.batch_size)
+    return Scorer(
+        args.metrics,
+        data_mesh(),
+        inception=inception,
+        batch_size=args.batch_size,
+        keep_truths=keep_truths,
+    )
 
 
 def inception_facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +141,8 @@ def write_report(
 
     Args:
         args: of the program.
-        runs: to report; the page shows cases of the first.
-        cases: of the first run.
+        runs: to report.
+        cases: of the run the page shows.
         facts: for `build_document`.
     """
     from moebius_jax.evaluation.report import (
@@ -155,7 +165,7 @@ def write_report(
     texts |= {
         "report.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
         "report.md": render_markdown(document),
-        "report.html": render_html(document, runs[0].scores, _loader(args, cases)),
+        "report.html": render_html(document, runs[document["shown"]].scores, _loader(args, cases)),
     }
     with contextlib.ExitStack() as stack:
         for name, text in texts.items():

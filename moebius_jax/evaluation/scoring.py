@@ -141,6 +141,7 @@ class Scorer:
         mesh: with an axis `data`.
         inception: FID's network; needed by "fid" and "ids".
         batch_size: pictures per batch, rounded up to a multiple of the devices.
+        keep_truths: remember Inception's features of originals, for more results of the same ones.
 
     Raises:
         UserError: an unknown metric, or no network where one is needed.
@@ -153,6 +154,7 @@ class Scorer:
         *,
         inception: Inception | None = None,
         batch_size: int = 8,
+        keep_truths: bool = False,
     ) -> None:
         if unknown := sorted(set(metrics) - set(METRICS)):
             raise UserError(f"metric {unknown[0]!r}; expected some of {', '.join(METRICS)}")
@@ -162,6 +164,8 @@ class Scorer:
         self.metrics = tuple(m for m in METRICS if m in metrics)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._inception = InceptionFeatures(inception, mesh) if self._needs_features else None
+        self._keep_truths = keep_truths
+        self._truths: dict[tuple[bytes, bytes | None], tuple[np.ndarray, ...]] = {}
         self._lpips = {b: LPIPS(b, mesh) for b in ("alex", "vgg")} if "lpips" in metrics else {}
 
     def __call__(
@@ -241,12 +245,20 @@ class Scorer:
             for backbone, network in self._lpips.items():
                 found[f"lpips_{backbone}"] = network(results, truths, holes)
             if self._inception is not None:
-                for kind, images in (("truth", truths), ("result", results)):
-                    found[kind] = self._inception(images, holes)
+                found["result"] = self._inception(results, holes)
+                found["truth"] = self._known_truths(group) or self._inception(truths, holes)
             found = jax.tree.map(np.asarray, found)
+        if self._keep_truths and self._inception is not None:
+            for i, item in enumerate(group):
+                self._truths[item.digests] = tuple(part[i] for part in found["truth"])
         for i, item in enumerate(group):
             for key, (whole, hole) in found.items():
                 measured[item.name][key] = whole[i], hole[i] if item.hole.any() else hole[i] * math.nan
+
+    def _known_truths(self, group: list[_Read]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Features of the originals and their holes, if all were seen before."""
+        known = [self._truths.get(item.digests) for item in group]
+        return None if None in known else tuple(map(np.stack, zip(*known, strict=True)))
 
     def _collect(
         self,

@@ -95,6 +95,7 @@ def build_document(
     command: Sequence[str],
     created: str,
     sweep: str | None = None,
+    shown: int = 0,
 ) -> dict[str, Any]:
     """The document.
 
@@ -108,6 +109,7 @@ def build_document(
         command: as typed.
         created: date and time.
         sweep: the setting the runs differ in.
+        shown: which of the runs the page shows cases and curves by share of hole of.
     """
     first = runs[0].scores
     return {
@@ -132,6 +134,7 @@ def build_document(
         "fewest_images_for_set_metrics": enough,
         "versions": _versions(),
         "sweep": sweep,
+        "shown": shown,
         "published": _published(protocol.get("name")),
         "runs": [_run(run) for run in runs],
     }

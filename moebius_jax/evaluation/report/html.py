@@ -43,7 +43,7 @@ def render_html(document: dict[str, Any], scores: Scores, load: Load) -> str:
 
     Args:
         document: from `build_document`.
-        scores: of the run whose cases are shown: the first.
+        scores: of the run that is shown.
         load: reads a case's pictures.
     """
     import jinja2
@@ -118,12 +118,12 @@ def _title(key: str, part: int) -> str:
 
 def _charts(document: dict[str, Any]) -> list[str]:
     """Each metric by the hole's share; in a sweep, each metric by the setting as well."""
-    first = document["runs"][0]
-    keys = markdown.metric_keys(first["all"])
+    shown = document["runs"][document["shown"]]
+    keys = markdown.metric_keys(shown["all"])
     charts = []
     if document["sweep"]:
         charts += _sweep_charts(document, keys)
-    bins = first["bins"]
+    bins = shown["bins"]
     if len(bins) > 1:
         middles = [50 * (row["low"] + row["high"]) for row in bins]
         for key in keys:
