@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from moebius_jax.evaluation.published import QUALITY
 from moebius_jax.evaluation.report.document import HIGHER_IS_BETTER
 
 NAMES = {
@@ -101,7 +102,7 @@ SWEEP_HEAD = ("FID", "LPIPS (Alex)", "LPIPS (VGG)", "published FID", "published 
 def _facts(document: dict[str, Any]) -> str:
     sources = document["sources"]
     lines = [f"{document['created']}, {document['versions']['devices']}"]
-    if "dataset" in document["protocol"]:
+    if document["kind"] in QUALITY:
         lines.append(
             f"protocol: {document['protocol']['dataset']}; masks: {document['protocol']['masks_like']}"
         )
