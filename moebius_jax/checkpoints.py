@@ -290,6 +290,12 @@ def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeS
     return {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in _variables(network).items()}
 
 
+def count_parameters(architecture: Architecture) -> int:
+    """Trainable numbers of an architecture; BatchNorm's statistics are not among them."""
+    tensors = abstract_tensors(architecture)
+    return sum(a.size for name, a in tensors.items() if name.rpartition(".")[2] not in STATISTICS)
+
+
 def abstract_network(
     architecture: UNetConfig | ELatentLPIPSConfig | InceptionConfig,
     *,

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY_UNET
 
+from moebius_jax.checkpoints import count_parameters
 from moebius_jax.cli.profile import main
-from moebius_jax.evaluation.efficiency import NETWORKS, measure, multiply_adds, parameters
+from moebius_jax.evaluation.efficiency import NETWORKS, measure, multiply_adds
 from moebius_jax.evaluation.multiply_adds import count
 from moebius_jax.evaluation.published import COSTS
 
@@ -76,7 +77,7 @@ class TestMultiplyAdds:
 def test_the_papers_columns(name):
     """Parameters to the million (the paper rounds or cuts), multiply-adds with weights to 0.1 %."""
     published = COSTS[name]
-    assert abs(parameters(NETWORKS[name]) / 1e6 - published.parameters) < 0.6
+    assert abs(count_parameters(NETWORKS[name]) / 1e6 - published.parameters) < 0.6
     assert multiply_adds(NETWORKS[name]).with_weights / 1e9 == pytest.approx(published.gflops, rel=1e-3)
 
 
@@ -84,7 +85,7 @@ def test_measure_runs_the_network():
     found = measure(TINY_UNET, repeats=1)
     assert found.pass_ms > 0
     assert found.step_ms > 0
-    assert found.weights_bytes > 4 * 0.9 * parameters(TINY_UNET)
+    assert found.weights_bytes > 4 * 0.9 * count_parameters(TINY_UNET)
     assert found.temporary_bytes > 0
     assert found.xla_flops == pytest.approx(multiply_adds(TINY_UNET).flops, rel=0.5)
 

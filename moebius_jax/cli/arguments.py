@@ -85,8 +85,7 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
     """
     import jax
 
-    if args.num_processes < 1:
-        raise UserError(f"--num-processes is {args.num_processes}; expected 1 or more")
+    require_positive(args, "num_processes")
     if args.distributed:
         # Only what the command line says; jax asks the cluster for the rest.
         known = {"num_processes": args.num_processes, "process_id": args.process_id}
@@ -102,3 +101,16 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
     if not 0 <= args.process_id < args.num_processes:
         raise UserError(f"--process-id is {args.process_id}; expected 0 to {args.num_processes - 1}")
     return args.process_id, args.num_processes
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError if one of these is given and below 1."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+
+
+def require_seed(args: argparse.Namespace) -> None:
+    """Raises UserError if --seed does not fit in 32 bits."""
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")

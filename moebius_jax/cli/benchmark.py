@@ -11,7 +11,13 @@ from typing import Any
 import jax
 
 from moebius_jax import checkpoints
-from moebius_jax.cli.arguments import compute_dtypes, load_pipeline, process_share
+from moebius_jax.cli.arguments import (
+    compute_dtypes,
+    load_pipeline,
+    process_share,
+    require_positive,
+    require_seed,
+)
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress
 from moebius_jax.cli.scoring import (
     claim_report,
@@ -122,11 +128,8 @@ def _plan(
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong on the command line should be said before anything is loaded."""
-    for name in ("count", "batch_size", "size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
+    require_positive(args, "count", "batch_size", "size")
+    require_seed(args)
     if args.masks is None and (args.invert_masks or args.pair_by != "name"):
         raise UserError("--invert-masks and --pair-by are for --masks; drawn masks are white = hole")
     if args.masks is not None and (args.mask_kind or args.mask_ratio or args.mask_seed):
@@ -214,14 +217,11 @@ def _variant(args: argparse.Namespace, protocol: Protocol) -> str | None:
 def _model_facts(
     args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
 ) -> dict[str, Any]:
-    tensors = checkpoints.network_tensors(pipe.unet)
     return {
         "name": str(args.model),
         "variant": _variant(args, protocol),
         "network": checkpoints.describe(pipe.unet.config),
-        "parameters": sum(
-            v.size for k, v in tensors.items() if k.rpartition(".")[2] not in checkpoints.STATISTICS
-        ),
+        "parameters": checkpoints.count_parameters(pipe.unet.config),
         "unet_sha256": checkpoints.digest(pipe.unet),
         "vae_sha256": checkpoints.digest(pipe.vae),
         **{key: str(value) for key, value in compute_dtypes(args).items()},

@@ -81,10 +81,7 @@ def _convert(args: argparse.Namespace) -> int:
         architecture = convert_file(
             file, dest, dtype=args.dtype, base=args.base, overwrite=args.overwrite, track=progress
         )
-        tensors = checkpoints.abstract_tensors(architecture)
-        parameters = sum(
-            a.size for n, a in tensors.items() if n.rpartition(".")[2] not in checkpoints.STATISTICS
-        )
+        parameters = checkpoints.count_parameters(architecture)
         print(f"{dest}: {checkpoints.describe(architecture)}, {parameters:,} parameters")
         if args.verify:
             print(f"{dest}: {verify_folder(file, dest, base=args.base, track=progress)} tensors verified")

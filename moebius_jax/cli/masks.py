@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.common import progress, run
-from moebius_jax.errors import UserError
 from moebius_jax.evaluation.mask_sets import KINDS, MaskSpec, write_set
 
 _EPILOG = """\
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}; expected 1 or more")
+    require_positive(args, "count")
     low, high = args.ratio
     spec = MaskSpec(kind=args.kind, size=args.size, seed=args.seed, min_ratio=low, max_ratio=high)
     names = [f"{i:06}" for i in range(args.count)]

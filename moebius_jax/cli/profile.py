@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.common import enable_compilation_cache, progress, run
 from moebius_jax.errors import UserError
 
@@ -72,11 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 def _profile(args: argparse.Namespace) -> int:
     import jax
 
+    from moebius_jax import checkpoints
     from moebius_jax.evaluation import efficiency
     from moebius_jax.evaluation.published import COSTS
 
-    if args.repeats < 1:
-        raise UserError(f"--repeats is {args.repeats}; expected 1 or more")
+    require_positive(args, "repeats")
     if args.output:
         if args.output.is_dir():
             raise UserError(f"{args.output}: is a folder, expected a file to write")
@@ -96,7 +97,7 @@ def _profile(args: argparse.Namespace) -> int:
             {
                 "network": name,
                 "table_2_rows": efficiency.TABLE_2_ROWS.get(name),
-                "parameters": efficiency.parameters(config),
+                "parameters": checkpoints.count_parameters(config),
                 "multiply_adds": {**dataclasses.asdict(counted), "with_weights": counted.with_weights},
                 "flops": counted.flops,
                 "measured": measured and dataclasses.asdict(measured),

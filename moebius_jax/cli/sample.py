@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebius_jax.cli.arguments import add_model_arguments, add_process_arguments, load_pipeline, process_share
+from moebius_jax.cli.arguments import (
+    add_model_arguments,
+    add_process_arguments,
+    load_pipeline,
+    process_share,
+    require_positive,
+    require_seed,
+)
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress, run
 from moebius_jax.cli.pairing import Task, grid_path, plan_tasks
 from moebius_jax.errors import UserError
@@ -122,11 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
+    require_positive(args, "num_samples", "batch_size")
+    require_seed(args)
     # Before the model is loaded: what can be wrong should be said at once.
     tasks, problems = plan_tasks(
         args.image, args.mask, args.output, seed=args.seed, num_samples=args.num_samples, grid=args.grid

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.common import progress
 from moebius_jax.cli.scoring import (
     claim_report,
@@ -28,9 +29,7 @@ def score(args: argparse.Namespace) -> int:
     require_evaluation_extra()
     if args.beside is not None and args.beside not in QUALITY:
         raise UserError(f"--beside {args.beside}: expected one of {', '.join(QUALITY)}")
-    for name in ("batch_size", "size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+    require_positive(args, "batch_size", "size")
     cases = _pairs(args)
     enough = fewest_images(args, len(cases))
     if args.output is not None:

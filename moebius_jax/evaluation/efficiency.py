@@ -1,7 +1,6 @@
 """What a network costs at 512 px: parameters and multiply-adds by counting, time and memory by running."""
 
 import dataclasses
-import math
 import statistics
 import time
 
@@ -42,15 +41,6 @@ class Measured:
     weights_bytes: int
     temporary_bytes: int
     xla_flops: float | None
-
-
-def parameters(config: UNetConfig) -> int:
-    """Trainable numbers; BatchNorm's statistics are not among them."""
-    return sum(
-        math.prod(a.shape)
-        for name, a in checkpoints.abstract_tensors(config).items()
-        if name.rpartition(".")[2] not in checkpoints.STATISTICS
-    )
 
 
 def multiply_adds(config: UNetConfig) -> MultiplyAdds:
