@@ -132,3 +132,11 @@ def test_files_that_are_no_configuration(text, message, tmp_path):
 def test_a_missing_file_names_those_there_are():
     with pytest.raises(UserError, match=r"no such configuration; there are debug\.py, distill\.py"):
         load("distil")
+
+
+def test_a_file_that_is_no_configuration_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("# Read me")
+    with pytest.raises(
+        UserError, match=r"README\.md: expected a Python file with get_config\(\), found \.md"
+    ):
+        load_config(tmp_path / "README.md", [])

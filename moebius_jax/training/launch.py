@@ -21,6 +21,10 @@ def load_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
         raise UserError(f"{path}: no such configuration" + (f"; there are {known}" if known else ""))
     if "=" in path.name:
         raise UserError(f"{path}: expected a configuration file before KEY=VALUE")
+    if path.suffix != ".py":
+        raise UserError(
+            f"{path}: expected a Python file with get_config(), found {path.suffix or 'no suffix'}"
+        )
     # Configurations derive from each other: `from configs.distill import …`.
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
