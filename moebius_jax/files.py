@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Collection, Iterator
@@ -15,7 +16,7 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     """Yields a path beside `dest` to write to; renames it to `dest` when the block ends well.
 
     A block that raises leaves nothing behind and `dest` as it was. Works for files and for folders; a link
-    is followed.
+    is followed. What a killed process leaves behind, `remove_remains` finds.
 
     Args:
         dest: what to write.
@@ -33,7 +34,7 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from None
     # Short whatever the name's length, and with its suffix: writers choose their format by it.
     number = zlib.crc32(os.fsencode(dest.name))
-    partial = dest.with_name(f".partial-{os.getpid()}-{number:08x}{dest.suffix}")
+    partial = dest.with_name(f".partial-{_host()}-{os.getpid()}-{number:08x}{dest.suffix}")
     try:
         _remove(partial)
         yield partial
@@ -52,6 +53,35 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     finally:
         with contextlib.suppress(OSError):
             _remove(partial)
+
+
+def remove_remains(folder: Path) -> None:
+    """Removes the files that killed processes of this machine were writing into a folder.
+
+    What `replace_when_complete` writes there for a process that still runs, or for one of another machine,
+    is left alone; so are folders.
+    """
+    for partial in folder.glob(f".partial-{_host()}-*"):
+        process = partial.name.split("-")[2]
+        if partial.is_file() and process.isdigit() and not _runs(int(process)):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is not a question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is someone else's
+        pass
+    return True
 
 
 def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> None:

@@ -66,7 +66,9 @@ def report(folder):
 
 
 def results(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}
+    """The pictures of a folder; not the hidden one that a killed process was writing."""
+    files = sorted(f for f in folder.rglob("*.png") if not f.name.startswith("."))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 class TestBenchmark:
@@ -152,7 +154,7 @@ class TestBenchmark:
             [sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, env=environment
         )
         until = time.time() + 240
-        while not list((out / "results").glob("*.png")) and time.time() < until and process.poll() is None:
+        while not results(out / "results") and time.time() < until and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -182,6 +184,7 @@ class TestBenchmark:
         )
         assert whole.returncode == 0
         assert results(out / "results") == results(tmp_path / "whole/results")
+        assert not list(out.rglob(".*"))  # nothing of the killed run is left
         assert report(out)["runs"][0]["all"] == report(tmp_path / "whole")["runs"][0]["all"]
 
     def test_processes_share_the_work(self, evaluate, tmp_path):

@@ -18,6 +18,7 @@ from moebius_jax.cli.arguments import (
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress, run
 from moebius_jax.cli.pairing import Task, grid_path, plan_tasks
 from moebius_jax.errors import UserError
+from moebius_jax.files import remove_remains
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,6 +145,8 @@ def _sample(args: argparse.Namespace) -> int:
         print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
     if args.grid and skipped:
         problems += _missing_grids([t for t in tasks if t not in todo])
+    for folder in {task.output.parent for task in todo}:
+        remove_remains(folder)
     if todo:
         options, sampling = _options(args)
         if not args.no_compilation_cache:

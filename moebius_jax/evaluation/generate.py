@@ -14,6 +14,7 @@ from PIL import Image
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
+from moebius_jax.files import remove_remains
 from moebius_jax.imaging.masks import MaskWarning
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
@@ -122,6 +123,8 @@ def generate(
     """
     todo = [case for case in cases if not case.result.exists()]
     problems: list[str] = []
+    for folder in {case.result.parent for case in todo}:
+        remove_remains(folder)
 
     def items() -> Iterator[Item]:
         for case in todo:
