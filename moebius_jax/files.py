@@ -56,16 +56,16 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
 
 
 def remove_remains(folder: Path) -> None:
-    """Removes the files that killed processes of this machine were writing into a folder.
+    """Removes what killed processes of this machine were writing into a folder.
 
     What `replace_when_complete` writes there for a process that still runs, or for one of another machine,
-    is left alone; so are folders.
+    is left alone; so is what such a process was about to replace (`.old`), of which there may be no other.
     """
     for partial in folder.glob(f".partial-{_host()}-*"):
         process = partial.name.split("-")[2]
-        if partial.is_file() and process.isdigit() and not _runs(int(process)):
+        if partial.suffix != ".old" and process.isdigit() and not _runs(int(process)):
             with contextlib.suppress(OSError):
-                partial.unlink()
+                _remove(partial)
 
 
 def _host() -> str:

@@ -52,7 +52,9 @@ def problem(vectors, student_mini, teacher_mini):
     )
     student = nnx.clone(student_mini)
     student.train()
-    teacher = teacher_mini(inputs.latents, inputs.timesteps, inputs.input_ids)
+    teacher = nnx.jit(lambda net, *arguments: net(*arguments))(
+        teacher_mini, inputs.latents, inputs.timesteps, inputs.input_ids
+    )
     metric = network_from_synth("elatentlpips_sdxl")
     return SimpleNamespace(
         student=Bare(student),

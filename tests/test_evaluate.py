@@ -5,6 +5,8 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 from scipy import ndimage
 from test_metrics import pictures
 
-from moebius_jax import MoebiusInpaintPipeline, checkpoints
+from moebius_jax import MoebiusInpaintPipeline, UserError, checkpoints
+from moebius_jax.cli import benchmark
 from moebius_jax.cli.evaluate import main
 from moebius_jax.cli.masks import main as draw_masks
+from moebius_jax.evaluation import generate
+from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 
 ROOT = Path(__file__).parents[1]
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # come with scikit-image
+HALF, ANY = (0.4, 0.5), (0, 1)
 SIZE = 96  # larger than the tiny model's square of 64
 QUICK = ("--metrics", "psnr", "l1", "--num-inference-steps", "2", "--no-compilation-cache")
 
@@ -140,11 +148,14 @@ class TestBenchmark:
         a, b = report(tmp_path / "out"), report(tmp_path / "resumed")
         assert a["runs"][0]["all"] == b["runs"][0]["all"]
 
-    def test_killed_and_continued(self, images, tiny_folder, tmp_path):
-        """A process of its own, killed with -9 while it paints."""
-        for i in range(20):
-            Image.fromarray(pictures(1, seed=i)[0]).save(images / f"many_{i:02}.png")
-        out = tmp_path / "out"
+    def test_killed_and_continued(self, tiny_folder, tmp_path):
+        """Photographs: a process of its own, killed with -9 while it paints, continued by two at once."""
+        images, out = tmp_path / "photos", tmp_path / "out"
+        images.mkdir()
+        for name in PHOTOS:
+            photo = getattr(skimage.data, name)()
+            for i in range(6):
+                Image.fromarray(photo[40 * i :, 60 * i :]).save(images / f"{name}_{i}.jpg", quality=95)
         arguments = (
             "custom", "--images", images, "--model", tiny_folder, "--size", SIZE, "--output", out, *QUICK,
             "--batch-size", 1, "--num-inference-steps", 40,
@@ -159,30 +170,27 @@ class TestBenchmark:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         painted = results(out / "results")
-        assert 0 < len(painted) < 25
+        assert 0 < len(painted) < 24
         for data in painted.values():
             assert data.endswith(b"IEND\xaeB`\x82")  # whole files only
-        done = subprocess.run(
-            [sys.executable, "evaluate.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{len(painted)} of 25 results exist already" in done.stdout
-        assert report(out)["runs"][0]["all"]["count"] == 25
+        whole = tuple(tmp_path / "whole" if a == out else a for a in arguments)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "evaluate.py", *map(str, a)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for a in (arguments, (*arguments, "--sample-only"), whole)
+        ]
+        ended = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0, 0], ended
+        for text, _ in ended[:2]:
+            assert "of 24 results exist already" in text
+        assert report(out)["runs"][0]["all"]["count"] == 24
         # To the bit what a run without an end in between makes.
-        arguments = tuple(tmp_path / "whole" if a == out else a for a in arguments)
-        whole = subprocess.run(
-            [sys.executable, "evaluate.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            check=False,
-        )
-        assert whole.returncode == 0
         assert results(out / "results") == results(tmp_path / "whole/results")
         assert not list(out.rglob(".*"))  # nothing of the killed run is left
         assert report(out)["runs"][0]["all"] == report(tmp_path / "whole")["runs"][0]["all"]
@@ -257,6 +265,42 @@ class TestBenchmark:
         assert [row["psnr"] == "inf" for row in rows] == [True, False, False, False, False]
         assert rows[0]["psnr_hole"] == ""
 
+    def test_pictures_as_they_are(self, evaluate, images, tmp_path):
+        """Pictures of several sizes, with masks of the same ones named `_mask`."""
+        masks = tmp_path / "own"
+        holes = {}
+        for name, file in list_pictures(images).items():
+            width, height = Image.open(file).size
+            hole = np.zeros((height, width), bool)
+            hole[20:50, 30:70] = True
+            (masks / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(hole).save(masks / f"{name}_mask.png")
+            holes[name] = hole
+        status, _, _ = evaluate("--size", "original", "--masks", masks)
+        assert status == 0
+        for name, hole in holes.items():
+            result = np.asarray(Image.open(tmp_path / f"out/results/{name}.png"))
+            assert result.shape == (*hole.shape, 3)
+        document = report(tmp_path / "out")
+        assert document["preparation"] == "as they are"
+        assert document["runs"][0]["settings"]["size"] == "original"
+        status, _, err = evaluate("--masks", masks, output="other")
+        assert status == 1
+        assert "5 of 5 inputs cannot be used" in err or "--size original leaves them as they are" in err
+        evaluate("--size", "original", "--masks", masks, "--count", 5, protocol="celebahq", output="celebahq")
+        said = report(tmp_path / "celebahq")["departures"]
+        assert "size original, the protocol has 512" in said
+
+    def test_weights_that_say_what_they_are(self, evaluate, tiny_folder, tmp_path):
+        """The variant recorded at conversion is compared with the protocol's, however the model is named."""
+        model = tmp_path / "model"
+        shutil.copytree(tiny_folder, model)
+        config = json.loads((model / "unet/config.json").read_text())
+        config["source"] = {**config.get("source", {}), "variant": "ft_places2"}
+        (model / "unet/config.json").write_text(json.dumps(config))
+        evaluate("--count", 5, "--model", model, protocol="celebahq")
+        assert "weights ft_places2, the protocol has ft_celebahq" in report(tmp_path / "out")["departures"]
+
     def test_sweeps(self, evaluate, tmp_path):
         status, out, _ = evaluate("--guidance-sweep", 1, 2.5, "--count", 2, protocol="places2_test")
         assert status == 0
@@ -281,13 +325,20 @@ class TestBenchmark:
         assert status == 0
         said = report(tmp_path / "out")["departures"]
         assert said[0] == "3 images, the protocol has 3,000"
+        assert said[1] == "the first 3 by name of 5 images; the paper lists no files"
         (tmp_path / "thin").mkdir()
         draw_masks(["lama_thin", "--size", str(SIZE), "--count", "5", "--output", str(tmp_path / "thin/set")])
         arguments = ("--count", 3, "--masks", tmp_path / "thin/set", "--pair-by", "order", "--mask-blur", 0)
         evaluate(*arguments, protocol="celebahq", output="thin/out")
         more = report(tmp_path / "thin/out")["departures"]
         assert "masks lama_thin 0.0 to 1.0, the protocol has mat_large 0.0 to 1.0" in more
-        assert "mask blur 0.0, the protocol has 4.0" in more
+        assert "mask blur 0.0, our default is 4.0 (the paper names none)" in more
+        # Pixels are looked at, too: large masks for a protocol of 40 to 50 %.
+        evaluate("--count", 5, protocol="celebahq", output="all")
+        masks = ("--count", 5, "--masks", tmp_path / "all/masks")
+        evaluate(*masks, protocol="places2_test", output="other")
+        more = report(tmp_path / "other")["departures"]
+        assert any("masks have a hole outside the protocol's 40% to 50% (the mean" in line for line in more)
         for part in (
             "num inference steps 2, the protocol has 20",
             f"size {SIZE}, the protocol has 512",
@@ -309,6 +360,7 @@ class TestBenchmarkErrors:
         assert status == 1
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
+        assert "Traceback" not in err
         for part in parts:
             assert str(part) in err, err
 
@@ -318,6 +370,19 @@ class TestBenchmarkErrors:
         )
         self.one_line(evaluate("--count", 9), "5 images, 9 are needed")
         self.one_line(evaluate("--count", 0), "--count is 0; expected 1 or more")
+
+    def test_settings_out_of_range_leave_nothing(self, evaluate, tmp_path):
+        for option, value in (
+            ("num_inference_steps", 0),
+            ("mask_blur", -1.0),
+            ("strength", 2.0),
+            ("guidance_scale", "nan"),
+        ):
+            outcome = evaluate(f"--{option.replace('_', '-')}", value, quick=QUICK[:3])
+            self.one_line(outcome, option, value)
+        self.one_line(evaluate("--steps-sweep", 0, quick=QUICK[:3]), "num_inference_steps is 0")
+        self.one_line(evaluate("--size", "original"), "--size original needs --masks")
+        assert not (tmp_path / "out").exists()
 
     def test_fid(self, evaluate, tmp_path, inception_folder, tiny_folder):
         self.one_line(
@@ -352,7 +417,7 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--images", images / "a.png"), "is a file, expected folder of images")
         self.one_line(evaluate("--output", images / "a.png"), "a.png: is in the folder of inputs")
         (tmp_path / "file").write_text("")
-        self.one_line(evaluate("--output", tmp_path / "file"), "file: cannot be made (File exists)")
+        self.one_line(evaluate("--output", tmp_path / "file"), "file: cannot be written to (File exists)")
         self.one_line(evaluate("--masks", tmp_path / "none"), "no such folder of masks")
         self.one_line(evaluate("--output", images / "out"), "is in the folder of inputs")
         (images / "gone.png").symlink_to(tmp_path / "gone.png")
@@ -389,13 +454,44 @@ class TestBenchmarkErrors:
         )
         (masks / "b.png").write_bytes(whole)
         (images / "c.png").write_bytes(b"no picture")
+        self.one_line(
+            evaluate("--masks", masks, output="other"), f"{images / 'c.png'}: not an image PIL can read"
+        )
+        Image.fromarray(pictures(1)[0]).convert("CMYK").save(images / "b.jpg")
         status, _, err = evaluate("--masks", masks, output="other")
         assert status == 1
+        assert "2 of 5 inputs cannot be used:" in err
+        assert re.search(rf"{images / 'b.jpg'}: .*CMYK.*; expected 8-bit RGB", err)
+        assert not (tmp_path / "other/results").exists()  # said before anything is painted
+
+    def test_what_fails_while_painting_is_listed(self, evaluate, images, tmp_path, monkeypatch):
+        """A file that vanishes after the inputs were checked: the others are done, and kept."""
+        painting = benchmark.generate
+
+        def lose_one(*arguments, **options):
+            (images / "c.png").rename(tmp_path / "c.png")
+            return painting(*arguments, **options)
+
+        monkeypatch.setattr(benchmark, "generate", lose_one)
+        status, _, err = evaluate()
+        assert status == 1
         assert "1 not done:" in err
-        assert f"{images / 'c.png'}: not an image PIL can read" in err
-        # What could be done is kept, and there is no report of a part.
-        assert sorted(results(tmp_path / "other/results")) == ["a.png", "b.png", "more/a.png", "z.png"]
-        assert not (tmp_path / "other/report.json").exists()
+        assert f"{images / 'c.png'}: " in err
+        assert sorted(results(tmp_path / "out/results")) == ["a.png", "b.png", "more/a.png", "z.png"]
+        assert not (tmp_path / "out/report.json").exists()  # there is no report of a part
+        monkeypatch.undo()
+        (tmp_path / "c.png").rename(images / "c.png")
+
+    def test_a_full_disk_stops_the_painting(self, evaluate, monkeypatch):
+        written = []
+
+        def write(path, *_, **__):
+            written.append(path)
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+
+        monkeypatch.setattr(generate, "write_image", write)
+        self.one_line(evaluate("--batch-size", 1), "cannot be written (No space left on device)")
+        assert len(written) == 1
 
     def test_other_settings_are_not_mixed_in(self, evaluate, tmp_path):
         evaluate("--sample-only")
@@ -404,7 +500,17 @@ class TestBenchmarkErrors:
             evaluate("--guidance-scale", 3),
             "holds results with sampling.guidance_scale 2.5, asked for is 3.0",
         )
+        (tmp_path / "out/results/z.png").rename(tmp_path / "z.png")
         self.one_line(evaluate("--batch-size", 16), "holds results with batch_size 8, asked for is 16")
+        (tmp_path / "z.png").rename(tmp_path / "out/results/z.png")
+        assert evaluate("--batch-size", 16)[0] == 0  # nothing remains to be painted
+        assert report(tmp_path / "out")["runs"][0]["settings"]["batch_size"] == 8
+        # Of a run that painted nothing, nothing needs to be kept.
+        for file in (tmp_path / "out/results").iterdir():
+            if file.name != "run.json":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        assert evaluate("--batch-size", 16)[0] == 0
+        assert report(tmp_path / "out")["runs"][0]["settings"]["batch_size"] == 16
         self.one_line(evaluate("--guidance-scale", 3, "--guidance-sweep"), "has no place in a sweep over it")
         (tmp_path / "foreign/results").mkdir(parents=True)
         (tmp_path / "foreign/results/letter.txt").write_text("dear")
@@ -521,19 +627,46 @@ class TestScore:
         one_line(score(metrics=("lpips",)), "0.png: 40 x 30 pixels; LPIPS needs 31 or more each way")
 
 
-def test_protocols_are_the_papers():
+@pytest.mark.parametrize(
+    ("name", "count", "size", "kind", "ratio", "variant", "guidance", "moebius", "pixelhacker"),
+    [
+        ("places2_test", 10_000, 512, "lama_medium", HALF, "ft_places2", 2.5, (9.48, 0.207), (8.59, 0.203)),
+        ("places2_large", 36_500, 512, "mat_large", ANY, "ft_places2", 2.5, (2.35, 0.173), (2.05, 0.169)),
+        ("places2_small", 36_500, 512, "mat_small", ANY, "ft_places2", 2.5, (0.92, 0.091), (0.82, 0.088)),
+        ("places2_256", 36_500, 256, "comodgan", ANY, "ft_places2", 2.5, (14.13, 0.470), (9.25, 0.367)),
+        ("celebahq", 3_000, 512, "mat_large", ANY, "ft_celebahq", 2.0, (5.39, 0.122), (4.75, 0.115)),
+        ("ffhq", 10_000, 256, "lama_thick", ANY, "ft_ffhq", 2.0, (8.15, 0.231), (6.35, 0.229)),
+        ("lvis", 10_000, 512, "lama_medium", HALF, "ft_places2", 2.5, (17.81, 0.309), (13.84, 0.305)),
+        ("deepfakeface", 3_000, 512, "mat_large", ANY, "ft_celebahq", 2.0, (15.32, 0.173), (15.50, 0.172)),
+    ],
+)  # fmt: skip
+def test_protocols_are_the_papers(name, count, size, kind, ratio, variant, guidance, moebius, pixelhacker):
+    protocol = PROTOCOLS[name]
+    assert (protocol.count, protocol.size, protocol.masks.size) == (count, size, size)
+    assert protocol.masks.kind == kind
+    assert (protocol.masks.min_ratio, protocol.masks.max_ratio) == ratio
+    assert (protocol.variant, protocol.guidance_scale) == (variant, guidance)
+    published = [(row.model, row.fid, row.lpips) for row in QUALITY[name]]
+    assert published == [("Moebius", *moebius), ("PixelHacker", *pixelhacker)]
+
+
+def test_there_are_eight_protocols_and_the_guidance_of_two():
     assert set(PROTOCOLS) == {*QUALITY, "custom"}
-    assert GUIDANCE.keys() <= QUALITY.keys()
-    sizes = {name: (p.count, p.size) for name, p in PROTOCOLS.items()}
-    assert sizes["places2_test"] == (10_000, 512)
-    assert sizes["places2_256"] == (36_500, 256)
-    assert sizes["ffhq"] == (10_000, 256)
-    assert sizes["celebahq"] == (3_000, 512)
-    for name, protocol in PROTOCOLS.items():
-        assert protocol.masks.size == protocol.size, name
+    assert len(QUALITY) == 8
     for name, scales in GUIDANCE.items():
         scale = PROTOCOLS[name].guidance_scale
         assert scales[scale] == (QUALITY[name][0].fid, QUALITY[name][0].lpips)
+
+
+def test_pictures_behind_links_are_found(tmp_path):
+    """Datasets are often put together of links; one may even lead to itself."""
+    (tmp_path / "disk/places").mkdir(parents=True)
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "disk/places/a.png")
+    (tmp_path / "data/.hidden").mkdir(parents=True)
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "data/.hidden/b.png")
+    (tmp_path / "data/places").symlink_to(tmp_path / "disk/places")
+    (tmp_path / "data/itself").symlink_to(tmp_path / "data")
+    assert list(list_pictures(tmp_path / "data")) == ["places/a"]
 
 
 def test_without_its_extra_it_says_what_to_install(evaluate, monkeypatch):

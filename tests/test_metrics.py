@@ -15,7 +15,8 @@ from moebius_jax.conversion import verify_folder
 from moebius_jax.evaluation import pixels
 from moebius_jax.evaluation.cases import Case
 from moebius_jax.evaluation.distributions import frechet_distance, inception_discriminative_scores
-from moebius_jax.evaluation.inception_features import InceptionFeatures, hole_share
+from moebius_jax.evaluation.hole_means import hole_share
+from moebius_jax.evaluation.inception_features import InceptionFeatures
 from moebius_jax.evaluation.lpips import LPIPS, load_weights
 from moebius_jax.evaluation.scoring import METRICS, Scorer, Scores
 from moebius_jax.sampling.sampler import data_mesh

@@ -52,6 +52,8 @@ def document(scores, **changes):
         "sources": {"images": {"folder": "photos <b>&"}, "model": {"name": "m", "unet_sha256": "ef"}},
         "command": ["python", "evaluate.py"],
         "created": "2026-01-01 00:00 UTC",
+        "preparation": "as they are",
+        "choices": ["sampling starts from pure noise"],
         **changes,
     }
     return finite(build_document([run], **facts))

@@ -19,30 +19,27 @@ from moebius_jax.cli.arguments import (
     require_seed,
 )
 from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress
+from moebius_jax.cli.departures import PAPER, choices, departures
 from moebius_jax.cli.scoring import (
     claim_report,
     fewest_images,
     inception_facts,
     make_scorer,
     require_evaluation_extra,
-    small_set_note,
     write_report,
 )
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
 from moebius_jax.evaluation.generate import claim_folder, generate
-from moebius_jax.evaluation.inputs import Inputs, inspect, odd_masks
+from moebius_jax.evaluation.inputs import Inputs, inspect, lines_of, odd_masks
 from moebius_jax.evaluation.mask_sets import DESCRIPTION_FILE, MaskSpec, read_description, write_set
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.report import Run
+from moebius_jax.files import remove_remains
 from moebius_jax.inpaint import InpaintOptions
-from moebius_jax.models import UNetConfig
 from moebius_jax.pipeline import PORTRAIT_GUIDANCE, MoebiusInpaintPipeline
 from moebius_jax.sampling.sampler import SamplingOptions
-
-_PAPER = {"num_inference_steps": 20, "strength": 0.99, "scheduler": "ddim"}
-_MOST_PROBLEMS = 20  # lines shown
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -50,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> int:
     protocol = PROTOCOLS[args.protocol]
     require_evaluation_extra()
     _check(args)
-    images = _images(args, protocol)
+    images, found = _images(args, protocol)
     enough = 2 if args.sample_only else fewest_images(args, len(images))
     process, processes = process_share(args)
     if processes > 1 and not args.sample_only:
@@ -67,15 +64,12 @@ def evaluate(args: argparse.Namespace) -> int:
         _plan(args, label, sampling, _settings(args, protocol, pipe, model, inputs, sampling), cases)
         for label, sampling in _variations(args, protocol, pipe)
     ]
-    for plan in plans:
-        claim_folder(args.output / plan.folder, plan.settings)
+    plans = [_claimed(args, plan) for plan in plans]
     runs: list[Run] = []
     for plan in plans:
         seconds, count, problems = _paint(args, pipe, plan.cases[process::processes], plan)
         if problems:
-            shown = problems[:_MOST_PROBLEMS]
-            more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-            print(f"{len(problems)} not done:", *shown, *more, sep="\n  ", file=sys.stderr)
+            print(f"{len(problems)} not done:", lines_of(problems), sep="\n", file=sys.stderr)
             return FAILED
         if scorer:
             scores = scorer(plan.cases, size=args.size, invert_masks=args.invert_masks, track=progress)
@@ -90,7 +84,17 @@ def evaluate(args: argparse.Namespace) -> int:
             plans[shown].cases,
             enough=enough,
             protocol={k: getattr(protocol, k) for k in ("name", "title", "dataset", "masks_like")},
-            departures=_departures(args, protocol, pipe, masks, model, len(cases)),
+            departures=departures(
+                args,
+                protocol,
+                count=len(cases),
+                found=found,
+                ratios=inputs.ratios,
+                masks=masks,
+                model=model,
+                network=pipe.unet.config,
+            ),
+            choices=choices(plans[shown].sampling, args.mask_blur),
             sources={
                 "images": {"folder": str(args.images), "sha256_of_files": inputs.images_sha256},
                 "masks": masks,
@@ -126,10 +130,25 @@ def _plan(
     return _Plan(label=label, folder=folder, sampling=sampling, settings=settings, cases=placed)
 
 
+def _claimed(args: argparse.Namespace, plan: _Plan) -> _Plan:
+    """The plan with its folder made, and the settings of the results that are there."""
+    complete = all(case.result.exists() for case in plan.cases)
+    return dataclasses.replace(
+        plan, settings=claim_folder(args.output / plan.folder, plan.settings, complete=complete)
+    )
+
+
 def _check(args: argparse.Namespace) -> None:
-    """What can be wrong on the command line should be said before anything is loaded."""
+    """What can be wrong on the command line should be said before anything is loaded or written."""
     require_positive(args, "count", "batch_size", "size")
     require_seed(args)
+    InpaintOptions(mask_blur=args.mask_blur)
+    for steps in args.steps_sweep or [args.num_inference_steps]:
+        for guidance in args.guidance_sweep or [args.guidance_scale]:
+            given = {"num_inference_steps": steps, "guidance_scale": guidance}
+            SamplingOptions(strength=args.strength, **{k: v for k, v in given.items() if v is not None})
+    if args.size is None and args.masks is None:
+        raise UserError("--size original needs --masks: those that are drawn are square")
     if args.masks is None and (args.invert_masks or args.pair_by != "name"):
         raise UserError("--invert-masks and --pair-by are for --masks; drawn masks are white = hole")
     if args.masks is not None and (args.mask_kind or args.mask_ratio or args.mask_seed):
@@ -139,14 +158,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--{sweep.replace('_', '-')} has no place in a sweep over it; leave it out")
 
 
-def _images(args: argparse.Namespace, protocol: Protocol) -> dict[str, Path]:
-    """The originals: as many as the protocol has, or --count says."""
+def _images(args: argparse.Namespace, protocol: Protocol) -> tuple[dict[str, Path], int]:
+    """The originals, as many as the protocol has, or --count says; and how many there are."""
     found = list_pictures(args.images)
     wanted = args.count or protocol.count or len(found)
     if len(found) < wanted:
         hint = "" if args.count else f"; --count {len(found)} evaluates these, and the report says so"
         raise UserError(f"{args.images}: {len(found)} images, {wanted} are needed{hint}")
-    return dict(list(found.items())[:wanted])
+    return dict(list(found.items())[:wanted]), len(found)
 
 
 def _with_masks(
@@ -195,6 +214,7 @@ def _mask_spec(args: argparse.Namespace, protocol: Protocol) -> MaskSpec:
 def _draw_masks(folder: Path, spec: MaskSpec, names: list[str]) -> None:
     """Draws the set, unless an earlier run, or another process by now, has."""
     if not folder.exists():
+        remove_remains(folder.parent)
         try:
             write_set(folder, spec, names, track=progress)
         except UserError:
@@ -214,12 +234,20 @@ def _variant(args: argparse.Namespace, protocol: Protocol) -> str | None:
     return args.variant or (None if single else protocol.variant)
 
 
+def _recorded_variant(model: Path) -> str | None:
+    """What a single model's folder says it was converted from."""
+    for folder in (model, model / "unet"):
+        if (folder / "config.json").is_file():
+            return checkpoints.read_config(folder).source.get("variant")
+    return None
+
+
 def _model_facts(
     args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
 ) -> dict[str, Any]:
     return {
         "name": str(args.model),
-        "variant": _variant(args, protocol),
+        "variant": _recorded_variant(Path(args.model)) or _variant(args, protocol),
         "network": checkpoints.describe(pipe.unet.config),
         "parameters": checkpoints.count_parameters(pipe.unet.config),
         "unet_sha256": checkpoints.digest(pipe.unet),
@@ -234,10 +262,10 @@ def _usual_sampling(
     """The settings without a sweep."""
     guidance = protocol.guidance_scale or pipe.guidance_scale
     return SamplingOptions(
-        num_inference_steps=args.num_inference_steps or _PAPER["num_inference_steps"],
+        num_inference_steps=args.num_inference_steps or PAPER["num_inference_steps"],
         guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         strength=args.strength,
-        scheduler=args.scheduler or _PAPER["scheduler"],
+        scheduler=args.scheduler or PAPER["scheduler"],
     )
 
 
@@ -281,7 +309,7 @@ def _settings(
     """All that decides the results to the bit, for run.json and the report."""
     return {
         "protocol": protocol.name,
-        "size": args.size,
+        "size": args.size or "original",
         "images": inputs.images_sha256,
         "masks": inputs.pairs_sha256,
         "unet": model["unet_sha256"],
@@ -326,59 +354,3 @@ def _paint(
         f"{compiling.seconds:.1f} s of compiling"
     )
     return seconds, count, problems
-
-
-def _departures(
-    args: argparse.Namespace,
-    protocol: Protocol,
-    pipe: MoebiusInpaintPipeline,
-    masks: dict[str, Any],
-    model: dict[str, Any],
-    count: int,
-) -> list[str]:
-    """What a reader who compares with the paper has to know."""
-    lines = []
-    if protocol.count:
-        usual = {
-            **_PAPER,
-            "size": protocol.size,
-            "guidance_scale": protocol.guidance_scale,
-            "mask_blur": InpaintOptions().mask_blur,
-        }
-        found = {name: getattr(args, name) for name in usual}
-        lines += [
-            f"{name.replace('_', ' ')} {found[name]}, the protocol has {value}"
-            for name, value in usual.items()
-            if found[name] not in (None, value)
-        ]
-        if count != protocol.count:
-            lines.insert(0, f"{count:,} images, the protocol has {protocol.count:,}")
-        lines += _mask_departures(protocol.masks, masks) + _model_departures(protocol, pipe, model)
-    if args.allow_untrained:
-        lines.append("--allow-untrained: the weights may be random, see the model's name and digest")
-    return lines + small_set_note(args, count)
-
-
-def _mask_departures(spec: MaskSpec, masks: dict[str, Any]) -> list[str]:
-    """Whether the masks are drawn as the protocol says, as far as their set tells."""
-    keys = ("kind", "min_ratio", "max_ratio")
-    if "set_kind" not in masks:
-        return [
-            "masks of a set that does not say what it is: whether they are the protocol's is not known here"
-        ]
-    if any(masks.get(f"set_{key}") != getattr(spec, key) for key in keys):
-        found = f"{masks['set_kind']} {masks.get('set_min_ratio')} to {masks.get('set_max_ratio')}"
-        return [f"masks {found}, the protocol has {spec.kind} {spec.min_ratio} to {spec.max_ratio}"]
-    return ["masks drawn from their published description, not the files the paper used"]
-
-
-def _model_departures(protocol: Protocol, pipe: MoebiusInpaintPipeline, model: dict[str, Any]) -> list[str]:
-    lines = []
-    if pipe.unet.config not in (UNetConfig.student(), UNetConfig.teacher()):
-        lines.append(
-            f"the network is neither Moebius nor PixelHacker ({model['parameters']:,} parameters, squares of "
-            f"{pipe.sampler.image_size} pixels)"
-        )
-    if model["variant"] not in (None, protocol.variant):
-        lines.append(f"weights {model['variant']}, the protocol has {protocol.variant}")
-    return lines

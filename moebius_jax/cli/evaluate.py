@@ -85,10 +85,11 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -
     add("--count", type=int, metavar="N", help=f"the first N images by name (default: {count})")
     add(
         "--size",
-        type=int,
+        type=_size,
         default=protocol.size,
         metavar="PX",
-        help=f"side of the pictures (default {protocol.size})",
+        help=f"pictures are reduced to this side and cut square (default {protocol.size}); `original` leaves "
+        "them as they are, and needs --masks of the same sizes",
     )
     add_model_arguments(parser, variant=f"default {protocol.variant or 'pretrained'}; pretrained")
     add = parser.add_argument_group("masks (white = hole)").add_argument
@@ -133,6 +134,16 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -
     parser.add_argument("--no-compilation-cache", action="store_true", help="do not keep compiled programs")
 
 
+def _size(text: str) -> int | None:
+    """A number of pixels; None for `original`."""
+    if text == "original":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of pixels, or original") from None
+
+
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pred", type=Path, required=True, metavar="DIR", help="results")
@@ -152,7 +163,7 @@ def _mask_arguments(add: Any) -> None:
         "--pair-by",
         choices=("name", "order"),
         default="name",
-        help="which mask goes with which image (default name)",
+        help="which mask goes with which image (default name: cat.jpg with cat.png or cat_mask.png)",
     )
 
 

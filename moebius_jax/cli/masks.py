@@ -17,8 +17,8 @@ examples:
   python -m moebius_jax.masks lama_medium --ratio 0.4 0.5 --count 10000 --output masks/places2_test
 
 White is the hole. Mask number i depends on the seed and on i only. The folder gets a README.md with the
-polarity, what was drawn and the set's hash; evaluate.py --masks takes it again, checks
-that hash and reports it (of a part of the set, that part's).
+polarity, what was drawn and the set's hash; `evaluate.py … --masks DIR --pair-by order` takes it
+again, checks that hash and reports it (of a part of the set, that part's).
 """
 
 

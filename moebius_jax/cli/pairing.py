@@ -6,9 +6,7 @@ import zlib
 from pathlib import Path
 
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.picture import SUFFIXES
-
-ENDINGS = ("_mask", "-mask")  # a mask's stem is its image's, or that and one of these
+from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ def plan_tasks(
     if image.is_dir() and mask.is_dir() and image.samefile(mask):
         # photo.png beside photo_mask.png: what has a partner without the ending is a mask.
         stems = {f.stem for f in images}
-        masks = [f for f in masks if any(f.stem.removesuffix(e) in stems - {f.stem} for e in ENDINGS)]
+        masks = [f for f in masks if any(f.stem.removesuffix(e) in stems - {f.stem} for e in MASK_ENDINGS)]
         images = [f for f in images if f not in masks]
     to_folder = _is_folder(output, image)
     if to_folder:
@@ -136,7 +134,7 @@ def _files(path: Path, what: str) -> list[Path]:
 
 
 def _match(stem: str, by_stem: dict[str, Path]) -> Path | None:
-    return next((by_stem[stem + ending] for ending in ("", *ENDINGS) if stem + ending in by_stem), None)
+    return next((by_stem[stem + ending] for ending in ("", *MASK_ENDINGS) if stem + ending in by_stem), None)
 
 
 def _without_duplicates(files: list[Path], what: str) -> tuple[list[Path], list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.common import enable_compilation_cache, progress, run
+from moebius_jax.cli.scoring import require_writable
 from moebius_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -22,10 +23,10 @@ columns:
   all GMAC        with products of two activations, which the paper leaves out
   GFLOP           floating-point operations: twice all GMAC
   XLA GFLOP       the compiler's own count for the program that runs
-  ms/pass         one pass of the network, the paper's "ms/step" (there on one NVIDIA L40S)
+  ms/pass         one pass of the network; so we read the paper's "ms/step" (on one NVIDIA L40S)
   ms/guided step  both branches of guidance, as a batch of 2
   memory          weights + temporaries of one pass, by XLA's plan
-  total           the default 20 steps, in seconds, as the paper adds it up: passes; and guided
+  total           20 passes, in seconds, as the paper adds it up; and 20 guided steps
 
 examples:
   python profile_model.py --count-only                 # seconds, runs nothing
@@ -81,10 +82,7 @@ def _profile(args: argparse.Namespace) -> int:
     if args.output:
         if args.output.is_dir():
             raise UserError(f"{args.output}: is a folder, expected a file to write")
-        try:  # before the work, not after it
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{args.output}: cannot be written ({error.strerror or error})") from None
+        require_writable(args.output.parent)  # before the work, not after it
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if not args.count_only:
         enable_compilation_cache()

@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,11 +119,8 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
     for base in inputs:
         if base is not None and folder.resolve().is_relative_to(base.resolve()):
             raise UserError(f"{folder}: is in the folder of inputs {base}; choose another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from None
-    for name in ("report.json", "report.md", "report.html"):
+    require_writable(folder)
+    for name in ("report.json", "report.md", "report.html", "scores.csv"):
         if not (folder / name).exists():
             continue
         try:
@@ -132,6 +130,20 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
             ours = False
         if not ours:
             raise UserError(f"{folder / name}: is not from evaluate.py {kind}; choose another --output")
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder if need be, and sees that files can be written there.
+
+    Raises:
+        UserError: it is no folder, or they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from None
 
 
 def write_report(
@@ -145,6 +157,7 @@ def write_report(
         cases: of the run the page shows.
         facts: for `build_document`.
     """
+    from moebius_jax.evaluation.cases import PREPARATION
     from moebius_jax.evaluation.report import (
         build_document,
         finite,
@@ -155,8 +168,16 @@ def write_report(
     from moebius_jax.files import replace_when_complete
 
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    preparation = PREPARATION if args.size else "as they are"
     document = finite(
-        build_document(runs, kind=args.protocol, created=created, command=args.command, **facts)
+        build_document(
+            runs,
+            kind=args.protocol,
+            created=created,
+            command=args.command,
+            preparation=preparation,
+            **facts,
+        )
     )
     _print_figures(document)
     if args.output is None:

@@ -169,14 +169,17 @@ def _free_form(rng: np.random.Generator, size: int, p: FreeForm) -> Hole:
 
 
 def _winding_stroke(rng: np.random.Generator, canvas: ImageDraw.ImageDraw, size: int) -> None:
-    """4 to 17 segments that turn to and fro around 2π/5, all of one width of 12 to 47 pixels."""
-    mean_turn = 2 * math.pi / 5 + rng.uniform(-2 * math.pi / 15, 2 * math.pi / 15)
-    spread = 2 * math.pi / 15
+    """4 to 17 segments that turn to and fro around 2π/5, all of one width of 12 to 47 pixels.
+
+    Each stroke draws how far its turns are from 2π/5, up to 2π/15 either way.
+    """
+    turn, spread = 2 * math.pi / 5, 2 * math.pi / 15
+    least, most = turn - rng.uniform(0, spread), turn + rng.uniform(0, spread)
     typical = math.sqrt(2) * size / 8
     radius = rng.integers(12, 48) / 2
     point = rng.integers(0, size, 2).astype(float)
     for i in range(rng.integers(4, 18)):
-        angle = rng.uniform(mean_turn - spread, mean_turn + spread)
+        angle = rng.uniform(least, most)
         if i % 2 == 0:
             angle = 2 * math.pi - angle
         length = float(np.clip(rng.normal(typical, typical / 2), 0, 2 * typical))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +13,14 @@ from PIL import Image
 
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.masks import to_hole
-from moebius_jax.imaging.picture import SUFFIXES, read_mask, read_picture
+from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, read_mask, read_picture
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 Hole = Bool[np.ndarray, "H W"]
 PairBy = Literal["name", "order"]
 
 PREPARATION = (
-    "short side resized to the protocol's size (Lanczos, PIL), centre crop; files of that size as they are"
+    "short side resized to the report's size (Lanczos, PIL), centre crop; files of that size as they are"
 )
 
 
@@ -43,7 +44,7 @@ class Case:
 
 
 def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
-    """Image files in a folder and its subfolders, by path without suffix, in sorted order.
+    """Image files in a folder and its subfolders, links to folders too, by path without suffix, sorted.
 
     Raises:
         UserError: no such folder, nothing in it, or two files of one name.
@@ -53,12 +54,10 @@ def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
             f"{folder}: {'is a file, expected' if folder.exists() else 'no such'} folder of {what}"
         )
     found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(_files(folder)):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
         relative = file.relative_to(folder)
-        if file.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in relative.parts):
-            continue
-        if file.is_dir():
-            continue
         name = relative.with_suffix("").as_posix()
         if not file.is_file():
             raise UserError(f"{file}: a link to a file that is not there")
@@ -72,6 +71,23 @@ def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
     return found
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder that is not hidden; through links, but no folder inside itself."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        above = os.path.realpath(root)
+        folders[:] = [
+            f for f in folders if not f.startswith(".") and not _holds(os.path.join(root, f), above)
+        ]
+        yield from (Path(root, f) for f in files if not f.startswith("."))
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Whether a link leads to a folder above itself."""
+    return os.path.islink(folder) and os.path.commonpath([os.path.realpath(folder), inner]) == (
+        os.path.realpath(folder)
+    )
+
+
 def pair_masks(
     names: Iterable[str], masks: dict[str, Path], folder: Path, by: PairBy = "name"
 ) -> dict[str, str]:
@@ -81,7 +97,7 @@ def pair_masks(
         names: of the images, sorted.
         masks: from `list_pictures`.
         folder: of the masks, for messages.
-        by: "name", or "order": the first image has the first mask.
+        by: "name", with or without `_mask` at its end, or "order": the first image has the first mask.
 
     Raises:
         UserError: an image has no mask.
@@ -93,14 +109,16 @@ def pair_masks(
                 f"{folder}: {len(masks)} masks for {len(names)} images; expected at least as many"
             )
         return dict(zip(names, masks, strict=False))
-    missing = [name for name in names if name not in masks]
+    endings = ("", *MASK_ENDINGS)
+    found = {name: next((name + end for end in endings if name + end in masks), None) for name in names}
+    missing = [name for name in names if found[name] is None]
     if missing:
         more = f" (and {len(missing) - 1} more images have none)" if len(missing) > 1 else ""
         raise UserError(
             f"{folder}: no mask {missing[0]}.*{more}; masks are paired by name, --pair-by order pairs the "
             "first image with the first mask"
         )
-    return {name: name for name in names}
+    return found
 
 
 def read_truth(case: Case, size: int | None) -> Rgb:

@@ -21,37 +21,55 @@ from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
 from moebius_jax.sampling.sampler import Sampler, SamplingOptions
 
 SETTINGS_FILE = "run.json"
+# How pictures are computed, not which: they round differently, and do not matter to those that exist.
+_MACHINERY = ("batch_size", "device")
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+def claim_folder(folder: Path, settings: dict[str, Any], *, complete: bool = False) -> dict[str, Any]:
     """Makes a folder for results of these settings, or checks that it is one.
 
     Args:
         folder: for results; a run that was stopped is recognised by its `run.json`.
         settings: JSON values that decide what the results are.
+        complete: nothing remains to be painted, so that batch size and device may be others.
+
+    Returns:
+        The settings of the folder's results.
 
     Raises:
         UserError: the folder holds results of other settings (names the first), or something else.
     """
     file = folder / SETTINGS_FILE
-    wanted = _flat(json.loads(json.dumps(settings)))
+    settings = json.loads(json.dumps(settings))
+    wanted = _flat(settings)
     before = _read_settings(file)
+    if before is not None and _flat(before) != wanted and not _has_results(folder):
+        file.unlink(missing_ok=True)  # of a run that painted nothing
+        before = None
     if before is None:
-        foreign = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
+        foreign = _has_results(folder)
         before = _read_settings(file)  # another process may have made it just now, and started
         if foreign and before is None:
             raise UserError(f"{folder}: is not empty and not from an evaluation (no {SETTINGS_FILE})")
     if before is None:
         if _write_once(file, json.dumps(settings, indent=2) + "\n"):
-            return
-        before = _read_settings(file)
-    before = _flat(before or {})
-    for key in sorted(wanted.keys() | before.keys()):
-        if wanted.get(key) != before.get(key):
+            return settings
+        before = _read_settings(file) or {}
+    found = _flat(before)
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key) and not (complete and key in _MACHINERY):
             raise UserError(
-                f"{folder}: holds results with {key} {_short(before.get(key))}, asked for is "
+                f"{folder}: holds results with {key} {_short(found.get(key))}, asked for is "
                 f"{_short(wanted.get(key))}; choose another --output"
             )
+    return before
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a folder holds anything but its settings and hidden files."""
+    return folder.is_dir() and any(
+        not p.name.startswith(".") and p.name != SETTINGS_FILE for p in folder.iterdir()
+    )
 
 
 def _read_settings(file: Path) -> dict[str, Any] | None:
@@ -120,6 +138,9 @@ def generate(
 
     Returns:
         A line for each case that failed.
+
+    Raises:
+        UserError: a result cannot be written; the others would not fare better.
     """
     todo = [case for case in cases if not case.result.exists()]
     problems: list[str] = []
@@ -150,14 +171,11 @@ def generate(
         warnings.simplefilter("ignore", MaskWarning)
         stream = inpaint_stream(sampler, items(), options, sampling, batch_size=batch_size)
         for result in track(stream, desc="painting", total=len(todo)):
-            case = result.item.tag
-            try:
-                if result.error:
-                    raise result.error
-                if not case.result.exists():  # another process may have painted the same
-                    write_image(case.result, Image.fromarray(result.rgb), overwrite=False)
-            except UserError as error:
-                problems.append(str(error))
+            if result.error:
+                problems.append(str(result.error))
+                continue
+            # Another process may have painted the same by now: then it is the same to the bit.
+            write_image(result.item.tag.result, Image.fromarray(result.rgb), overwrite=True)
     return problems
 
 

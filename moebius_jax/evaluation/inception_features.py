@@ -7,6 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
+from moebius_jax.evaluation.hole_means import hole_share, weighted_mean
 from moebius_jax.models import Inception
 from moebius_jax.models.inception import SIDE
 
@@ -54,22 +55,3 @@ def _features(
     x = jax.image.resize(x, (batch, SIDE, SIDE, 3), "bilinear", antialias=False)
     maps = nnx.merge(graphdef, weights)(2 * x - 1)
     return maps.mean((1, 2)), weighted_mean(maps, hole_share(holes, maps.shape[1:3]))
-
-
-def hole_share(holes: Bool[Array, "B H W"], shape: tuple[int, int]) -> Float[Array, "B h w"]:
-    """The share of every cell of a coarser grid that is hole; cells need not be whole numbers of pixels."""
-    rows, columns = (_cells(n, m) for n, m in zip(holes.shape[1:], shape, strict=True))
-    return jnp.einsum("byx,hy,wx->bhw", holes.astype(jnp.float32), rows, columns, precision="highest")
-
-
-def _cells(n: int, m: int) -> Float[np.ndarray, "m n"]:
-    """[i, j]: share of pixel j, of n, in cell i, of m equal ones."""
-    edges = np.arange(m + 1) * (n / m)
-    overlap = np.minimum(edges[1:, None], np.arange(1, n + 1)) - np.maximum(edges[:-1, None], np.arange(n))
-    return (np.maximum(overlap, 0) * (m / n)).astype(np.float32)
-
-
-def weighted_mean(maps: Float[Array, "B h w C"], weights: Float[Array, "B h w"]) -> Float[Array, "B C"]:
-    """Mean over positions with weights; 0 where they are all 0."""
-    total = weights.sum((1, 2))[:, None]
-    return jnp.einsum("byxc,byx->bc", maps, weights, precision="highest") / jnp.where(total > 0, total, 1)

@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from moebius_jax.errors import UserError
-from moebius_jax.evaluation.cases import Case, read_hole
+from moebius_jax.evaluation.cases import Case, read_hole, read_truth
 from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
 from moebius_jax.evaluation.prefetch import prefetch
+
+_MOST_PROBLEMS = 20  # lines shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,44 +36,59 @@ class Inputs:
 def inspect(
     cases: Sequence[Case],
     *,
-    size: int,
+    size: int | None,
     invert_masks: bool,
     track: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> Inputs:
-    """Reads every original's bytes and every mask.
+    """Reads every original and every mask: a file that cannot be used is found before hours of painting.
 
     Args:
         cases: with masks.
-        size: masks have to be size x size.
+        size: masks have to be size x size; None: of their image's size.
         invert_masks: black is the hole.
         track: wraps the loop, as tqdm does.
 
     Raises:
-        UserError: a file cannot be read, or a mask has another size.
+        UserError: files cannot be read, or masks have another size; a line for each of the first.
     """
 
-    def read(case: Case) -> tuple[bytes, bytes, float]:
+    def read(case: Case) -> tuple[bytes, bytes, float] | UserError:
         try:
+            rgb = read_truth(case, None)
+            hole = read_hole(case.mask, rgb if size is None else None, invert=invert_masks)
             with case.truth.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
-            raise UserError(f"{case.truth}: cannot be read ({error.strerror or error})") from None
-        hole = read_hole(case.mask, invert=invert_masks)
-        if hole.shape != (size, size):
+            return UserError(f"{case.truth}: cannot be read ({error.strerror or error})")
+        except UserError as error:
+            return error
+        if size is not None and hole.shape != (size, size):
             height, width = hole.shape
-            raise UserError(
+            return UserError(
                 f"{case.mask}: the mask is {width} x {height} pixels, expected {size} x {size}, to which "
-                "images are resized and cropped (--size)"
+                "images are resized and cropped (--size; --size original leaves them as they are)"
             )
         return digest, hole_digest(hole), float(hole.mean())
 
     found = list(track(prefetch(read, cases), desc="checking inputs", total=len(cases)))
+    problems = [str(item) for item in found if isinstance(item, UserError)]
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} of {len(cases)} inputs cannot be used:\n{lines_of(problems)}")
     return Inputs(
         images_sha256=set_hash({c.name: image for c, (image, _, _) in zip(cases, found, strict=True)}),
         masks_sha256=set_hash({c.mask_name: mask for c, (_, mask, _) in zip(cases, found, strict=True)}),
         pairs_sha256=set_hash({c.name: mask for c, (_, mask, _) in zip(cases, found, strict=True)}),
         ratios=np.array([ratio for _, _, ratio in found]),
     )
+
+
+def lines_of(problems: Sequence[str]) -> str:
+    """The first of many problems, a line each, and how many more there are."""
+    rest = len(problems) - _MOST_PROBLEMS
+    shown = [*problems[:_MOST_PROBLEMS], *([f"… and {rest} more"] if rest > 0 else [])]
+    return "\n".join(f"  {line}" for line in shown)
 
 
 def odd_masks(names: Sequence[str], ratios: Float[np.ndarray, " N"]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
-from moebius_jax.evaluation.inception_features import hole_share, weighted_mean
+from moebius_jax.evaluation.hole_means import hole_share, weighted_mean
 
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}

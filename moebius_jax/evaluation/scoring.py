@@ -270,8 +270,9 @@ class Scorer:
         keys = [k for k in rows[0] if k not in ("ratio", "truth", "result")]
         features = {}
         for kind in ("truth", "result") if self._needs_features else ():
+            pairs = [row.pop(kind) for row in rows]  # gigabytes, of many pictures
             for i, part in enumerate(("whole", "hole")):
-                features[kind, part] = np.stack([row[kind][i] for row in rows])
+                features[kind, part] = np.stack([pair[i] for pair in pairs])
         return Scores(
             names=[case.name for case in cases],
             ratios=np.array([row["ratio"] for row in rows], float),

@@ -14,6 +14,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MASK_ENDINGS = ("_mask", "-mask")  # a mask's file is named as its image's, or that and one of these
 KEEPS_ALPHA = (".png", ".webp", ".tif", ".tiff")
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 

@@ -92,4 +92,5 @@ class BatchNorm(nnx.Module):
 
     def _track(self, mean: Float[Array, " C"], unbiased_var: Float[Array, " C"]) -> None:
         for stat, value in ((self.mean, mean), (self.var, unbiased_var)):
-            stat[...] = self.decay * stat[...] + (1 - self.decay) * lax.stop_gradient(value)
+            # Not `stat[...] = `: it asks a tracer for its sharding, which takes longer the longer the program is.
+            stat.set_value(self.decay * stat[...] + (1 - self.decay) * lax.stop_gradient(value))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moebius_jax.evaluation import pixels
-from moebius_jax.evaluation.cases import PREPARATION
 from moebius_jax.evaluation.inception_features import RESIZE
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.evaluation.scoring import Metric, Scores, Summary
@@ -94,6 +93,8 @@ def build_document(
     sources: dict[str, Any],
     command: Sequence[str],
     created: str,
+    preparation: str,
+    choices: Sequence[str] = (),
     sweep: str | None = None,
     shown: int = 0,
 ) -> dict[str, Any]:
@@ -108,6 +109,8 @@ def build_document(
         sources: where images, masks, weights and results came from, with hashes.
         command: as typed.
         created: date and time.
+        preparation: of the originals.
+        choices: how the results were made where the protocol leaves it open, a sentence each.
         sweep: the setting the runs differ in.
         shown: which of the runs the page shows cases and curves by share of hole of.
     """
@@ -129,7 +132,8 @@ def build_document(
             },
             "masks": {**sources.get("masks", {}), "sha256": first.masks_sha256},
         },
-        "preparation": PREPARATION,
+        "preparation": preparation,
+        "choices": list(choices),
         "methods": METHODS,
         "fewest_images_for_set_metrics": enough,
         "versions": _versions(),

@@ -153,7 +153,7 @@ def _methods(document: dict[str, Any]) -> str:
     if {"fid", "p_ids"} & set(keys):
         fewest = document["fewest_images_for_set_metrics"]
         lines.append(f"FID, P-IDS and U-IDS are given for {fewest} images or more")
-    return _list([*lines, f"images: {document['preparation']}"])
+    return _list([*lines, f"images: {document['preparation']}", *document["choices"]])
 
 
 def _repeat(document: dict[str, Any]) -> str:
