@@ -92,5 +92,5 @@ class BatchNorm(nnx.Module):
 
     def _track(self, mean: Float[Array, " C"], unbiased_var: Float[Array, " C"]) -> None:
         for stat, value in ((self.mean, mean), (self.var, unbiased_var)):
-            # Not `stat[...] = `: it asks a tracer for its sharding, which takes longer the longer the program is.
+            # Not `stat[...] =`: it asks a tracer for its sharding, the slower the longer the program.
             stat.set_value(self.decay * stat[...] + (1 - self.decay) * lax.stop_gradient(value))
