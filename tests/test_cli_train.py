@@ -20,7 +20,7 @@ from train import main
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny_run.py"
 LIMIT_S = 600
-FAST_COMPILE = "--xla_backend_optimization_level=0"
+FAST_COMPILE = os.environ["FAST_COMPILE"]  # see conftest.py
 
 
 @pytest.fixture(scope="module")

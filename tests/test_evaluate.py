@@ -160,7 +160,7 @@ class TestBenchmark:
             "custom", "--images", images, "--model", tiny_folder, "--size", SIZE, "--output", out, *QUICK,
             "--batch-size", 1, "--num-inference-steps", 40,
         )  # fmt: skip
-        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "XLA_FLAGS": os.environ["FAST_COMPILE"], "JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(
             [sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, env=environment
         )
@@ -380,6 +380,8 @@ class TestBenchmarkErrors:
         ):
             outcome = evaluate(f"--{option.replace('_', '-')}", value, quick=QUICK[:3])
             self.one_line(outcome, option, value)
+        self.one_line(evaluate("--process-id", 2), "--process-id is 2; expected 0 to 0")
+        self.one_line(evaluate("--coordinator", "x:1"), "--coordinator is for --distributed")
         self.one_line(evaluate("--steps-sweep", 0, quick=QUICK[:3]), "num_inference_steps is 0")
         self.one_line(evaluate("--size", "original"), "--size original needs --masks")
         assert not (tmp_path / "out").exists()

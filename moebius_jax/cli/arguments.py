@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebius_jax.cli.common import progress
+from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def compute_dtypes(args: argparse.Namespace) -> dict:
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """--num-processes, --process-id and --distributed."""
+    """--num-processes, --process-id, --distributed and --coordinator."""
     add = parser.add_argument_group("several processes (each takes its share of the files)").add_argument
     add("--num-processes", type=int, default=1, metavar="N")
     add("--process-id", type=int, default=0, metavar="I", help="0 to N-1")
     add("--distributed", action="store_true", help="ask the cluster (TPU pod, SLURM, …) for the two instead")
+    add("--coordinator", metavar="HOST:PORT", help="process 0, for --distributed where no cluster is found")
 
 
 def process_share(args: argparse.Namespace) -> tuple[int, int]:
@@ -83,24 +85,18 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
     Raises:
         UserError: numbers that do not fit, or no cluster to join.
     """
-    import jax
-
     require_positive(args, "num_processes")
-    if args.distributed:
-        # Only what the command line says; jax asks the cluster for the rest.
-        known = {"num_processes": args.num_processes, "process_id": args.process_id}
-        try:
-            jax.distributed.initialize(**(known if args.num_processes > 1 else {}))
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--distributed: no cluster could be joined ({reason}); outside TPU pods, SLURM and the like "
-                "set JAX_COORDINATOR_ADDRESS, --num-processes and --process-id, or leave --distributed out"
-            ) from None
-        return jax.process_index(), jax.process_count()
     if not 0 <= args.process_id < args.num_processes:
         raise UserError(f"--process-id is {args.process_id}; expected 0 to {args.num_processes - 1}")
-    return args.process_id, args.num_processes
+    if args.coordinator and not args.distributed:
+        raise UserError("--coordinator is for --distributed; sharing files needs no connection")
+    if not args.distributed:
+        return args.process_id, args.num_processes
+    import jax
+
+    several = args.num_processes > 1
+    join_cluster(args.coordinator, *((args.num_processes, args.process_id) if several else ()))
+    return jax.process_index(), jax.process_count()
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

@@ -75,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> int:
             scores = scorer(plan.cases, size=args.size, invert_masks=args.invert_masks, track=progress)
             facts = {"label": plan.label, "settings": plan.settings, "folder": plan.folder}
             runs.append(Run.of(scores, args.metrics, enough, **facts, seconds=seconds, painted=count))
-    if scorer:
+    if runs:
         usual = _usual_sampling(args, protocol, pipe)
         shown = next((i for i, plan in enumerate(plans) if plan.sampling == usual), 0)
         write_report(
@@ -85,26 +85,25 @@ def evaluate(args: argparse.Namespace) -> int:
             enough=enough,
             protocol={k: getattr(protocol, k) for k in ("name", "title", "dataset", "masks_like")},
             departures=departures(
-                args,
-                protocol,
-                count=len(cases),
-                found=found,
-                ratios=inputs.ratios,
-                masks=masks,
-                model=model,
-                network=pipe.unet.config,
+                args, protocol, found=found, inputs=inputs, masks=masks, model=model, network=pipe.unet.config
             ),
             choices=choices(plans[shown].sampling, args.mask_blur),
-            sources={
-                "images": {"folder": str(args.images), "sha256_of_files": inputs.images_sha256},
-                "masks": masks,
-                "model": model,
-                **inception_facts(args),
-            },
+            sources=_sources(args, inputs, masks, model),
             sweep=_sweep(args),
             shown=shown,
         )
     return 0
+
+
+def _sources(
+    args: argparse.Namespace, inputs: Inputs, masks: dict[str, Any], model: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "images": {"folder": str(args.images), "sha256_of_files": inputs.images_sha256},
+        "masks": masks,
+        "model": model,
+        **inception_facts(args),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moebius_jax.cli.scoring import small_set_note
+from moebius_jax.evaluation.inputs import Inputs
 from moebius_jax.evaluation.mask_sets import MaskSpec
 from moebius_jax.evaluation.protocols import Protocol
 from moebius_jax.inpaint import InpaintOptions
@@ -33,9 +34,8 @@ def departures(
     args: argparse.Namespace,
     protocol: Protocol,
     *,
-    count: int,
     found: int,
-    ratios: Float[np.ndarray, " N"],
+    inputs: Inputs,
     masks: dict[str, Any],
     model: dict[str, Any],
     network: UNetConfig,
@@ -45,20 +45,19 @@ def departures(
     Args:
         args: of the program.
         protocol: that is run.
-        count: images evaluated.
         found: images in their folder.
-        ratios: share of each that is hole.
+        inputs: what is evaluated.
         masks, model: what the report says of them.
         network: that paints.
     """
-    lines = []
+    lines, count = [], len(inputs.ratios)
     if protocol.count:
         if count != protocol.count:
             lines.append(f"{count:,} images, the protocol has {protocol.count:,}")
         if count < found:
             lines.append(f"the first {count:,} by name of {found:,} images; the paper lists no files")
         lines += _setting_departures(args, protocol)
-        lines += _mask_departures(protocol.masks, masks, ratios)
+        lines += _mask_departures(protocol.masks, masks, inputs.ratios)
         lines += _model_departures(protocol, model, network)
     if args.allow_untrained:
         lines.append("--allow-untrained: the weights may be random, see the model's name and digest")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.overrides import apply_overrides
@@ -54,19 +55,5 @@ def start_distributed(
     given = [v is not None for v in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise UserError("--coordinator, --num-processes and --process-id go together")
-    if not is_cluster and not any(given):
-        return
-
-    import jax
-
-    try:
-        if any(given):
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no cluster could be joined ({reason}); outside TPU pods, SLURM and the like pass "
-            "--coordinator HOST:PORT --num-processes N --process-id I"
-        ) from None
+    if is_cluster or any(given):
+        join_cluster(coordinator, num_processes, process_id)
