@@ -32,9 +32,7 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
         dest.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from None
-    # Short whatever the name's length, and with its suffix: writers choose their format by it.
-    number = zlib.crc32(os.fsencode(dest.name))
-    partial = dest.with_name(f".partial-{_host()}-{os.getpid()}-{number:08x}{dest.suffix}")
+    partial = partial_of(dest)
     try:
         _remove(partial)
         yield partial
@@ -55,21 +53,33 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
             _remove(partial)
 
 
+def partial_of(dest: Path) -> Path:
+    """The hidden name beside `dest` under which this process writes it."""
+    # Short whatever the name's length, and with its suffix: writers choose their format by it.
+    number = zlib.crc32(os.fsencode(dest.name))
+    return dest.with_name(f".partial-{_processes()}-{os.getpid()}-{number:08x}{dest.suffix}")
+
+
 def remove_remains(folder: Path) -> None:
     """Removes what killed processes of this machine were writing into a folder.
 
     What `replace_when_complete` writes there for a process that still runs, or for one of another machine,
     is left alone; so is what such a process was about to replace (`.old`), of which there may be no other.
     """
-    for partial in folder.glob(f".partial-{_host()}-*"):
+    for partial in folder.glob(f".partial-{_processes()}-*"):
         process = partial.name.split("-")[2]
         if partial.suffix != ".old" and process.isdigit() and not _runs(int(process)):
             with contextlib.suppress(OSError):
                 _remove(partial)
 
 
-def _host() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+def _processes() -> str:
+    """Whose process numbers are meant: this machine's, or on Linux this container's."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
 
 
 def _runs(process: int) -> bool:

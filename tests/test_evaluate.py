@@ -28,6 +28,7 @@ from moebius_jax.evaluation import generate
 from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
+from moebius_jax.files import partial_of
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # come with scikit-image
@@ -71,6 +72,13 @@ def evaluate(images, loaded, tiny_folder, tmp_path, capsys, monkeypatch):
 
 def report(folder):
     return json.loads((folder / "report.json").read_text())
+
+
+def dead_process():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 def results(folder):
@@ -164,6 +172,10 @@ class TestBenchmark:
         process = subprocess.Popen(
             [sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, env=environment
         )
+        # What an earlier process, killed in the middle of a write, may have left.
+        remains = out / "results" / partial_of(images).name.replace(str(os.getpid()), str(dead_process()))
+        remains.parent.mkdir(parents=True)
+        remains.write_bytes(b"half")
         until = time.time() + 240
         while not results(out / "results") and time.time() < until and process.poll() is None:
             time.sleep(0.02)
@@ -286,7 +298,8 @@ class TestBenchmark:
         assert document["runs"][0]["settings"]["size"] == "original"
         status, _, err = evaluate("--masks", masks, output="other")
         assert status == 1
-        assert "5 of 5 inputs cannot be used" in err or "--size original leaves them as they are" in err
+        assert "4 of 5 inputs cannot be used" in err  # one picture has the size
+        assert "--size original leaves them as they are" in err
         evaluate("--size", "original", "--masks", masks, "--count", 5, protocol="celebahq", output="celebahq")
         said = report(tmp_path / "celebahq")["departures"]
         assert "size original, the protocol has 512" in said
@@ -382,6 +395,11 @@ class TestBenchmarkErrors:
             self.one_line(outcome, option, value)
         self.one_line(evaluate("--process-id", 2), "--process-id is 2; expected 0 to 0")
         self.one_line(evaluate("--coordinator", "x:1"), "--coordinator is for --distributed")
+        self.one_line(evaluate("--steps-sweep", "--strength", 0.1, quick=QUICK[:3]), "strength")
+        self.one_line(evaluate("--mask-kind", "blobs"), "mask kind 'blobs'")
+        self.one_line(evaluate("--mask-seed", -1), "mask seed -1")
+        self.one_line(evaluate("--mask-ratio", 0.5, 0.4), "mask ratio 0.5 to 0.4")
+        self.one_line(evaluate("--size", 20, "--metrics", "lpips"), "20 x 20 pixels; LPIPS needs 31")
         self.one_line(evaluate("--steps-sweep", 0, quick=QUICK[:3]), "num_inference_steps is 0")
         self.one_line(evaluate("--size", "original"), "--size original needs --masks")
         assert not (tmp_path / "out").exists()
@@ -432,7 +450,7 @@ class TestBenchmarkErrors:
         Image.fromarray(pictures(1)[0]).save(images / "a.jpg")
         self.one_line(evaluate(), "same name as a.jpg")
 
-    def test_masks(self, evaluate, tmp_path):
+    def test_masks(self, evaluate, images, tmp_path):
         evaluate()
         masks = tmp_path / "out/masks"
         (masks / "b.png").unlink()
@@ -442,6 +460,7 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--mask-kind", "blobs", output="x"), "mask kind 'blobs'; expected one of")
         self.one_line(evaluate("--invert-masks", output="x"), "are for --masks")
         self.one_line(evaluate("--masks", masks, "--mask-seed", 1, output="x"), "leave out --masks")
+        self.one_line(evaluate("--masks", images, output="x"), "holds images and masks; give masks a folder")
 
     def test_a_mask_of_another_size_or_an_unreadable_image(self, evaluate, images, tmp_path):
         evaluate("--sample-only")
@@ -495,6 +514,34 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--batch-size", 1), "cannot be written (No space left on device)")
         assert len(written) == 1
 
+    def test_a_run_that_painted_nothing_binds_nobody(self, evaluate, loaded, tmp_path, monkeypatch):
+        """A batch that does not fit into memory: the same with a smaller one goes on."""
+
+        def fail(*_, **__):
+            raise UserError("sampling does not fit in the device's memory; use a smaller batch size")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(loaded.sampler), "__call__", fail)
+            assert evaluate("--batch-size", 16)[0] == 1
+        assert not results(tmp_path / "out/results")
+        assert evaluate("--batch-size", 8)[0] == 0
+
+    def test_another_run_begins_meanwhile(self, evaluate, monkeypatch):
+        """Settings are claimed with the first result; who comes second is refused, and mixes in nothing."""
+        painting = benchmark.generate
+
+        def be_second(*arguments, **options):
+            monkeypatch.undo()
+            monkeypatch.setattr("moebius_jax.cli.benchmark.load_pipeline", first_pipeline)
+            assert evaluate("--sample-only")[0] == 0
+            return painting(*arguments, **options)
+
+        first_pipeline = benchmark.load_pipeline
+        monkeypatch.setattr(benchmark, "generate", be_second)
+        status, _, err = evaluate("--seed", 1)
+        assert status == 1
+        assert "holds results with seed 0, asked for is 1" in err
+
     def test_other_settings_are_not_mixed_in(self, evaluate, tmp_path):
         evaluate("--sample-only")
         self.one_line(evaluate("--seed", 1), "holds results with seed 0, asked for is 1")
@@ -507,12 +554,6 @@ class TestBenchmarkErrors:
         (tmp_path / "z.png").rename(tmp_path / "out/results/z.png")
         assert evaluate("--batch-size", 16)[0] == 0  # nothing remains to be painted
         assert report(tmp_path / "out")["runs"][0]["settings"]["batch_size"] == 8
-        # Of a run that painted nothing, nothing needs to be kept.
-        for file in (tmp_path / "out/results").iterdir():
-            if file.name != "run.json":
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        assert evaluate("--batch-size", 16)[0] == 0
-        assert report(tmp_path / "out")["runs"][0]["settings"]["batch_size"] == 16
         self.one_line(evaluate("--guidance-scale", 3, "--guidance-sweep"), "has no place in a sweep over it")
         (tmp_path / "foreign/results").mkdir(parents=True)
         (tmp_path / "foreign/results/letter.txt").write_text("dear")
@@ -668,6 +709,9 @@ def test_pictures_behind_links_are_found(tmp_path):
     Image.fromarray(pictures(1)[0]).save(tmp_path / "data/.hidden/b.png")
     (tmp_path / "data/places").symlink_to(tmp_path / "disk/places")
     (tmp_path / "data/itself").symlink_to(tmp_path / "data")
+    (tmp_path / "disk/places/other").symlink_to(tmp_path / "disk/more")
+    (tmp_path / "disk/more").mkdir()
+    (tmp_path / "disk/more/back").symlink_to(tmp_path / "disk/places")
     assert list(list_pictures(tmp_path / "data")) == ["places/a"]
 
 

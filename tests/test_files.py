@@ -72,8 +72,10 @@ def test_remains_of_a_killed_process_are_removed(writer):
     assert list(out.iterdir()) == [partial]
     other = out / partial.name.replace(partial.name.split("-")[1], "0" * 8)  # of another machine
     other.write_text("half")
+    replaced = partial.with_suffix(".old")  # what a killed process was about to replace
+    replaced.mkdir()
     remove_remains(out)
-    assert list(out.iterdir()) == [other]
+    assert sorted(out.iterdir()) == sorted([other, replaced])
 
 
 def test_remains_of_a_folder_that_does_not_exist(tmp_path):

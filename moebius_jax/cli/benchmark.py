@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moebius_jax import checkpoints
 from moebius_jax.cli.arguments import (
@@ -28,17 +30,18 @@ from moebius_jax.cli.scoring import (
     require_evaluation_extra,
     write_report,
 )
+from moebius_jax.conversion.hub import VARIANTS
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
-from moebius_jax.evaluation.generate import claim_folder, generate
+from moebius_jax.evaluation.generate import check_folder, claim_folder, generate
 from moebius_jax.evaluation.inputs import Inputs, inspect, lines_of, odd_masks
+from moebius_jax.evaluation.lpips import require_size
 from moebius_jax.evaluation.mask_sets import DESCRIPTION_FILE, MaskSpec, read_description, write_set
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.report import Run
-from moebius_jax.files import remove_remains
 from moebius_jax.inpaint import InpaintOptions
-from moebius_jax.pipeline import PORTRAIT_GUIDANCE, MoebiusInpaintPipeline
+from moebius_jax.pipeline import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE, MoebiusInpaintPipeline
 from moebius_jax.sampling.sampler import SamplingOptions
 
 
@@ -46,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Paints what is missing of a benchmark and scores it; returns the exit status."""
     protocol = PROTOCOLS[args.protocol]
     require_evaluation_extra()
-    _check(args)
+    _check(args, protocol)
     images, found = _images(args, protocol)
     enough = 2 if args.sample_only else fewest_images(args, len(images))
     process, processes = process_share(args)
@@ -60,11 +63,12 @@ def evaluate(args: argparse.Namespace) -> int:
     cases, masks, inputs = _with_masks(args, protocol, images)
     pipe = load_pipeline(args, _variant(args, protocol))
     model = _model_facts(args, protocol, pipe)
+    guidance = protocol.guidance_scale or pipe.guidance_scale
     plans = [
         _plan(args, label, sampling, _settings(args, protocol, pipe, model, inputs, sampling), cases)
-        for label, sampling in _variations(args, protocol, pipe)
+        for label, sampling in _variations(args, guidance)
     ]
-    plans = [_claimed(args, plan) for plan in plans]
+    plans = [_checked(args, plan) for plan in plans]
     runs: list[Run] = []
     for plan in plans:
         seconds, count, problems = _paint(args, pipe, plan.cases[process::processes], plan)
@@ -76,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> int:
             facts = {"label": plan.label, "settings": plan.settings, "folder": plan.folder}
             runs.append(Run.of(scores, args.metrics, enough, **facts, seconds=seconds, painted=count))
     if runs:
-        usual = _usual_sampling(args, protocol, pipe)
+        usual = _usual_sampling(args, guidance)
         shown = next((i for i, plan in enumerate(plans) if plan.sampling == usual), 0)
         write_report(
             args,
@@ -129,25 +133,27 @@ def _plan(
     return _Plan(label=label, folder=folder, sampling=sampling, settings=settings, cases=placed)
 
 
-def _claimed(args: argparse.Namespace, plan: _Plan) -> _Plan:
-    """The plan with its folder made, and the settings of the results that are there."""
+def _checked(args: argparse.Namespace, plan: _Plan) -> _Plan:
+    """The plan with the settings of the results that are there, if any are."""
     complete = all(case.result.exists() for case in plan.cases)
     return dataclasses.replace(
-        plan, settings=claim_folder(args.output / plan.folder, plan.settings, complete=complete)
+        plan, settings=check_folder(args.output / plan.folder, plan.settings, complete=complete)
     )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, protocol: Protocol) -> None:
     """What can be wrong on the command line should be said before anything is loaded or written."""
     require_positive(args, "count", "batch_size", "size")
     require_seed(args)
     InpaintOptions(mask_blur=args.mask_blur)
-    for steps in args.steps_sweep or [args.num_inference_steps]:
-        for guidance in args.guidance_sweep or [args.guidance_scale]:
-            given = {"num_inference_steps": steps, "guidance_scale": guidance}
-            SamplingOptions(strength=args.strength, **{k: v for k, v in given.items() if v is not None})
     if args.size is None and args.masks is None:
         raise UserError("--size original needs --masks: those that are drawn are square")
+    if args.size is not None and "lpips" in args.metrics:
+        require_size(np.empty((args.size, args.size, 3), np.uint8), "--size")
+    if args.masks is None:
+        _mask_spec(args, protocol)
+    elif args.masks.exists() and args.images.exists() and args.masks.samefile(args.images):
+        raise UserError(f"{args.masks}: holds images and masks; give masks a folder of their own")
     if args.masks is None and (args.invert_masks or args.pair_by != "name"):
         raise UserError("--invert-masks and --pair-by are for --masks; drawn masks are white = hole")
     if args.masks is not None and (args.mask_kind or args.mask_ratio or args.mask_seed):
@@ -155,6 +161,7 @@ def _check(args: argparse.Namespace) -> None:
     sweep = _sweep(args)
     if sweep and getattr(args, sweep) is not None:
         raise UserError(f"--{sweep.replace('_', '-')} has no place in a sweep over it; leave it out")
+    _variations(args, protocol.guidance_scale or DEFAULT_GUIDANCE)  # whether they can be run
 
 
 def _images(args: argparse.Namespace, protocol: Protocol) -> tuple[dict[str, Path], int]:
@@ -180,7 +187,8 @@ def _with_masks(
         Case(name=name, truth=file, mask=found[pairs[name]], mask_name=pairs[name], result=Path())
         for name, file in images.items()
     ]
-    inputs = inspect(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
+    metrics = () if args.sample_only else args.metrics
+    inputs = inspect(cases, size=args.size, invert_masks=args.invert_masks, metrics=metrics, track=progress)
     for line in odd_masks([case.name for case in cases], inputs.ratios):
         print(f"warning: {folder}: {line}", file=sys.stderr)
     description = read_description(folder) or {}
@@ -213,7 +221,6 @@ def _mask_spec(args: argparse.Namespace, protocol: Protocol) -> MaskSpec:
 def _draw_masks(folder: Path, spec: MaskSpec, names: list[str]) -> None:
     """Draws the set, unless an earlier run, or another process by now, has."""
     if not folder.exists():
-        remove_remains(folder.parent)
         try:
             write_set(folder, spec, names, track=progress)
         except UserError:
@@ -233,12 +240,13 @@ def _variant(args: argparse.Namespace, protocol: Protocol) -> str | None:
     return args.variant or (None if single else protocol.variant)
 
 
-def _recorded_variant(model: Path) -> str | None:
-    """What a single model's folder says it was converted from."""
-    for folder in (model, model / "unet"):
+def _recorded_variant(model: Path, variant: str | None) -> str | None:
+    """The released weights that a folder here says it was converted from."""
+    for folder in (model, model / "unet", model / (variant or "pretrained")):
         if (folder / "config.json").is_file():
-            return checkpoints.read_config(folder).source.get("variant")
-    return None
+            recorded = checkpoints.read_config(folder).source.get("variant")
+            return recorded if recorded in VARIANTS else None
+    return variant
 
 
 def _model_facts(
@@ -246,7 +254,7 @@ def _model_facts(
 ) -> dict[str, Any]:
     return {
         "name": str(args.model),
-        "variant": _recorded_variant(Path(args.model)) or _variant(args, protocol),
+        "variant": _recorded_variant(Path(args.model), _variant(args, protocol)),
         "network": checkpoints.describe(pipe.unet.config),
         "parameters": checkpoints.count_parameters(pipe.unet.config),
         "unet_sha256": checkpoints.digest(pipe.unet),
@@ -255,24 +263,20 @@ def _model_facts(
     }
 
 
-def _usual_sampling(
-    args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
-) -> SamplingOptions:
-    """The settings without a sweep."""
-    guidance = protocol.guidance_scale or pipe.guidance_scale
+def _usual_sampling(args: argparse.Namespace, guidance: float) -> SamplingOptions:
+    """The settings without a sweep; with this guidance scale unless another is asked for."""
+    steps = args.num_inference_steps
     return SamplingOptions(
-        num_inference_steps=args.num_inference_steps or PAPER["num_inference_steps"],
+        num_inference_steps=PAPER["num_inference_steps"] if steps is None else steps,
         guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         strength=args.strength,
         scheduler=args.scheduler or PAPER["scheduler"],
     )
 
 
-def _variations(
-    args: argparse.Namespace, protocol: Protocol, pipe: MoebiusInpaintPipeline
-) -> list[tuple[str, SamplingOptions]]:
+def _variations(args: argparse.Namespace, guidance: float) -> list[tuple[str, SamplingOptions]]:
     """The settings to run, each with a label that is a folder's name; "" where there is no sweep."""
-    usual = _usual_sampling(args, protocol, pipe)
+    usual = _usual_sampling(args, guidance)
     sweep = _sweep(args)
     if sweep is None:
         return [("", usual)]
@@ -344,8 +348,11 @@ def _paint(
             size=args.size,
             seed=args.seed,
             batch_size=pipe.sampler.batch_size(args.batch_size),
+            begin=functools.partial(claim_folder, folder, plan.settings),
             track=progress,
         )
+    # All that was missing may have come from another process meanwhile.
+    check_folder(folder, plan.settings, complete=True)
     seconds = max(time.perf_counter() - start - compiling.seconds, 1e-9)
     count = missing - len(problems)
     print(

@@ -15,12 +15,15 @@ FAILED = 1  # exit status when anything asked for was not done
 
 
 def run(program: Callable[[], int]) -> int:
-    """Runs a program's body; a `UserError` becomes a message on stderr and exit status 1."""
+    """Runs a program's body; what users can mend becomes a message on stderr and exit status 1."""
     quiet_libraries()
     try:
         return program()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except PermissionError as error:
+        print(f"error: {error.filename}: not allowed ({error.strerror})", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)

@@ -88,8 +88,8 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -
         type=_size,
         default=protocol.size,
         metavar="PX",
-        help=f"pictures are reduced to this side and cut square (default {protocol.size}); `original` leaves "
-        "them as they are, and needs --masks of the same sizes",
+        help=f"pictures are brought to this short side and cut square (default {protocol.size}); `original` "
+        "leaves them as they are, and needs --masks of the same sizes",
     )
     add_model_arguments(parser, variant=f"default {protocol.variant or 'pretrained'}; pretrained")
     add = parser.add_argument_group("masks (white = hole)").add_argument

@@ -115,11 +115,13 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
         UserError: it cannot be written, is among the inputs, or holds another report or files of that name.
     """
     from moebius_jax.evaluation.report import FORMAT
+    from moebius_jax.files import remove_remains
 
     for base in inputs:
         if base is not None and folder.resolve().is_relative_to(base.resolve()):
             raise UserError(f"{folder}: is in the folder of inputs {base}; choose another --output")
     require_writable(folder)
+    remove_remains(folder)
     for name in ("report.json", "report.md", "report.html", "scores.csv"):
         if not (folder / name).exists():
             continue
@@ -157,7 +159,7 @@ def write_report(
         cases: of the run the page shows.
         facts: for `build_document`.
     """
-    from moebius_jax.evaluation.cases import PREPARATION
+    from moebius_jax.evaluation.cases import preparation
     from moebius_jax.evaluation.report import (
         build_document,
         finite,
@@ -168,14 +170,13 @@ def write_report(
     from moebius_jax.files import replace_when_complete
 
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    preparation = PREPARATION if args.size else "as they are"
     document = finite(
         build_document(
             runs,
             kind=args.protocol,
             created=created,
             command=args.command,
-            preparation=preparation,
+            preparation=preparation(args.size),
             **facts,
         )
     )

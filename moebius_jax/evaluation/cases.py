@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,10 +17,6 @@ from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, read_mask, read_
 Rgb = UInt8[np.ndarray, "H W 3"]
 Hole = Bool[np.ndarray, "H W"]
 PairBy = Literal["name", "order"]
-
-PREPARATION = (
-    "short side resized to the report's size (Lanczos, PIL), centre crop; files of that size as they are"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,7 @@ def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
             f"{folder}: {'is a file, expected' if folder.exists() else 'no such'} folder of {what}"
         )
     found: dict[str, Path] = {}
-    for file in sorted(_files(folder)):
+    for file in sorted(_files(folder, set())):
         if file.suffix.lower() not in SUFFIXES:
             continue
         relative = file.relative_to(folder)
@@ -71,21 +66,22 @@ def list_pictures(folder: Path, what: str = "images") -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder that is not hidden; through links, but no folder inside itself."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        above = os.path.realpath(root)
-        folders[:] = [
-            f for f in folders if not f.startswith(".") and not _holds(os.path.join(root, f), above)
-        ]
-        yield from (Path(root, f) for f in files if not f.startswith("."))
-
-
-def _holds(folder: str, inner: str) -> bool:
-    """Whether a link leads to a folder above itself."""
-    return os.path.islink(folder) and os.path.commonpath([os.path.realpath(folder), inner]) == (
-        os.path.realpath(folder)
-    )
+def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Every file below a folder that is not hidden; through links, but no folder twice."""
+    try:
+        if (real := folder.resolve(strict=True)) in seen:
+            return
+        seen.add(real)
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files(entry, seen)
+        else:
+            yield entry
 
 
 def pair_masks(
@@ -121,8 +117,15 @@ def pair_masks(
     return found
 
 
+def preparation(size: int | None) -> str:
+    """How originals are brought to size x size, for reports; None leaves them as they are."""
+    if size is None:
+        return "as they are"
+    return f"short side resized to {size} pixels (Lanczos, PIL), centre crop; files of that size as they are"
+
+
 def read_truth(case: Case, size: int | None) -> Rgb:
-    """An original, brought to size x size as `PREPARATION` says; None leaves it as it is.
+    """An original, brought to size x size as `preparation` says; None leaves it as it is.
 
     Raises:
         UserError: unreadable.

@@ -1,5 +1,6 @@
 """Paints the pictures of an evaluation: batched over all devices, and resumable to the bit."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
-from moebius_jax.files import remove_remains
+from moebius_jax.files import partial_of, remove_remains
 from moebius_jax.imaging.masks import MaskWarning
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
@@ -25,8 +26,8 @@ SETTINGS_FILE = "run.json"
 _MACHINERY = ("batch_size", "device")
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], *, complete: bool = False) -> dict[str, Any]:
-    """Makes a folder for results of these settings, or checks that it is one.
+def check_folder(folder: Path, settings: dict[str, Any], *, complete: bool = False) -> dict[str, Any]:
+    """Sees whether a folder is free, or holds results of these settings.
 
     Args:
         folder: for results; a run that was stopped is recognised by its `run.json`.
@@ -41,21 +42,17 @@ def claim_folder(folder: Path, settings: dict[str, Any], *, complete: bool = Fal
     """
     file = folder / SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
-    wanted = _flat(settings)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, expected a folder for results")
     before = _read_settings(file)
-    if before is not None and _flat(before) != wanted and not _has_results(folder):
-        file.unlink(missing_ok=True)  # of a run that painted nothing
-        before = None
     if before is None:
-        foreign = _has_results(folder)
-        before = _read_settings(file)  # another process may have made it just now, and started
+        foreign = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
+        before = _read_settings(file)  # another process may have begun just now
         if foreign and before is None:
             raise UserError(f"{folder}: is not empty and not from an evaluation (no {SETTINGS_FILE})")
     if before is None:
-        if _write_once(file, json.dumps(settings, indent=2) + "\n"):
-            return settings
-        before = _read_settings(file) or {}
-    found = _flat(before)
+        return settings
+    wanted, found = _flat(settings), _flat(before)
     for key in sorted(wanted.keys() | found.keys()):
         if wanted.get(key) != found.get(key) and not (complete and key in _MACHINERY):
             raise UserError(
@@ -65,11 +62,14 @@ def claim_folder(folder: Path, settings: dict[str, Any], *, complete: bool = Fal
     return before
 
 
-def _has_results(folder: Path) -> bool:
-    """Whether a folder holds anything but its settings and hidden files."""
-    return folder.is_dir() and any(
-        not p.name.startswith(".") and p.name != SETTINGS_FILE for p in folder.iterdir()
-    )
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of the results that are about to be written.
+
+    Raises:
+        UserError: as `check_folder`; another process may have been faster.
+    """
+    if not _write_once(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n"):
+        check_folder(folder, settings)
 
 
 def _read_settings(file: Path) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ def _read_settings(file: Path) -> dict[str, Any] | None:
 
 def _write_once(file: Path, text: str) -> bool:
     """Writes a file that appears whole, and not if there is one; returns whether it did."""
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
+    partial = partial_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text)
@@ -100,7 +100,8 @@ def _write_once(file: Path, text: str) -> bool:
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,6 +121,7 @@ def generate(
     size: int | None,
     seed: int,
     batch_size: int,
+    begin: Callable[[], None] = lambda: None,
     track: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> list[str]:
     """Paints the cases that have no result yet.
@@ -131,9 +133,10 @@ def generate(
         sampler: runs batches.
         cases: with masks; results are written to `case.result`, whole or not at all.
         inpainting, sampling: how.
-        size: see `cases.PREPARATION`.
+        size: see `cases.preparation`.
         seed: of all pictures.
         batch_size: a multiple of the sampler's devices.
+        begin: called before the first result is written.
         track: wraps the loop over cases, as tqdm does.
 
     Returns:
@@ -144,6 +147,7 @@ def generate(
     """
     todo = [case for case in cases if not case.result.exists()]
     problems: list[str] = []
+    begun = False
     for folder in {case.result.parent for case in todo}:
         remove_remains(folder)
 
@@ -174,6 +178,9 @@ def generate(
             if result.error:
                 problems.append(str(result.error))
                 continue
+            if not begun:
+                begin()
+                begun = True
             # Another process may have painted the same by now: then it is the same to the bit.
             write_image(result.item.tag.result, Image.fromarray(result.rgb), overwrite=True)
     return problems

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
+from moebius_jax.evaluation.lpips import require_size
 from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
 from moebius_jax.evaluation.prefetch import prefetch
 
@@ -38,6 +39,7 @@ def inspect(
     *,
     size: int | None,
     invert_masks: bool,
+    metrics: Sequence[str],
     track: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> Inputs:
     """Reads every original and every mask: a file that cannot be used is found before hours of painting.
@@ -46,6 +48,7 @@ def inspect(
         cases: with masks.
         size: masks have to be size x size; None: of their image's size.
         invert_masks: black is the hole.
+        metrics: that results will be scored with.
         track: wraps the loop, as tqdm does.
 
     Raises:
@@ -55,6 +58,8 @@ def inspect(
     def read(case: Case) -> tuple[bytes, bytes, float] | UserError:
         try:
             rgb = read_truth(case, None)
+            if size is None and "lpips" in metrics:
+                require_size(rgb, str(case.truth))
             hole = read_hole(case.mask, rgb if size is None else None, invert=invert_masks)
             with case.truth.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()

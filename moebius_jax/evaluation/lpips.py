@@ -11,12 +11,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
+from moebius_jax.errors import UserError
 from moebius_jax.evaluation.hole_means import hole_share, weighted_mean
 
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
-SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
+_SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for images in [-1, 1]
+
+
+def require_size(rgb: UInt8[np.ndarray, "H W 3"], name: str) -> None:
+    """Raises UserError if a picture is too small for LPIPS; names it."""
+    height, width = rgb.shape[:2]
+    if min(height, width) < _SMALLEST:
+        raise UserError(
+            f"{name}: {width} x {height} pixels; LPIPS needs {_SMALLEST} or more each way (--metrics chooses "
+            "others)"
+        )
 
 
 class LPIPS:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from moebius_jax.data.random_masks import mask_generator
 from moebius_jax.errors import UserError
-from moebius_jax.files import replace_when_complete
+from moebius_jax.files import remove_remains, replace_when_complete
 
 Hole = Bool[np.ndarray, "S S"]
 
@@ -125,6 +125,7 @@ def write_set(
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; a mask set is never changed, choose another folder")
+    remove_remains(folder.parent)
     digests = {}
     with replace_when_complete(folder, overwrite=False) as partial:
         for index, name in enumerate(track(names, desc="masks")):

@@ -28,7 +28,7 @@ from moebius_jax.evaluation.distributions import (
     inception_discriminative_scores,
 )
 from moebius_jax.evaluation.inception_features import InceptionFeatures
-from moebius_jax.evaluation.lpips import LPIPS, SMALLEST
+from moebius_jax.evaluation.lpips import LPIPS, require_size
 from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
 from moebius_jax.evaluation.prefetch import prefetch
 from moebius_jax.hardware import memory_errors
@@ -162,7 +162,9 @@ class Scorer:
         if self._needs_features and inception is None:
             raise UserError(f"{' and '.join(NEEDS_INCEPTION)} need the Inception network")
         self.metrics = tuple(m for m in METRICS if m in metrics)
+        self._devices = mesh.size
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._full_batches: set[tuple[int, ...]] = set()
         self._inception = InceptionFeatures(inception, mesh) if self._needs_features else None
         self._keep_truths = keep_truths
         self._truths: dict[tuple[bytes, bytes | None], tuple[np.ndarray, ...]] = {}
@@ -180,7 +182,7 @@ class Scorer:
 
         Args:
             cases: with or without masks; in any order.
-            size: originals are prepared to it, see `cases.PREPARATION`; None takes them as they are.
+            size: originals are prepared to it, see `cases.preparation`; None takes them as they are.
             invert_masks: black is the hole.
             track: wraps the loop over cases, as tqdm does.
 
@@ -192,9 +194,8 @@ class Scorer:
 
         def read(case: Case) -> _Read:
             truth = read_truth(case, size)
-            if self._lpips and min(truth.shape[:2]) < SMALLEST:
-                h, w = truth.shape[:2]
-                raise UserError(f"{case.truth}: {w} x {h} pixels; LPIPS needs {SMALLEST} or more each way")
+            if self._lpips:
+                require_size(truth, str(case.truth))
             result = read_result(case, truth)
             hole = np.zeros(truth.shape[:2], bool)
             if case.mask is not None:
@@ -236,12 +237,18 @@ class Scorer:
         return self._collect(cases, measured, digests)
 
     def _run_networks(self, group: list[_Read], measured: dict[str, dict[str, Any]]) -> None:
-        filled = group + [group[-1]] * (self._batch_size - len(group))
+        # A size that fills no batch is not worth a full one; one that did has its program.
+        shape, full = group[0].truth.shape, self._batch_size
+        if len(group) == full:
+            self._full_batches.add(shape)
+        elif shape not in self._full_batches:
+            full = -(-len(group) // self._devices) * self._devices
+        filled = group + [group[-1]] * (full - len(group))
         truths, results, holes = (
             np.stack([getattr(r, f) for r in filled]) for f in ("truth", "result", "hole")
         )
         found: dict[Any, Any] = {}
-        with memory_errors(f"scoring {self._batch_size} pictures of {truths.shape[2]} x {truths.shape[1]}"):
+        with memory_errors(f"scoring {full} pictures of {truths.shape[2]} x {truths.shape[1]}"):
             for backbone, network in self._lpips.items():
                 found[f"lpips_{backbone}"] = network(results, truths, holes)
             if self._inception is not None:
