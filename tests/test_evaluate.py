@@ -271,6 +271,7 @@ class TestBenchmark:
         assert status == 0
         assert "1 of 5 masks have no hole and count for whole pictures only; the first is that of a" in err
         assert "2 of 5 masks are all hole (is black the hole? --invert-masks); the first is that of b" in err
+        assert any("2 of 5 masks are all hole" in line for line in report(tmp_path / "out")["departures"])
         summary = report(tmp_path / "out")["runs"][0]["all"]
         assert math.isfinite(summary["psnr"]["whole"])  # one picture is its original
         rows = list(csv.DictReader((tmp_path / "out/results/scores.csv").open()))
@@ -322,7 +323,10 @@ class TestBenchmark:
         assert [r["label"] for r in document["runs"]] == ["guidance_1.0", "guidance_2.5"]
         assert document["shown"] == 1  # the protocol's scale
         assert document["published"]["guidance"][2] == {"guidance_scale": 2.5, "fid": 9.48, "lpips": 0.207}
-        assert "| 2.5 | – | – | – | 9.48 | 0.207 |" in (tmp_path / "out/report.md").read_text()
+        text = (tmp_path / "out/report.md").read_text()
+        assert "| guidance scale | PSNR ↑ | L1 ↓ | published FID | published LPIPS |" in text
+        psnr, l1 = (document["runs"][1]["all"][key]["whole"] for key in ("psnr", "l1"))
+        assert f"| 2.5 | {psnr:.2f} | {l1:.4f} | 9.48 | 0.207 |" in text
         assert (tmp_path / "out/guidance_1.0/scores.csv").is_file()
         a, b = (results(tmp_path / f"out/guidance_{s}") for s in ("1.0", "2.5"))
         assert a.keys() == b.keys()
@@ -338,7 +342,7 @@ class TestBenchmark:
         assert status == 0
         said = report(tmp_path / "out")["departures"]
         assert said[0] == "3 images, the protocol has 3,000"
-        assert said[1] == "the first 3 by name of 5 images; the paper lists no files"
+        assert said[1] == "the first 3 by name of 5 images"
         (tmp_path / "thin").mkdir()
         draw_masks(["lama_thin", "--size", str(SIZE), "--count", "5", "--output", str(tmp_path / "thin/set")])
         arguments = ("--count", 3, "--masks", tmp_path / "thin/set", "--pair-by", "order", "--mask-blur", 0)
@@ -407,7 +411,7 @@ class TestBenchmarkErrors:
     def test_fid(self, evaluate, tmp_path, inception_folder, tiny_folder):
         self.one_line(
             evaluate("--metrics", "fid", "l1"),
-            "fid need --inception DIR",
+            "fid needs --inception DIR",
             "convert_weights.py",
             "--metrics l1",
         )
@@ -456,7 +460,15 @@ class TestBenchmarkErrors:
         (masks / "b.png").unlink()
         self.one_line(evaluate("--masks", masks, output="x"), f"{masks}: no mask b.*", "--pair-by order")
         self.one_line(evaluate("--masks", masks, "--pair-by", "order", output="x"), "4 masks for 5 images")
-        self.one_line(evaluate("--mask-kind", "mat_small", output="out"), "drawn otherwise")
+        self.one_line(
+            evaluate("--mask-kind", "mat_small", output="out"),
+            "drawn with kind mat_large, asked for is mat_small",
+        )
+        self.one_line(
+            evaluate("--masks", masks, "--invert-masks", "--pair-by", "order", "--count", 3, output="x"),
+            "masks.json: says white",
+            "leave out --invert-masks",
+        )
         self.one_line(evaluate("--mask-kind", "blobs", output="x"), "mask kind 'blobs'; expected one of")
         self.one_line(evaluate("--invert-masks", output="x"), "are for --masks")
         self.one_line(evaluate("--masks", masks, "--mask-seed", 1, output="x"), "leave out --masks")

@@ -36,7 +36,7 @@ from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
 from moebius_jax.evaluation.generate import check_folder, claim_folder, generate
 from moebius_jax.evaluation.inputs import Inputs, inspect, lines_of, odd_masks
 from moebius_jax.evaluation.lpips import require_size
-from moebius_jax.evaluation.mask_sets import DESCRIPTION_FILE, MaskSpec, read_description, write_set
+from moebius_jax.evaluation.mask_sets import DESCRIPTION_FILE, POLARITY, MaskSpec, read_description, write_set
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.report import Run
@@ -189,9 +189,12 @@ def _with_masks(
     ]
     metrics = () if args.sample_only else args.metrics
     inputs = inspect(cases, size=args.size, invert_masks=args.invert_masks, metrics=metrics, track=progress)
-    for line in odd_masks([case.name for case in cases], inputs.ratios):
+    odd = odd_masks([case.name for case in cases], inputs.ratios)
+    for line in odd:
         print(f"warning: {folder}: {line}", file=sys.stderr)
     description = read_description(folder) or {}
+    if args.invert_masks and description:
+        raise UserError(f"{folder / DESCRIPTION_FILE}: says {POLARITY}; leave out --invert-masks")
     if len(found) == len(cases) and description.get("sha256") not in (None, inputs.masks_sha256):
         raise UserError(
             f"{folder / DESCRIPTION_FILE}: says SHA-256 {description['sha256'][:16]}…, the masks have "
@@ -204,6 +207,7 @@ def _with_masks(
         "polarity": "black is the hole" if args.invert_masks else "white is the hole",
         "paired_by": args.pair_by,
         "is_whole_set": len(found) == len(cases),
+        "notes": odd,
         **{f"set_{key}": value for key, value in description.items() if key != "polarity"},
     }
     return cases, facts, inputs
@@ -227,11 +231,12 @@ def _draw_masks(folder: Path, spec: MaskSpec, names: list[str]) -> None:
             if not folder.exists():
                 raise
     before = read_description(folder) or {}
-    if {k: before.get(k) for k in spec.to_dict()} != spec.to_dict() or before.get("count") != len(names):
-        raise UserError(
-            f"{folder / DESCRIPTION_FILE}: drawn otherwise (kind, ratio, size, seed or count differ); "
-            "choose another --output, or name them with --masks"
-        )
+    for key, wanted in {**spec.to_dict(), "count": len(names)}.items():
+        if before.get(key) != wanted:
+            raise UserError(
+                f"{folder / DESCRIPTION_FILE}: drawn with {key} {before.get(key)}, asked for is {wanted}; "
+                f"choose another --output, or remove {folder}, or use it with --masks"
+            )
 
 
 def _variant(args: argparse.Namespace, protocol: Protocol) -> str | None:

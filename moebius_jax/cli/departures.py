@@ -51,14 +51,15 @@ def departures(
         network: that paints.
     """
     lines, count = [], len(inputs.ratios)
+    if protocol.count and count != protocol.count:
+        lines.append(f"{count:,} images, the protocol has {protocol.count:,}")
+    if count < found:
+        lines.append(f"the first {count:,} by name of {found:,} images")
     if protocol.count:
-        if count != protocol.count:
-            lines.append(f"{count:,} images, the protocol has {protocol.count:,}")
-        if count < found:
-            lines.append(f"the first {count:,} by name of {found:,} images; the paper lists no files")
         lines += _setting_departures(args, protocol)
         lines += _mask_departures(protocol.masks, masks, inputs.ratios)
         lines += _model_departures(protocol, model, network)
+    lines += masks["notes"]
     if args.allow_untrained:
         lines.append("--allow-untrained: the weights may be random, see the model's name and digest")
     return lines + small_set_note(args, count)

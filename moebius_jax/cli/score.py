@@ -35,7 +35,8 @@ def score(args: argparse.Namespace) -> int:
     if args.output is not None:
         claim_report(args.output, "score", (args.pred, args.gt, args.masks))
     scores = make_scorer(args)(cases, size=args.size, invert_masks=args.invert_masks, track=progress)
-    for line in odd_masks(scores.names, scores.ratios):
+    odd = odd_masks(scores.names, scores.ratios)
+    for line in odd:
         print(f"warning: {args.masks}: {line}", file=sys.stderr)
     protocol = {}
     if args.beside:
@@ -50,7 +51,7 @@ def score(args: argparse.Namespace) -> int:
         cases,
         enough=enough,
         protocol=protocol,
-        departures=[*_departures(args, cases), *small_set_note(args, len(cases))],
+        departures=[*_departures(args, cases), *odd, *small_set_note(args, len(cases))],
         sources={**sources, **inception_facts(args)},
     )
     return 0

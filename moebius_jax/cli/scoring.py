@@ -46,8 +46,9 @@ def fewest_images(args: argparse.Namespace, count: int) -> int:
     if asked and args.inception is None:
         others = " ".join(m for m in args.metrics if m not in asked) or "lpips"
         raise UserError(
-            f"{' and '.join(asked)} need --inception DIR, made by: python convert_weights.py "
-            f"{INCEPTION_FILE} DIR ({INCEPTION_URL}); or leave them out: --metrics {others}"
+            f"{' and '.join(asked)} need{'s' * (len(asked) == 1)} --inception DIR, made by: "
+            f"python convert_weights.py {INCEPTION_FILE} DIR ({INCEPTION_URL}); or leave them out: "
+            f"--metrics {others}"
         )
     if asked and count < enough:
         hint = "" if args.small_fid else "; --small-fid gives them all the same, or choose other --metrics"

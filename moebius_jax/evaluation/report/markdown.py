@@ -82,21 +82,21 @@ def comparison_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str]]
     return rows
 
 
-def sweep_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of (setting, FID, LPIPS Alex, LPIPS VGG, published FID, published LPIPS)."""
-    published = {row["guidance_scale"]: row for row in document["published"]["guidance"]}
+def sweep_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the setting, each metric of whole pictures, and the paper's where it has any."""
+    sweep, keys = document["sweep"], metric_keys(document["runs"][0]["all"])
+    head = [sweep.replace("_", " "), *map(arrow, keys)]
     rows = []
     for run in document["runs"]:
-        setting = run["settings"]["sampling"][document["sweep"]]
-        ours = [run["all"].get(key, {}).get("whole") for key in ("fid", "lpips_alex", "lpips_vgg")]
-        theirs = published.get(setting, {}) if document["sweep"] == "guidance_scale" else {}
-        cells = [figure(k, v) for k, v in zip(("fid", "lpips_alex", "lpips_vgg"), ours, strict=True)]
-        paper = (figure("fid", theirs.get("fid")), f"{theirs['lpips']:.3f}" if theirs else "–")
-        rows.append((str(setting), *cells, *paper))
-    return rows
-
-
-SWEEP_HEAD = ("FID", "LPIPS (Alex)", "LPIPS (VGG)", "published FID", "published LPIPS")
+        setting = run["settings"]["sampling"][sweep]
+        rows.append([str(setting), *(figure(key, run["all"][key]["whole"]) for key in keys)])
+    if sweep == "guidance_scale" and document["published"]["guidance"]:
+        published = {row["guidance_scale"]: row for row in document["published"]["guidance"]}
+        head += ["published FID", "published LPIPS"]
+        for run, row in zip(document["runs"], rows, strict=True):
+            theirs = published.get(run["settings"]["sampling"][sweep])
+            row.extend([figure("fid", theirs["fid"]), f"{theirs['lpips']:.3f}"] if theirs else ["–", "–"])
+    return head, rows
 
 
 def _facts(document: dict[str, Any]) -> str:
@@ -121,7 +121,7 @@ def _beside_the_paper(document: dict[str, Any]) -> str:
 
 
 def _sweep(document: dict[str, Any]) -> str:
-    return table((document["sweep"].replace("_", " "), *SWEEP_HEAD), sweep_rows(document))
+    return table(*sweep_table(document))
 
 
 def _metrics(run: dict[str, Any]) -> str:
