@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+import tempfile
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -51,6 +52,20 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     finally:
         with contextlib.suppress(OSError):
             _remove(partial)
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder if need be, and sees that files can be written there.
+
+    Raises:
+        UserError: it is no folder, or they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from None
 
 
 def partial_of(dest: Path) -> Path:

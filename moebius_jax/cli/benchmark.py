@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from moebius_jax import checkpoints
 from moebius_jax.cli.arguments import (
@@ -149,7 +148,7 @@ def _check(args: argparse.Namespace, protocol: Protocol) -> None:
     if args.size is None and args.masks is None:
         raise UserError("--size original needs --masks: those that are drawn are square")
     if args.size is not None and "lpips" in args.metrics:
-        require_size(np.empty((args.size, args.size, 3), np.uint8), "--size")
+        require_size((args.size, args.size), "--size")
     if args.masks is None:
         _mask_spec(args, protocol)
     elif args.masks.exists() and args.images.exists() and args.masks.samefile(args.images):
@@ -182,6 +181,9 @@ def _with_masks(
     if args.masks is None:
         _draw_masks(folder, _mask_spec(args, protocol), list(images))
     found = list_pictures(folder, "masks")
+    description = read_description(folder) or {}
+    if args.invert_masks and description:
+        raise UserError(f"{folder / DESCRIPTION_FILE}: says {POLARITY}; leave out --invert-masks")
     pairs = pair_masks(images, found, folder, args.pair_by)
     cases = [
         Case(name=name, truth=file, mask=found[pairs[name]], mask_name=pairs[name], result=Path())
@@ -192,9 +194,6 @@ def _with_masks(
     odd = odd_masks([case.name for case in cases], inputs.ratios)
     for line in odd:
         print(f"warning: {folder}: {line}", file=sys.stderr)
-    description = read_description(folder) or {}
-    if args.invert_masks and description:
-        raise UserError(f"{folder / DESCRIPTION_FILE}: says {POLARITY}; leave out --invert-masks")
     if len(found) == len(cases) and description.get("sha256") not in (None, inputs.masks_sha256):
         raise UserError(
             f"{folder / DESCRIPTION_FILE}: says SHA-256 {description['sha256'][:16]}…, the masks have "

@@ -9,8 +9,8 @@ from typing import Any
 
 from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.common import enable_compilation_cache, progress, run
-from moebius_jax.cli.scoring import require_writable
 from moebius_jax.errors import UserError
+from moebius_jax.files import require_writable
 
 _DESCRIPTION = """\
 What the student, the teacher and every variant of Table 2 cost at 512 px, batch 1, beside the paper's

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import importlib.util
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
         UserError: it cannot be written, is among the inputs, or holds another report or files of that name.
     """
     from moebius_jax.evaluation.report import FORMAT
-    from moebius_jax.files import remove_remains
+    from moebius_jax.files import remove_remains, require_writable
 
     for base in inputs:
         if base is not None and folder.resolve().is_relative_to(base.resolve()):
@@ -133,20 +132,6 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
             ours = False
         if not ours:
             raise UserError(f"{folder / name}: is not from evaluate.py {kind}; choose another --output")
-
-
-def require_writable(folder: Path) -> None:
-    """Makes a folder if need be, and sees that files can be written there.
-
-    Raises:
-        UserError: it is no folder, or they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from None
 
 
 def write_report(

@@ -59,7 +59,7 @@ def inspect(
         try:
             rgb = read_truth(case, None)
             if size is None and "lpips" in metrics:
-                require_size(rgb, str(case.truth))
+                require_size(rgb.shape[:2], str(case.truth))
             hole = read_hole(case.mask, rgb if size is None else None, invert=invert_masks)
             with case.truth.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()

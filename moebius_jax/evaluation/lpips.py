@@ -20,9 +20,9 @@ _SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for images in [-1, 1]
 
 
-def require_size(rgb: UInt8[np.ndarray, "H W 3"], name: str) -> None:
-    """Raises UserError if a picture is too small for LPIPS; names it."""
-    height, width = rgb.shape[:2]
+def require_size(size: tuple[int, int], name: str) -> None:
+    """Raises UserError if a picture of this height and width is too small for LPIPS; names it."""
+    height, width = size
     if min(height, width) < _SMALLEST:
         raise UserError(
             f"{name}: {width} x {height} pixels; LPIPS needs {_SMALLEST} or more each way (--metrics chooses "

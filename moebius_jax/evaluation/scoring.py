@@ -195,7 +195,7 @@ class Scorer:
         def read(case: Case) -> _Read:
             truth = read_truth(case, size)
             if self._lpips:
-                require_size(truth, str(case.truth))
+                require_size(truth.shape[:2], str(case.truth))
             result = read_result(case, truth)
             hole = np.zeros(truth.shape[:2], bool)
             if case.mask is not None:
