@@ -1,8 +1,9 @@
-"""What the networks cost: parameters, multiply-adds, time and memory. See --help."""
+#!/usr/bin/env python3
+"""What the networks cost beside the paper's tables: see `python profile_model.py --help`."""
 
 import sys
 
-from moebius_jax.cli.profile import main
+from benchmarks.profile import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 
     python train.py configs/debug.py                                   # two minutes on a laptop
     python train.py configs/distill.py data.path=train.jsonl           # the paper's run
+    python train.py configs/table2.py:9 data.path=train.jsonl          # row 9 of its Table 2
     python train.py configs/distill.py --aot v5e:4x8                   # does it fit that pod? (no TPU needed)
     python train.py configs/finetune_ffhq.py data.path=ffhq/ batch_size=44 optimizer.learning_rate=1e-4
 
@@ -21,180 +22,328 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moebius_jax.cli.common import enable_compilation_cache, require_training_extra, run
+from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
+
+exit_without_extra("train", "optax", "grain")  # before the imports that need them
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from moebius_jax.cluster import join_given_cluster
+from moebius_jax.data.config import open_dataset
+from moebius_jax.data.samples import Batch
+from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
+from moebius_jax.distillation.loss import Context, Loss
+from moebius_jax.errors import UserError
+from moebius_jax.hardware import peak_flops
+from moebius_jax.imaging.picture import write_image
+from moebius_jax.sharding import make_mesh, replicated, tree_shardings
+from moebius_jax.training.aot import report_aot
+from moebius_jax.training.batches import abstract_batch, check_batch, check_images, encoded, to_devices
+from moebius_jax.training.checkpointing import RunCheckpoints, first_batch, write_run_config
+from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.config_file import load_config
+from moebius_jax.training.inputs import loss_keys, noised_inputs, step_keys
+from moebius_jax.training.loading import training_loader
+from moebius_jax.training.logs import Progress, RunLog, Stopwatch, Trace
+from moebius_jax.training.metrics import Metrics, balance_metrics, first_bad_metric
+from moebius_jax.training.networks import TEACHER, FrozenNetwork, load_frozen, load_image_codec
+from moebius_jax.training.optimizer import ema_update, learning_rate_schedule, run_optimizer
+from moebius_jax.training.overrides import describe
+from moebius_jax.training.preview import SampleGrids, preview_grid
+from moebius_jax.training.result import write_model
+from moebius_jax.training.state import TrainState, abstract_state, bare_student, initial_state
+from moebius_jax.training.stopping import Stop
+from moebius_jax.training.validation import Validation
+from moebius_jax.weights.tensors import Tensors
+
+Frozen = Mapping[str, Tensors]  # tensors of the networks that are not trained, by network
+Update = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, help="a file of configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32"
-    )
-    parser.add_argument("--workdir", type=Path, help="everything the run writes (default: runs/CONFIG)")
-    parser.add_argument("--dataset", choices=["images", "latents", "synthetic"], help="short for data.kind=")
-    parser.add_argument(
-        "--preview-data", type=Path, metavar="PNG", help="draw what the network will see, and stop"
-    )
-    parser.add_argument(
-        "--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop"
-    )
-    parser.add_argument("--print-config", action="store_true", help="show every field, and stop")
-    parser.add_argument(
-        "--profile", type=int, metavar="STEP", help="trace five steps from STEP on (TensorBoard)"
-    )
-    parser.add_argument(
-        "--distributed", action="store_true", help="join the cluster this process was started in"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster is found")
-    parser.add_argument("--num-processes", type=int)
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--no-compilation-cache", action="store_true")
-    return parser.parse_intermixed_args(argv)  # options may stand between KEY=VALUEs
+def make_update(
+    config: TrainConfig,
+    mesh: Mesh,
+    networks: Mapping[str, FrozenNetwork],
+    optimizer: optax.GradientTransformation,
+) -> Update:
+    """One step of a run, jitted: it takes the state's memory over.
+
+    The frozen networks' tensors are arguments: as constants they would be folded for minutes.
+    """
+    student = bare_student(config, mesh)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    def gradients_of(
+        params: Tensors, statistics: Tensors, frozen: Frozen, batch: Batch, step: jax.Array
+    ) -> tuple[Tensors, Tensors, Balanced]:
+        """Gradient of the balanced total of all losses, new BatchNorm statistics, and the figures."""
+        keys = step_keys(config.seed, step, batch.index)
+        noised, inputs = noised_inputs(config, keys, batch)
+        context = Context(noised=noised, hole=batch.samples.hole)
+        if TEACHER in networks:
+            teacher = networks[TEACHER].bare(frozen[TEACHER])
+            seen = teacher(inputs.latents, inputs.timesteps, inputs.input_ids)
+            context = context.replace(
+                teacher=seen, bottleneck=seen.features[teacher_bottleneck(teacher.config)]
+            )
+
+        def bound(loss: Loss) -> Callable[[jax.Array], jax.Array]:
+            own = networks[loss.name].bare(frozen[loss.name]) if loss.name in networks else None
+            seen_by_it = context.replace(network=own, keys=loss_keys(keys, loss.name))
+            return lambda prediction: loss(prediction, seen_by_it)
+
+        return balanced_gradients(
+            student,
+            params,
+            statistics,
+            inputs,
+            output_losses={loss.name: bound(loss) for loss in config.loss.output_losses},
+            bottleneck_losses={loss.name: bound(loss) for loss in config.loss.bottleneck_losses},
+            form=config.loss.balance,
+            scales=config.loss.scales,
+        )
+
+    def update(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Whole weights for the products and cut ones for keeping: the compiler gathers each when it is
+        # needed, and adds the devices' gradients up straight into pieces.
+        params = lax.with_sharding_constraint(state.params, replicated(mesh))
+        frozen = lax.with_sharding_constraint(frozen, replicated(mesh))
+
+        def part_of(statistics: Tensors, part: Batch) -> tuple[Tensors, Tensors, Metrics]:
+            gradients, statistics, balanced = gradients_of(params, statistics, frozen, part, state.step)
+            return gradients, statistics, balance_metrics(balanced, config.loss.losses)
+
+        def add_part(carry: tuple[Tensors, Tensors], part: Batch) -> tuple[tuple[Tensors, Tensors], Metrics]:
+            gradients, statistics, metrics = part_of(carry[1], part)
+            return (jax.tree.map(jnp.add, carry[0], gradients), statistics), metrics
+
+        if config.accumulation == 1:
+            gradients, statistics, metrics = part_of(state.statistics, batch)
+        else:
+            # [B, …] → [parts, B/parts, …], every device keeping its own samples.
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, config.accumulation, *x.shape[1:]), 1, 0), batch
+            )
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            (total, statistics), each = lax.scan(add_part, (zeros, state.statistics), parts)
+            gradients = jax.tree.map(lambda g: g / config.accumulation, total)
+            metrics = jax.tree.map(jnp.mean, each)
+
+        gradients = lax.with_sharding_constraint(gradients, tree_shardings(mesh, gradients))
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        done, ema = state.step + 1, state.ema
+        if config.ema_decay:
+            ema = ema_update(ema, {**new_params, **statistics}, done, config.ema_decay)
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        return TrainState(
+            step=done, params=new_params, statistics=statistics, ema=ema, optimizer=optimizer_state
+        ), metrics
+
+    places = tree_shardings(mesh, abstract_state(config, mesh, optimizer))
+    return jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.aot:  # before jax is imported: libtpu must not look for a TPU of its own
-        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
-    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    return run(lambda: train(args))
-
-
-def train(args: argparse.Namespace) -> int:  # noqa: PLR0915 (long, so that it reads as a story)
-    require_training_extra()
-    from moebius_jax.training.launch import load_config, start_distributed
-
+def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
     # ------------------------------------------------------------------ configuration and devices
     overrides = [*args.overrides, *([f"data.kind={args.dataset}"] if args.dataset else [])]
     config = load_config(args.config, overrides)
-    start_distributed(args.distributed, args.coordinator, args.num_processes, args.process_id)
-
-    import jax
-
-    from moebius_jax.training.overrides import describe
-    from moebius_jax.training.sharding import check_batch, make_mesh
-
+    join_given_cluster(args.distributed, args.coordinator, args.num_processes, args.process_id)
     if args.print_config:
         print(*(f"{k}={v}" for k, v in describe(config).items()), sep="\n")
         return 0
     if args.aot:
-        from moebius_jax.training.aot import report_aot
-
-        print(report_aot(config, args.aot))
+        print(report_aot(config, args.aot, make_update))
         return 0
-    workdir = args.workdir or Path("runs") / args.config.stem
+    file, _, argument = args.config.partition(":")
+    workdir = args.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, argument)))
     is_first = jax.process_index() == 0
 
     def say(message: str) -> None:
         if is_first:
             print(message, file=sys.stderr)
 
-    mesh = make_mesh(config.fsdp)
-    check_batch(config.batch_size, config.accumulation, mesh)
+    mesh = make_mesh(fsdp=config.fsdp)
+    check_batch(config, mesh)
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
     say(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {axes}")
 
     # ------------------------------------------------------------------ data
-    from moebius_jax.data.config import open_source
-    from moebius_jax.data.loader import Loader
-    from moebius_jax.training.encode import check_images, latent_batch, to_devices
-
-    source = open_source(config.data, config.student.latent_size)
-    say(f"{len(source.names):,} samples of kind {config.data.kind}")
-
-    def loader_from(position: int) -> Loader:
-        return Loader(
-            source,
-            config.data.loader,
-            seed=config.seed,
-            global_batch=config.batch_size,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            first_batch=position,
-            warn=lambda message: print(f"warning: {message}", file=sys.stderr),
-        )
-
+    dataset = open_dataset(config.data, config.student.latent_shape)
+    say(f"{len(dataset.names):,} samples of kind {config.data.kind}")
     if args.preview_data:
-        from moebius_jax.imaging.picture import write_image
-        from moebius_jax.training.preview import preview_grid
-
-        write_image(args.preview_data, preview_grid(source, config, mesh), overwrite=True)
+        write_image(args.preview_data, preview_grid(dataset, config, mesh), overwrite=True)
         say(f"image | hole | what the network sees: {args.preview_data}")
         return 0
+    held_out = None
+    if config.log.validation:
+        held_out = open_dataset(config.held_out_data, config.student.latent_shape)
 
-    # ------------------------------------------------------------------ networks, optimiser, state
-    from moebius_jax.training.checkpointing import RunCheckpoints, first_batch, write_run_config
-    from moebius_jax.training.loop import Loop, Stop
-    from moebius_jax.training.networks import load_metric, load_teacher, load_vae
-    from moebius_jax.training.program import Program
-
+    # ------------------------------------------------------------------ networks, optimiser, state as shapes
+    require_extra("train", "clu", "tensorflow")  # the log's
     stop = Stop.on(signal.SIGTERM, signal.SIGINT)
     if not args.no_compilation_cache:
         enable_compilation_cache()
-    vae = load_vae(config, mesh)
+    vae = load_image_codec(config, mesh)
     check_images(config, vae)
-    program = Program(
-        config,
-        mesh,
-        teacher=load_teacher(config, mesh, abstract=False),
-        metric=load_metric(config, mesh, abstract=False),
-    )
-    say(f"{program.parameters / 1e6:.1f} M parameters, losses {', '.join(config.loss.terms)}")
+    networks = load_frozen(config, mesh)
+    frozen = {name: network.tensors for name, network in networks.items()}
+    student = bare_student(config, mesh)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    shapes = abstract_state(config, mesh, optimizer)
+    parameters = sum(leaf.size for leaf in shapes.params.values())
+    say(f"{parameters / 1e6:.1f} M parameters, losses {', '.join(config.loss.names)}")
 
-    # ------------------------------------------------------------------ restore
+    # ------------------------------------------------------------------ restore, or begin
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
-    restored = checkpoints.restore(program.abstract_state, config.seed)
+    restored = checkpoints.restore(shapes, config.seed)
     if restored:
         state, samples = restored
         position = first_batch(samples, config)
         say(f"going on from step {int(state.step)} of {workdir}")
     else:
-        state, position = program.initial_state(), 0
+        state, position = initial_state(config, mesh, optimizer), 0
         say(f"starting from {config.init}" if config.init else "starting from random weights")
     if is_first:
         write_run_config(workdir, describe(config))
 
     # ------------------------------------------------------------------ compile
-    loader = loader_from(position)
-    compile_started = time.perf_counter()
-    step_function = program.compile(state)
-    say(f"compiled in {time.perf_counter() - compile_started:.0f} s")
+    loader = training_loader(
+        config, dataset, position, warn=lambda m: print(f"warning: {m}", file=sys.stderr)
+    )
+    started = time.perf_counter()
+    update = make_update(config, mesh, networks, optimizer)
+    update = update.lower(state, frozen, abstract_batch(config, mesh)).compile()
+    say(f"compiled in {time.perf_counter() - started:.0f} s")
+    validation = grids = None
+    if held_out and config.log.validate_every:
+        validation = Validation(config, mesh, student, vae, held_out)
+    if vae is not None and config.log.grid_every:
+        grids = SampleGrids(config, mesh, student, vae, held_out or dataset)
 
     # ------------------------------------------------------------------ loop
-    loop = Loop(
-        config,
-        mesh,
-        workdir=workdir,
-        step=lambda state, batch: step_function(state, program.frozen, batch),
-        batches=loader,
-        prepare=lambda batch: latent_batch(to_devices(batch, mesh), vae),
-        checkpoints=checkpoints,
-        grids=program.grids(vae, source),
-        flops=program.flops,
-        profile_at=args.profile,
-        stop=stop,
-        say=say,
-    )
-    state = loop.run(state)
+    first = done = int(state.step)
+    log, progress, trace = RunLog(workdir), Progress(done, config.steps), Trace(workdir, args.profile, say)
+    watch = Stopwatch(config.batch_size, step_flops(update, config, mesh), peak_flops(mesh))
+    log.text(done, "config", "\n".join(f"    {k} = {v}" for k, v in describe(config).items()))
+    pending: tuple[int, Metrics] | None = None
+
+    def save() -> None:
+        checkpoints.save(state, loader.samples, describe(config))
+
+    def is_due(every: int) -> bool:
+        return done > first and every > 0 and (done % every == 0 or done == config.steps)
+
+    def look(pending: tuple[int, Metrics] | None) -> None:
+        """Checks a step's figures, and writes them down when it is time."""
+        if pending is None:
+            return
+        step, metrics = pending
+        metrics = jax.device_get(metrics)
+        if bad := first_bad_metric(metrics):
+            checkpoints.wait()
+            before = f"the last checkpoint before it is {checkpoints.latest}"
+            none = "there is no checkpoint yet"
+            raise UserError(
+                f"step {step}: {bad} is {float(metrics[bad])}; {before if checkpoints.latest else none}"
+            )
+        if step % config.log.every == 0 or step == config.steps:
+            values = {name: float(value) for name, value in metrics.items()} | watch.rates()
+            log.scalars(step, values)
+            progress.report(step, values)
+
+    try:
+        while True:
+            # This order must not change. A checkpoint holds the state after `done` steps and the position
+            # before the next batch; drawing first would skip that batch on resuming.
+            at_end = done >= config.steps or stop.agreed(done)
+            if done > first and (at_end or done % config.checkpoint.every == 0):
+                look(pending)
+                pending = None
+                save()
+            if validation and is_due(config.log.validate_every):
+                log.scalars(done, validation(state.result))
+            if grids and is_due(config.log.grid_every):
+                log.picture(done, "samples", grids.draw(state.result))
+            if at_end:
+                break
+            trace.at(done)
+            with watch.waiting_for_data():
+                try:
+                    batch = next(loader)
+                except UserError:  # data that cannot be read end the run, but nothing is lost
+                    save()
+                    raise
+                except RuntimeError:  # the loader's workers were told to stop as well
+                    if not stop.asked:
+                        raise
+                    continue
+            watch.tick()
+            state, metrics = update(state, frozen, encoded(to_devices(batch, mesh), vae))
+            # Looked at a step late: the devices are then busy with the next one already.
+            look(pending)
+            done += 1
+            pending = (done, metrics)
+            progress.step()
+    finally:
+        # Also on the way out of an error: a checkpoint that is being written is lost otherwise.
+        checkpoints.close()
+        trace.close()
+        progress.close()
+        log.close()
     loader.close()
-    if int(state.step) < config.steps:
-        say(f"stopped at step {int(state.step)}, the same command goes on from there")
+    if done < config.steps:
+        say(f"stopped at step {done}, the same command goes on from there")
         return 0
 
     # ------------------------------------------------------------------ result
-    from moebius_jax.training.result import write_model
-
-    model = write_model(workdir, config, program.student, state, vae)
+    model = write_model(workdir, config, state, vae)
     say(f"finished: {model}")
     if vae is not None:
         say(f"try it: python sample.py --model {model} --image photo.jpg --mask mask.png --output result.png")
     return 0
+
+
+def step_flops(update: jax.stages.Compiled, config: TrainConfig, mesh: Mesh) -> float | None:
+    """Of one step on all devices, by the compiler's count; None where it does not tell."""
+    costs = update.cost_analysis() or {}
+    # XLA counts the body of the loop over parts once.
+    return costs["flops"] * mesh.size * config.accumulation if "flops" in costs else None
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("config", help="a file of configs/, or one of your own; FILE:ARGUMENT for those that take one")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
+    add("--workdir", type=Path, help="everything the run writes (default: runs/CONFIG)")
+    add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
+    add("--preview-data", type=Path, metavar="PNG", help="draw what the network will see, and stop")
+    add("--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop")
+    add("--print-config", action="store_true", help="show every field, and stop")
+    add("--profile", type=int, metavar="STEP", help="trace five steps from STEP on (TensorBoard)")
+    add("--distributed", action="store_true", help="join the cluster this process was started in")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster is found")
+    add("--num-processes", type=int)
+    add("--process-id", type=int)
+    add("--no-compilation-cache", action="store_true")
+    return parser.parse_intermixed_args(argv)  # options may stand between KEY=VALUEs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    return run(lambda: train(args))
 
 
 if __name__ == "__main__":

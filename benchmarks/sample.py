@@ -87,7 +87,7 @@ def core_arguments(batch: int, steps: int) -> tuple[Any, ...]:
     import jax
     import jax.numpy as jnp
 
-    from moebius_jax.sampling.schedulers import solver_steps
+    from moebius_jax.diffusion.solvers import solver_steps
 
     def latents(channels: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, 64, 64, channels), jnp.float32)
@@ -103,8 +103,8 @@ def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, An
     import jax
     import jax.numpy as jnp
 
-    from moebius_jax.sampling.denoise import inpaint_latents
-    from moebius_jax.sampling.schedulers import solver_steps
+    from moebius_jax.diffusion.denoise import inpaint_latents
+    from moebius_jax.diffusion.solvers import solver_steps
 
     graphdef, abstract = abstract_core(args, dtype, None)
     # Small random weights: zeros would let nothing overflow but also nothing happen.
@@ -152,8 +152,8 @@ def step_flops(graphdef: Any, params: Any, batch: int) -> float:
     """XLA's count for one guided step (XLA counts a loop's body once, whatever its length)."""
     import jax.numpy as jnp
 
-    from moebius_jax.sampling.denoise import single_step
-    from moebius_jax.sampling.schedulers import solver_steps
+    from moebius_jax.diffusion.denoise import single_step
+    from moebius_jax.diffusion.solvers import solver_steps
 
     latents = jnp.zeros((batch, 64, 64, 4))
     step = solver_steps("ddim", 20).at_step(0)
@@ -169,9 +169,9 @@ def time_images(args: argparse.Namespace, batch: int, loop: float) -> dict[str, 
     import jax
     import jax.numpy as jnp
 
+    from moebius_jax.inpaint.latents import decode, encode
     from moebius_jax.models import VAE, VAEConfig
     from moebius_jax.models import vae as vae_model
-    from moebius_jax.sampling.latents import decode, encode
 
     config = VAEConfig()
     vae = VAE(
@@ -200,8 +200,8 @@ def compile_for(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, A
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from moebius_jax.sampling.denoise import inpaint_latents
-    from moebius_jax.sampling.sampler import data_mesh
+    from moebius_jax.diffusion.denoise import inpaint_latents
+    from moebius_jax.inpaint.sampler import data_mesh
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=args.aot)
     mesh = data_mesh(list(topology.devices))

@@ -20,21 +20,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from moebius_jax.data.sources import SyntheticSource
+from moebius_jax.training.encode import latent_batch, to_devices
+from moebius_jax.training.program import Program
 
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import Loader, LoaderConfig
-from moebius_jax.data.sources import SyntheticSource
 from moebius_jax.distillation.balance import LossConfig
 from moebius_jax.distillation.gradients import teacher_coarse_index
 from moebius_jax.distillation.perceptual import elatentlpips
 from moebius_jax.hardware import peak_flops
 from moebius_jax.models import ELatentLPIPSConfig, UNetConfig
+from moebius_jax.sharding import make_mesh
 from moebius_jax.training.config import TrainConfig
-from moebius_jax.training.encode import latent_batch, to_devices
 from moebius_jax.training.networks import load_metric, load_teacher
 from moebius_jax.training.optimizer import OptimizerConfig
-from moebius_jax.training.program import Program
-from moebius_jax.training.sharding import make_mesh
 
 TINY = {"num_heads": 4, "latent_size": 16, "embedding_dim": 32, "context_dim": 32, "layers_per_block": 1}
 SIZES = {

@@ -6,9 +6,11 @@
 Hardware: a laptop's CPU. Time: two minutes, most of it compiling. Expect no picture worth looking at.
 """
 
+from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import LoaderConfig
-from moebius_jax.data.samples import AugmentConfig
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.models import ELatentLPIPSConfig, UNetConfig, VAEConfig
 from moebius_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig
@@ -21,7 +23,9 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         student=UNetConfig.student(channels=(32, 64), transformers=(True, True), **_SIZES),
         teacher=UNetConfig.teacher(channels=(32, 64, 64), transformers=(True, True, False), **_SIZES),
-        metric=ELatentLPIPSConfig(groups=((8,), (8,), (8,), (8,), (8,))),
+        loss=LossConfig(
+            perceptual=Perceptual(network=ELatentLPIPSConfig(groups=((8,), (8,), (8,), (8,), (8,))))
+        ),
         vae=VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1),
         data=DataConfig(
             kind="synthetic",

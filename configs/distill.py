@@ -13,6 +13,8 @@ slice and what a step costs.
 
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import LoaderConfig
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.models import UNetConfig
 from moebius_jax.training.config import TrainConfig
 
@@ -21,7 +23,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         student=UNetConfig.student(remat=True),
         teacher="converted/teacher",
-        metric="converted/elatentlpips",
+        loss=LossConfig(perceptual=Perceptual(network="converted/elatentlpips")),
         vae="converted/vae",
         data=DataConfig(loader=LoaderConfig(workers=8)),
         batch_size=768,

@@ -5,10 +5,12 @@
 Hardware and time: as distill.py; the release's form of W_C costs a second pull through the up half.
 """
 
+import dataclasses
+
 from configs.distill import get_config as distill
-from moebius_jax.distillation.balance import LossConfig
 from moebius_jax.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return distill().replace(loss=LossConfig(balance="release"), batch_norm="device")
+    config = distill()
+    return config.replace(loss=dataclasses.replace(config.loss, balance="release"), batch_norm="device")

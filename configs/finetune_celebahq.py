@@ -8,7 +8,7 @@ Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images. Ti
 """
 
 from configs.distill import get_config as distill
-from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.distillation.config import LossConfig
 from moebius_jax.training.config import TrainConfig
 
 

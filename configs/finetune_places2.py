@@ -8,7 +8,7 @@ Hardware: the paper took 4 RTX 3090 for 51k steps of batch 88 on 1.8 M images. T
 """
 
 from configs.distill import get_config as distill
-from moebius_jax.distillation.balance import LossConfig
+from moebius_jax.distillation.config import LossConfig
 from moebius_jax.training.config import TrainConfig
 
 

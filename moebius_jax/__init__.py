@@ -2,17 +2,16 @@
 
     from moebius_jax import MoebiusInpaintPipeline, load_unet
 
-Submodules, from the bottom up: `models` (networks), `checkpoints` (our folder of weights), `conversion`
-(released files and the Hub), `sampling` (solver and compiled core), `imaging` (pictures and masks),
-`inpaint` (any size, batched), `pipeline` (the public entry); `distillation` (losses, adaptive weights,
-gradients), `data` (samples and masks), `training` (what `train.py` is made of); `evaluation` (the paper's
-benchmarks, metrics, reports, costs), `masks` (a tool); `cli`.
+Packages, from the bottom up: `models` (networks), `weights` (tensors with names: folders, released files, the
+Hub), `diffusion` (noise and solvers), `imaging` (pictures and masks), `inpaint` (images of any size, the
+pipeline), `data` (training samples and masks), `distillation` (losses and their balance), `training` (what
+`train.py` is made of), `evaluation` (the paper's benchmarks, metrics, reports), `cli` (the programs).
 """
 
-from moebius_jax.checkpoints import load_elatentlpips, load_unet, load_vae, save_unet, save_vae
 from moebius_jax.errors import UserError
+from moebius_jax.inpaint.pipeline import InpaintOutput, MoebiusInpaintPipeline
 from moebius_jax.models import UNet, UNetConfig, fold_batch_norm
-from moebius_jax.pipeline import InpaintOutput, MoebiusInpaintPipeline
+from moebius_jax.weights.load import load_elatentlpips, load_unet, load_vae, save_unet, save_vae
 
 __version__ = "0.1.0"
 

@@ -24,3 +24,22 @@ def join_cluster(
             f"no cluster could be joined ({first_line(error)}); outside TPU pods, SLURM and the like pass "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from None
+
+
+def join_given_cluster(
+    is_cluster: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the other processes, if the command line names any.
+
+    Args:
+        is_cluster: ask the cluster this process was started in.
+        coordinator, num_processes, process_id: see `join_cluster`; all or none.
+
+    Raises:
+        UserError: incomplete arguments, or no cluster to join.
+    """
+    given = [v is not None for v in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id go together")
+    if is_cluster or any(given):
+        join_cluster(coordinator, num_processes, process_id)

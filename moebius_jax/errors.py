@@ -10,7 +10,7 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """What a library's exception says, short enough for a message; its type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -12,6 +12,10 @@ from pathlib import Path
 from moebius_jax.errors import UserError
 
 
+class AlreadyThere(UserError):
+    """A file or folder exists and may not be replaced."""
+
+
 @contextlib.contextmanager
 def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yields a path beside `dest` to write to; renames it to `dest` when the block ends well.
@@ -25,7 +29,8 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
         ours: what a folder that may be replaced can hold; one with anything else in it is not ours.
 
     Raises:
-        UserError: `dest` exists and may not be replaced, or cannot be written.
+        AlreadyThere: `dest` exists and may not be replaced.
+        UserError: it cannot be written.
     """
     try:
         dest = dest.resolve()
@@ -45,8 +50,10 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
             dest.rename(old)
             partial.rename(dest)
             _remove(old)
-        else:
+        elif overwrite or partial.is_dir():
             partial.replace(dest)
+        else:
+            _place_new(partial, dest)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -113,11 +120,21 @@ def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> No
     if not dest.exists():
         return
     if not overwrite:
-        raise UserError(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+        raise AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
     if dest.is_dir() and (foreign := sorted({p.name for p in dest.iterdir()} - set(ours))):
         raise UserError(
             f"{dest}: not replaced, it holds other things than we write ({', '.join(foreign[:3])})"
         )
+
+
+def _place_new(partial: Path, dest: Path) -> None:
+    """Gives a file its name, and never another process's that got there first."""
+    try:
+        os.link(partial, dest)
+    except FileExistsError:
+        _refuse_to_replace(dest, False, ())
+    except OSError:  # a file system without links
+        partial.replace(dest)
 
 
 def _umask() -> int:

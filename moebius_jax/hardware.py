@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 from moebius_jax.errors import UserError
 
@@ -19,9 +20,10 @@ PEAKS = {
 }
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device; None where we do not know."""
-    return PEAKS[device_kind][0] if device_kind in PEAKS else None
+def peak_flops(mesh: Mesh) -> float | None:
+    """Dense bfloat16 FLOP/s of all devices of a mesh; None where we do not know."""
+    kind = mesh.devices.flat[0].device_kind
+    return PEAKS[kind][0] * mesh.size if kind in PEAKS else None
 
 
 @contextlib.contextmanager

@@ -20,12 +20,13 @@ import pytest
 import synth
 from safetensors.numpy import save_file
 
-from moebius_jax import MoebiusInpaintPipeline, UNetConfig, checkpoints
-from moebius_jax.conversion import convert_file
-from moebius_jax.conversion.architecture import detect_architecture
-from moebius_jax.conversion.names import expected_tensors
+from moebius_jax import MoebiusInpaintPipeline, UNetConfig
 from moebius_jax.models import VAE, UNet, VAEConfig
-from moebius_jax.sampling.sampler import data_mesh
+from moebius_jax.sharding import make_mesh
+from moebius_jax.weights import convert_file
+from moebius_jax.weights.detect import detect_architecture
+from moebius_jax.weights.names import expected_tensors
+from moebius_jax.weights.tensors import abstract_network, fill, nest
 
 # GPUs and TPUs would otherwise multiply fp32 matrices in lower precision.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -52,9 +53,9 @@ def network_from_synth(name: str, **options) -> UNet:
         for key, slot in expected_tensors(architecture).items()
     }
     if isinstance(architecture, VAEConfig):
-        return VAE(params=checkpoints.nest(tensors), config=architecture)
-    network = checkpoints.abstract_network(architecture, **options)
-    checkpoints.fill(network, {k: jax.numpy.asarray(v) for k, v in tensors.items()})
+        return VAE(params=nest(tensors), config=architecture)
+    network = abstract_network(architecture, **options)
+    network = fill(network, {k: jax.numpy.asarray(v) for k, v in tensors.items()})
     network.eval()
     return network
 
@@ -85,7 +86,7 @@ def student_mini_file(tmp_path_factory) -> "os.PathLike[str]":
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> MoebiusInpaintPipeline:
     """Untrained, for 64 px squares, on one device."""
-    return MoebiusInpaintPipeline.untrained(TINY_UNET, TINY_VAE, mesh=data_mesh(jax.devices()[:1]))
+    return MoebiusInpaintPipeline.untrained(TINY_UNET, TINY_VAE, mesh=make_mesh(jax.devices()[:1]))
 
 
 @pytest.fixture(scope="session")

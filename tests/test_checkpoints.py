@@ -11,8 +11,9 @@ from conftest import TINY_UNET
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moebius_jax import UNet, UserError, checkpoints, load_elatentlpips, load_unet, load_vae, save_unet
-from moebius_jax.sampling.sampler import data_mesh
+from moebius_jax import UNet, UserError, load_elatentlpips, load_unet, load_vae, save_unet
+from moebius_jax.sharding import make_mesh
+from moebius_jax.weights.tensors import network_tensors
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def folder(unet, tmp_path_factory):
 
 
 def assert_same(a, b):
-    ours, theirs = checkpoints.network_tensors(a), checkpoints.network_tensors(b)
+    ours, theirs = network_tensors(a), network_tensors(b)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
@@ -44,7 +45,7 @@ def test_round_trip(unet, folder):
 
 
 def test_restores_onto_eight_devices_in_parts(unet, folder):
-    mesh = data_mesh(jax.devices("cpu"))
+    mesh = make_mesh(jax.devices("cpu"))
 
     def place(name, shape):
         split = next((i for i, n in enumerate(shape) if n % 8 == 0), None)
@@ -56,26 +57,26 @@ def test_restores_onto_eight_devices_in_parts(unet, folder):
         return NamedSharding(mesh, spec)
 
     loaded = load_unet(folder, placement=place)
-    kernel = checkpoints.network_tensors(loaded)["time_embedding.linear_1.kernel"]
+    kernel = network_tensors(loaded)["time_embedding.linear_1.kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     assert_same(loaded, unet)
 
 
 def test_replicates_over_a_mesh(unet, folder):
-    loaded = load_unet(folder, placement=NamedSharding(data_mesh(jax.devices("cpu")), PartitionSpec()))
-    kernel = checkpoints.network_tensors(loaded)["time_embedding.linear_1.kernel"]
+    loaded = load_unet(folder, placement=NamedSharding(make_mesh(jax.devices("cpu")), PartitionSpec()))
+    kernel = network_tensors(loaded)["time_embedding.linear_1.kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert_same(loaded, unet)
 
 
 def test_parameter_dtype_and_execution_choices(folder):
     loaded = load_unet(
-        folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, position_order="dense", remat=True
+        folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, position_order="banded", remat=True
     )
-    tensors = checkpoints.network_tensors(loaded)
+    tensors = network_tensors(loaded)
     assert tensors["conv_in.pointwise.kernel"].dtype == jnp.bfloat16
     assert tensors["conv_in.norm1.mean"].dtype == jnp.float32
-    assert loaded.config == TINY_UNET.replace(position_order="dense", remat=True)
+    assert loaded.config == TINY_UNET.replace(position_order="banded", remat=True)
 
 
 def test_wrong_kind_is_named(folder, tiny_folder):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moebius_jax.cli.pairing import plan_tasks
 from PIL import Image
 
-from moebius_jax.cli.pairing import plan_tasks
 from moebius_jax.cli.sample import main
 from moebius_jax.errors import UserError
 
@@ -175,7 +175,7 @@ def test_untrained_only_when_allowed(files, monkeypatch, capsys):
     """Without the Hub the full-size network would run untrained; here it is only asked for."""
     from conftest import TINY_UNET, TINY_VAE
 
-    from moebius_jax.pipeline import MoebiusInpaintPipeline
+    from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
     untrained = MoebiusInpaintPipeline.untrained
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from test_processes import free_port
 
-from moebius_jax.checkpoints import load_numpy
+from moebius_jax.weights.folder import load_numpy
 from train import main
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Conversion: a strict bijection, both ways, of every kind of file."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import synth
 from safetensors.numpy import load_file, save_file
 
-from moebius_jax import UNetConfig, UserError, checkpoints
-from moebius_jax.conversion import convert, convert_file, export_file, verify_folder
-from moebius_jax.conversion.architecture import detect_architecture
-from moebius_jax.conversion.names import counters, expected_tensors
-from moebius_jax.conversion.sources import open_source
+from moebius_jax import UNetConfig, UserError
 from moebius_jax.models import ELatentLPIPSConfig, VAEConfig
+from moebius_jax.weights import convert_file, export_file, verify_folder
+from moebius_jax.weights.detect import detect_architecture
+from moebius_jax.weights.folder import load_numpy
+from moebius_jax.weights.names import counters, expected_tensors
+from moebius_jax.weights.release_files import open_release_file
 
 torch = pytest.importorskip("torch")
 
@@ -64,7 +66,7 @@ class TestArchitecture:
         config = UNetConfig.ablation(experiment)
         shapes = {name: slot.shape for name, slot in expected_tensors(config).items()}
         assert detect_architecture(shapes, "file") == config
-        assert checkpoints.describe(config) == f"ablation {experiment}"
+        assert config.describe() == f"ablation {experiment}"
 
     def test_unknown_files_are_refused(self):
         with pytest.raises(UserError, match=r"f\.bin: not a Moebius .* it holds text_model\.weight"):
@@ -239,11 +241,11 @@ class TestTorchFiles:
         for wanted, kept in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16)):
             folder = tmp_path / wanted
             convert_file(tmp_path / "f.bin", folder, dtype=wanted)
-            stored = checkpoints.load_numpy(folder)["conv_in.pointwise.kernel"]
+            stored = load_numpy(folder)["conv_in.pointwise.kernel"]
             assert stored.dtype == kept
             np.testing.assert_array_equal(stored, half.astype(kept)[:, :, 0, 0].T)
             verify_folder(tmp_path / "f.bin", folder)
-        assert checkpoints.load_numpy(folder)["conv_in.norm1.mean"].dtype == np.float32
+        assert load_numpy(folder)["conv_in.norm1.mean"].dtype == np.float32
 
     def test_bfloat16_safetensors(self, state, tmp_path):
         from safetensors.torch import save_file as save_torch
@@ -252,7 +254,7 @@ class TestTorchFiles:
             {k: torch.from_numpy(v).bfloat16() if v.ndim else torch.from_numpy(v) for k, v in state.items()},
             tmp_path / "f.safetensors",
         )
-        tensor = open_source(tmp_path / "f.safetensors").tensors["diff_model.conv_norm_out.bias"].load()
+        tensor = open_release_file(tmp_path / "f.safetensors").tensors["diff_model.conv_norm_out.bias"].load()
         np.testing.assert_array_equal(
             tensor, state["diff_model.conv_norm_out.bias"].astype(ml_dtypes.bfloat16)
         )
@@ -261,20 +263,20 @@ class TestTorchFiles:
         (tmp_path / "f.bin").write_bytes(b"PK something")
         monkeypatch.setitem(__import__("sys").modules, "torch", None)
         with pytest.raises(UserError, match=r"needs torch, .*pip install 'moebius-jax\[convert\]'"):
-            open_source(tmp_path / "f.bin")
+            open_release_file(tmp_path / "f.bin")
 
     def test_arbitrary_objects_are_not_unpickled(self, tmp_path):
         torch.save({"a": print}, tmp_path / "f.bin")
         with pytest.raises(UserError, match="not a readable torch checkpoint"):
-            open_source(tmp_path / "f.bin")
+            open_release_file(tmp_path / "f.bin")
 
     def test_other_contents_are_named(self, tmp_path):
         torch.save([1, 2], tmp_path / "list.bin")
         with pytest.raises(UserError, match="expected a state dict, found list"):
-            open_source(tmp_path / "list.bin")
+            open_release_file(tmp_path / "list.bin")
         torch.save({"epoch": 3}, tmp_path / "dict.bin")
         with pytest.raises(UserError, match="the entry 'epoch' is a int"):
-            open_source(tmp_path / "dict.bin")
+            open_release_file(tmp_path / "dict.bin")
 
 
 class TestEma:
@@ -291,7 +293,7 @@ class TestEma:
 
     def test_base_completes_it(self, state, ema_file, student_mini_file, tmp_path):
         convert_file(ema_file, tmp_path / "out", base=student_mini_file)
-        stored = checkpoints.load_numpy(tmp_path / "out")
+        stored = load_numpy(tmp_path / "out")
         np.testing.assert_array_equal(
             stored["conv_norm_out.bias"], state["diff_model.conv_norm_out.bias"] + 1
         )
@@ -348,25 +350,25 @@ class TestDamagedFiles:
     def test_other_contents(self, name, content, message, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            open_source(tmp_path / name)
+            open_release_file(tmp_path / name)
 
     def test_missing_file_and_shard(self, tmp_path):
         with pytest.raises(UserError, match="no such file"):
-            open_source(tmp_path / "f.bin")
+            open_release_file(tmp_path / "f.bin")
         index = tmp_path / "m.safetensors.index.json"
         index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
         with pytest.raises(UserError, match=r"lists gone\.safetensors"):
-            open_source(index)
+            open_release_file(index)
         index.write_text("{}")
         with pytest.raises(UserError, match="not an index"):
-            open_source(index)
+            open_release_file(index)
 
 
 def test_a_failed_write_leaves_nothing(student_mini_file, tmp_path, monkeypatch):
     def fail(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.checkpoints.Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(UserError, match="cannot be written \\(No space left on device\\)"):
         convert_file(student_mini_file, tmp_path / "out")
     assert not list(tmp_path.iterdir())

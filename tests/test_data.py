@@ -3,18 +3,20 @@
 import json
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from synth import GOLDEN
 
-from moebius_jax.data.config import DataConfig, open_source
+from moebius_jax.data.augment import AugmentConfig, draw_sample
+from moebius_jax.data.config import DataConfig, open_dataset
+from moebius_jax.data.datasets import ImageDataset, SyntheticDataset
 from moebius_jax.data.latent_cache import CacheInfo, CacheWriter, LatentCache
 from moebius_jax.data.loader import Loader, LoaderConfig
 from moebius_jax.data.random_masks import PRESETS, mask_generator
 from moebius_jax.data.records import Record, read_records
-from moebius_jax.data.samples import AugmentConfig, draw_sample
-from moebius_jax.data.sources import ImageSource, SyntheticSource
+from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
 
 STATISTICS = json.loads((GOLDEN / "mask_statistics.json").read_text())
@@ -174,7 +176,7 @@ class TestSamples:
 class TestLoader:
     def batches(self, images, count=6, seed=5, warn=print, fraction=0.5, workers=0, **options):
         loader = Loader(
-            ImageSource(images, None, SMALL),
+            ImageDataset(images, None, SMALL),
             LoaderConfig(max_bad_fraction=fraction, workers=workers, threads=2),
             seed=seed,
             global_batch=4,
@@ -186,7 +188,7 @@ class TestLoader:
         return result
 
     def test_an_epoch_holds_every_image_once_and_the_next_another_order(self, images):
-        colours = np.concatenate([b["image"][:, 0, 0, 0] for b in self.batches(images)]).tolist()
+        colours = np.concatenate([b.samples.image[:, 0, 0, 0] for b in self.batches(images)]).tolist()
         first, second = colours[:12], colours[12:]
         assert sorted(first) == sorted(second) == [20 * i for i in range(12)]
         assert first != second
@@ -202,9 +204,9 @@ class TestLoader:
     def test_processes_share_the_same_batches(self, images):
         parts = [self.batches(images, process=p, processes=2) for p in (0, 1)]
         for whole, *pieces in zip(self.batches(images), *parts, strict=True):
-            order = np.argsort(np.concatenate([p["index"] for p in pieces]))
-            for name, value in whole.items():
-                np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces])[order], value)
+            order = np.argsort(np.concatenate([p.index for p in pieces]))
+            joined = jax.tree.map(lambda *leaves, order=order: np.concatenate(leaves)[order], *pieces)
+            jax.tree.map(np.testing.assert_array_equal, joined, whole)
 
     def test_bad_images_are_named_once_and_replaced(self, images):
         (images / "03.png").write_bytes(b"not a picture")
@@ -212,7 +214,7 @@ class TestLoader:
         batches = self.batches(images, count=12, warn=said.append)
         assert len(said) == 1
         assert "03.png" in said[0]
-        assert all(len(b["image"]) == 4 for b in batches)
+        assert all(len(b.samples.image) == 4 for b in batches)
 
     def test_too_many_bad_images_end_the_run(self, images):
         for i in range(3):
@@ -231,30 +233,28 @@ class TestLoader:
 
     def test_batches_that_cannot_be_shared(self):
         with pytest.raises(UserError, match="multiple of the 3 processes"):
-            Loader(SyntheticSource(8), LoaderConfig(), seed=0, global_batch=4, processes=3)
+            Loader(SyntheticDataset((8, 8, 4)), LoaderConfig(), seed=0, global_batch=4, processes=3)
 
 
 def same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        assert set(a) == set(b)
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 class TestLatentCache:
     @pytest.fixture
     def cache(self, tmp_path):
         info = CacheInfo(samples=3, side=4, vae="x", made_of={})
-        writer = CacheWriter(tmp_path, info)
+        writer = CacheWriter(tmp_path, info, LatentSample.blank((4, 4, 4)))
         rng = np.random.default_rng(0)
-        batch = {
-            "moments": rng.random((3, 4, 4, 8)),
-            "masked_moments": rng.random((3, 4, 4, 8)),
-            "hole": rng.random((3, 4, 4)) > 0.5,
-            "task": np.array([0, 1, 0]),
-        }
-        writer.add({k: v[:2] for k, v in batch.items()})
-        writer.add({k: v[2:] for k, v in batch.items()})
+        batch = LatentSample(
+            moments=rng.random((3, 4, 4, 8)),
+            masked_moments=rng.random((3, 4, 4, 8)),
+            hole=rng.random((3, 4, 4)) > 0.5,
+            task=np.array([0, 1, 0]),
+        )
+        writer.add(LatentSample(*(v[:2] for v in batch)))
+        writer.add(LatentSample(*(v[2:] for v in batch)))
         writer.close()
         return tmp_path, batch
 
@@ -263,20 +263,23 @@ class TestLatentCache:
         read = LatentCache(folder)
         assert len(read) == 3
         for i in range(3):
-            for name, value in batch.items():
-                np.testing.assert_array_equal(read[i][name], value[i].astype(read[i][name].dtype))
+            for ours, value in zip(read[i], batch, strict=True):
+                np.testing.assert_array_equal(ours, value[i].astype(ours.dtype))
 
     def test_workers_are_sent_the_folder_not_the_arrays(self, cache):
         read = LatentCache(cache[0])
         assert len(pickle.dumps(read)) < 500
-        np.testing.assert_array_equal(pickle.loads(pickle.dumps(read))[1]["hole"], read[1]["hole"])
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(read))[1].hole, read[1].hole)
 
     def test_of_another_size(self, cache):
         with pytest.raises(UserError, match="latents of side 4; the network is trained at 8"):
-            open_source(DataConfig(kind="latents", path=str(cache[0])), 8)
+            open_dataset(DataConfig(kind="latents", path=str(cache[0])), (8, 8, 4))
+        with pytest.raises(UserError, match="latents with 4 channels; the network's have 8"):
+            open_dataset(DataConfig(kind="latents", path=str(cache[0])), (4, 4, 8))
 
     def test_half_a_cache_is_none(self, tmp_path):
-        writer = CacheWriter(tmp_path, CacheInfo(samples=2, side=4, vae="x", made_of={}))
+        info = CacheInfo(samples=2, side=4, vae="x", made_of={})
+        writer = CacheWriter(tmp_path, info, LatentSample.blank((4, 4, 4)))
         with pytest.raises(ValueError, match="0 samples were added, 2 announced"):
             writer.close()
         with pytest.raises(UserError, match="not a folder of cached latents"):
@@ -290,4 +293,4 @@ class TestLatentCache:
 
 def test_no_data_is_said_so():
     with pytest.raises(UserError, match=r"pass data\.path=FOLDER"):
-        open_source(DataConfig(), 64)
+        open_dataset(DataConfig(), (64, 64, 4))

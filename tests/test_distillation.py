@@ -10,21 +10,19 @@ import synth
 from conftest import TINY_UNET, network_from_synth
 from flax import nnx
 
-from moebius_jax import UNetConfig, checkpoints
-from moebius_jax.conversion.names import expected_tensors
-from moebius_jax.distillation.balance import LossConfig
-from moebius_jax.distillation.gradients import (
-    Cut,
-    Inputs,
-    balanced_gradients,
-    mean_square,
-    teacher_coarse_index,
-)
-from moebius_jax.distillation.noising import add_noise, draw_timesteps, predicted_latents, sample_keys
-from moebius_jax.distillation.perceptual import PerceptualConfig, elatentlpips
-from moebius_jax.models import UNet
-from moebius_jax.models.functional import Bare, split_tensors
+from moebius_jax import UNetConfig
+from moebius_jax.diffusion.denoise import network_input
+from moebius_jax.diffusion.noising import Noised, draw_timesteps
+from moebius_jax.diffusion.schedule import add_noise
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.distillation.gradients import Cut, Inputs, balanced_gradients, teacher_bottleneck
+from moebius_jax.distillation.loss import Context, mean_square
+from moebius_jax.distillation.perceptual import Perceptual
+from moebius_jax.models import UNet, UNetOutput
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.training.inputs import step_keys
+from moebius_jax.weights.names import expected_tensors
+from moebius_jax.weights.tensors import Bare, network_tensors, split_tensors
 
 FORMS = ("release", "paper")
 GRADIENT = 1e-3  # allowed difference over the largest value, of gradients and whatever is made of them
@@ -46,7 +44,7 @@ def problem(vectors, student_mini, teacher_mini):
     timesteps = jnp.asarray(vectors["timesteps"])
     noisy = add_noise(latents, noise, timesteps)
     inputs = Inputs(
-        latents=jnp.concatenate([noisy, mask, masked], -1),
+        latents=network_input(noisy, mask, masked),
         timesteps=timesteps,
         input_ids=jnp.tile(jnp.arange(10), (2, 1)),
     )
@@ -60,39 +58,43 @@ def problem(vectors, student_mini, teacher_mini):
         student=Bare(student),
         tensors=split_tensors(student),
         metric=Bare(metric),
-        metric_tensors=checkpoints.network_tensors(metric),
-        sample=teacher.sample,
-        coarse=teacher.features[teacher_coarse_index(teacher_mini.config)],
+        metric_tensors=network_tensors(metric),
+        context=Context(
+            noised=Noised(noisy_latents=noisy, noise=noise, timesteps=timesteps),
+            hole=mask[..., 0] > 0,
+            teacher=teacher,
+            bottleneck=teacher.features[teacher_bottleneck(teacher_mini.config)],
+        ),
         inputs=inputs,
-        noise=noise,
-        noisy=noisy,
     )
+
+
+def balance_options(config, context):
+    """What `balanced_gradients` is told of a configuration."""
+    bound = [
+        {loss.name: lambda x, loss=loss: loss(x, context) for loss in losses}
+        for losses in (config.output_losses, config.bottleneck_losses)
+    ]
+    return {
+        "output_losses": bound[0],
+        "bottleneck_losses": bound[1],
+        "form": config.balance,
+        "scales": config.scales,
+    }
 
 
 def run(problem, config, **options):
     """Gradients, statistics and figures of one step; the metric's weights are arguments, not constants."""
-    perceptual = PerceptualConfig(augment=False)
 
     @jax.jit
     def step(params, statistics, metric_tensors):
-        t, noise = problem.inputs.timesteps, problem.noise
-        metric = problem.metric(metric_tensors)
-        clean = predicted_latents(problem.noisy, noise, t)
-        losses = {
-            "task": lambda e: mean_square(e, noise),
-            "fine": lambda e: mean_square(e, problem.sample),
-            "perceptual": lambda e: elatentlpips(
-                metric, predicted_latents(problem.noisy, e, t), clean, perceptual
-            ).mean(),
-        }
+        context = problem.context.replace(network=problem.metric(metric_tensors))
         return balanced_gradients(
             problem.student,
             params,
             statistics,
             problem.inputs,
-            config,
-            output_losses=losses,
-            coarse_target=problem.coarse,
+            **balance_options(config, context),
             **options,
         )
 
@@ -106,7 +108,8 @@ def form(request):
 
 @pytest.fixture(scope="module")
 def step(form, problem):
-    return run(problem, LossConfig(balance=form), all_norms=True)
+    config = LossConfig(balance=form, perceptual=Perceptual(augment=False))
+    return run(problem, config, all_norms=True)
 
 
 class TestGoldenStep:
@@ -158,23 +161,17 @@ class SmallProblem:
         )
         self.noise, self.sample = draw[0][..., 9:], draw[1][..., :4]
         self.coarse = jnp.asarray(synth.inputs("small.coarse", (2, 4, 4, 64)))
-
-    def losses(self):
-        return {
-            "task": lambda e: mean_square(e, self.noise),
-            "fine": lambda e: mean_square(e, self.sample),
-        }
+        self.context = Context(
+            noised=Noised(noisy_latents=self.noise, noise=self.noise, timesteps=self.inputs.timesteps),
+            hole=jnp.ones((2, 8, 8), bool),
+            teacher=UNetOutput(sample=self.sample, features=()),
+            bottleneck=self.coarse,
+        )
 
     def step(self, config):
         def step(params, statistics):
             return balanced_gradients(
-                self.student,
-                params,
-                statistics,
-                self.inputs,
-                config,
-                output_losses=self.losses(),
-                coarse_target=self.coarse,
+                self.student, params, statistics, self.inputs, **balance_options(config, self.context)
             )
 
         return jax.jit(step)
@@ -225,15 +222,16 @@ def test_gradients_are_those_of_the_total(small):
 def test_subsets_of_the_terms(small, terms, balance):
     config = LossConfig(terms=terms, balance=balance)
     gradients, _, balanced = small.step(config)(*small.tensors)
+    output = [loss.name for loss in config.output_losses]
     expected = sum(
-        config.scale(t) * balanced.losses[t] * balanced.weights[t] for t in config.output_terms
+        config.scales[t] * balanced.losses[t] * balanced.weights[t] for t in output
     ) * balanced.weights.get("cross", 1.0)
     if "coarse" in terms:
-        expected += config.scale("coarse") * balanced.losses["coarse"]
+        expected += config.scales["coarse"] * balanced.losses["coarse"]
     assert balanced.losses["total"] == pytest.approx(float(expected), rel=1e-5)
     assert set(balanced.losses) == {*terms, "total"}
     reaches_head = float(jnp.abs(gradients["conv_out.pointwise.kernel"]).max()) > 0
-    assert reaches_head == bool(config.output_terms)
+    assert reaches_head == bool(output)
     if terms == ("task",):
         assert balanced.weights == {"task": 1.0}
 
@@ -257,12 +255,16 @@ def test_the_cut_costs_no_extra_pass(small):
         ({"terms": ("task", "tusk")}, "expected some of coarse"),
         ({"terms": ("task", "task")}, "each once"),
         ({"balance": "papers"}, "expected one of paper"),
-        ({"fine_scale": 0.0}, "fine_scale is 0.0"),
     ],
 )
 def test_wrong_loss_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**changes)
+
+
+def test_a_scale_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"scale is 0\.0; expected a number above 0"):
+        Perceptual(scale=0.0)
 
 
 def test_students_without_a_place_for_the_coarse_norm_are_refused():
@@ -271,7 +273,7 @@ def test_students_without_a_place_for_the_coarse_norm_are_refused():
 
 
 def test_timesteps_are_drawn_as_released():
-    keys = sample_keys(jax.random.key(0), jnp.int32(3), jnp.arange(20_000))
+    keys = step_keys(0, jnp.int32(3), jnp.arange(20_000))
     logit = np.asarray(draw_timesteps(keys, "logit_normal"))
     assert logit.min() >= 0
     assert logit.max() < 1000
@@ -282,9 +284,9 @@ def test_timesteps_are_drawn_as_released():
 
 
 def test_a_samples_draws_do_not_depend_on_its_neighbours():
-    key, step = jax.random.key(1), jnp.int32(7)
-    together = draw_timesteps(sample_keys(key, step, jnp.arange(8)), "uniform")
-    alone = draw_timesteps(sample_keys(key, step, jnp.array([5])), "uniform")
+    step = jnp.int32(7)
+    together = draw_timesteps(step_keys(1, step, jnp.arange(8)), "uniform")
+    alone = draw_timesteps(step_keys(1, step, jnp.array([5])), "uniform")
     assert together[5] == alone[0]
-    later = draw_timesteps(sample_keys(key, step + 1, jnp.arange(8)), "uniform")
+    later = draw_timesteps(step_keys(1, step + 1, jnp.arange(8)), "uniform")
     assert not np.array_equal(together, later)

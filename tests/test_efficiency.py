@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY_UNET
 
-from moebius_jax.checkpoints import count_parameters
-from moebius_jax.cli.profile import main
-from moebius_jax.evaluation.efficiency import NETWORKS, measure, multiply_adds
-from moebius_jax.evaluation.multiply_adds import count
+from benchmarks.efficiency import NETWORKS, measure, multiply_adds
+from benchmarks.multiply_adds import count
+from benchmarks.profile import main
 from moebius_jax.evaluation.published import COSTS
+from moebius_jax.weights.tensors import count_parameters
 
 
 def shape(*dims):

@@ -7,7 +7,7 @@ import synth
 from conftest import network_from_synth
 
 from moebius_jax.distillation.blitting import Draws, inverse_map, transform
-from moebius_jax.distillation.perceptual import PerceptualConfig, elatentlpips
+from moebius_jax.distillation.perceptual import Perceptual
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -34,10 +34,10 @@ def test_value_and_gradient():
     network = network_from_synth("elatentlpips_sdxl")
     a, b = golden_inputs()
     for rescale in (False, True):
-        config = PerceptualConfig(rescale_inputs=rescale, augment=False)
-        value = elatentlpips(network, a, b, config)
+        loss = Perceptual(rescale_inputs=rescale, augment=False)
+        value = loss.distance(network, a, b)
         assert synth.relative_error(value, vectors[f"value_normalize_{rescale}"].ravel()) < 1e-4
-    gradient = jax.grad(lambda a: elatentlpips(network, a, b, config).mean())(a)
+    gradient = jax.grad(lambda a: loss.distance(network, a, b).mean())(a)
     for mine, theirs in ((gradient, vectors["grad_normalize_True"]),):
         assert synth.relative_error(mine, synth.nhwc(theirs)) < 1e-3
 
@@ -61,5 +61,4 @@ def test_transform():
     vectors = synth.golden("elatentlpips")
     inverse = inverse_map(golden_draws(vectors), 64)
     for ours, theirs in zip(golden_inputs(), ("aug_a", "aug_b"), strict=True):
-        print(synth.relative_error(transform(ours, inverse), synth.nhwc(vectors[theirs])))
         assert synth.relative_error(transform(ours, inverse), synth.nhwc(vectors[theirs])) < 5e-5

@@ -20,15 +20,15 @@ from PIL import Image
 from scipy import ndimage
 from test_metrics import pictures
 
-from moebius_jax import MoebiusInpaintPipeline, UserError, checkpoints
-from moebius_jax.cli import benchmark
+from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.cli.evaluate import main
 from moebius_jax.cli.masks import main as draw_masks
-from moebius_jax.evaluation import generate
+from moebius_jax.evaluation import paint, run
 from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.files import partial_of
+from moebius_jax.weights.tensors import digest
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # come with scikit-image
@@ -60,7 +60,7 @@ def loaded(tiny_folder):
 @pytest.fixture
 def evaluate(images, loaded, tiny_folder, tmp_path, capsys, monkeypatch):
     """Runs evaluate.py on the tiny pipeline; returns status, stdout and stderr."""
-    monkeypatch.setattr("moebius_jax.cli.benchmark.load_pipeline", lambda *_: loaded)
+    monkeypatch.setattr("moebius_jax.cli.evaluate.load_pipeline", lambda *_: loaded)
 
     def run(*arguments, protocol="custom", output="out", quick=QUICK):
         common = ("--images", images, "--model", tiny_folder, "--size", SIZE, "--output", tmp_path / output)
@@ -117,8 +117,8 @@ class TestBenchmark:
         assert sum(row["count"] for row in document["runs"][0]["bins"]) == 5
         # All it takes to repeat it.
         sources = document["sources"]
-        assert sources["model"]["unet_sha256"] == checkpoints.digest(tiny_pipeline.unet)
-        assert sources["model"]["vae_sha256"] == checkpoints.digest(tiny_pipeline.vae)
+        assert sources["model"]["unet_sha256"] == digest(tiny_pipeline.unet)
+        assert sources["model"]["vae_sha256"] == digest(tiny_pipeline.vae)
         assert sources["masks"]["sha256"] == sources["masks"]["set_sha256"]
         assert sources["masks"]["set_kind"] == "mat_large"
         assert sources["images"]["count"] == 5
@@ -505,7 +505,7 @@ class TestBenchmarkErrors:
             (images / "c.png").rename(tmp_path / "c.png")
             return painting(*arguments, **options)
 
-        monkeypatch.setattr(benchmark, "generate", lose_one)
+        monkeypatch.setattr(run, "paint", lose_one)
         status, _, err = evaluate()
         assert status == 1
         assert "1 not done:" in err
@@ -522,7 +522,7 @@ class TestBenchmarkErrors:
             written.append(path)
             raise UserError(f"{path}: cannot be written (No space left on device)")
 
-        monkeypatch.setattr(generate, "write_image", write)
+        monkeypatch.setattr(paint, "write_image", write)
         self.one_line(evaluate("--batch-size", 1), "cannot be written (No space left on device)")
         assert len(written) == 1
 
@@ -544,12 +544,12 @@ class TestBenchmarkErrors:
 
         def be_second(*arguments, **options):
             monkeypatch.undo()
-            monkeypatch.setattr("moebius_jax.cli.benchmark.load_pipeline", first_pipeline)
+            monkeypatch.setattr("moebius_jax.cli.evaluate.load_pipeline", first_pipeline)
             assert evaluate("--sample-only")[0] == 0
             return painting(*arguments, **options)
 
         first_pipeline = benchmark.load_pipeline
-        monkeypatch.setattr(benchmark, "generate", be_second)
+        monkeypatch.setattr(run, "paint", be_second)
         status, _, err = evaluate("--seed", 1)
         assert status == 1
         assert "holds results with seed 0, asked for is 1" in err
@@ -731,7 +731,7 @@ def test_without_its_extra_it_says_what_to_install(evaluate, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else name)
     status, _, err = evaluate()
     assert status == 1
-    assert 'sklearn missing; install the evaluation extra: pip install -e ".[eval]"' in err
+    assert 'sklearn missing; install the eval extra: pip install "moebius-jax[eval]"' in err
 
 
 def test_help_teaches(capsys):

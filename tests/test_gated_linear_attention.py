@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import synth
 
-from moebius_jax.models.gated_linear_attention import gated_linear_attention
+from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
 
 
 def recurrence(q, key, val, log_decay):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
-FETCH = "from moebius_jax.conversion import hub; print(hub.fetch({!r}, {!r}))"
+FETCH = "from moebius_jax.weights import hub; print(hub.fetch({!r}, {!r}))"
 
 
 def run(code_or_args, home, endpoint, **changes):

@@ -8,9 +8,9 @@ from PIL import Image
 
 from moebius_jax import UserError
 from moebius_jax.cli.masks import main
-from moebius_jax.evaluation import mask_sets
+from moebius_jax.evaluation import masks
 from moebius_jax.evaluation.cases import list_pictures
-from moebius_jax.evaluation.mask_sets import (
+from moebius_jax.evaluation.masks import (
     KINDS,
     MaskSpec,
     hole_digest,
@@ -88,7 +88,7 @@ def test_hash_notices_names_and_pixels():
     ],
 )
 def test_tool_names_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(mask_sets, "_ATTEMPTS", 100)
+    monkeypatch.setattr(masks, "_ATTEMPTS", 100)
     assert main([*arguments, "--output", str(tmp_path / "set")]) == 1
     error = capsys.readouterr().err
     assert message in error

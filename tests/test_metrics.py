@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from moebius_jax import checkpoints
-from moebius_jax.conversion import verify_folder
-from moebius_jax.evaluation import pixels
 from moebius_jax.evaluation.cases import Case
-from moebius_jax.evaluation.distributions import frechet_distance, inception_discriminative_scores
-from moebius_jax.evaluation.hole_means import hole_share
-from moebius_jax.evaluation.inception_features import InceptionFeatures
-from moebius_jax.evaluation.lpips import LPIPS, load_weights
-from moebius_jax.evaluation.scoring import METRICS, Scorer, Scores
-from moebius_jax.sampling.sampler import data_mesh
+from moebius_jax.evaluation.metrics import pixels
+from moebius_jax.evaluation.metrics.distributions import frechet_distance, inception_discriminative_scores
+from moebius_jax.evaluation.metrics.hole_means import hole_share
+from moebius_jax.evaluation.metrics.inception_features import InceptionFeatures
+from moebius_jax.evaluation.metrics.lpips import LPIPS, load_weights
+from moebius_jax.evaluation.metrics.scorer import Scorer
+from moebius_jax.evaluation.metrics.scores import METRICS, Scores
+from moebius_jax.sharding import make_mesh
+from moebius_jax.weights import verify_folder
+from moebius_jax.weights.load import load_inception
 
 SIZE = 96
 
@@ -51,12 +52,12 @@ def some_holes(n, size=SIZE):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return data_mesh(jax.devices()[:1])
+    return make_mesh(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def features(inception_folder, mesh):
-    return InceptionFeatures(checkpoints.load_inception(inception_folder / "converted"), mesh)
+    return InceptionFeatures(load_inception(inception_folder / "converted"), mesh)
 
 
 class TestInception:
@@ -85,9 +86,9 @@ class TestInception:
         assert np.abs(hole[2] - whole[2]).max() > 1e-2
 
     def test_sharded_is_unsharded(self, inception_folder, features):
-        network = checkpoints.load_inception(inception_folder / "converted")
+        network = load_inception(inception_folder / "converted")
         images, holes = pictures(8), some_holes(8)
-        sharded = InceptionFeatures(network, data_mesh())(images, holes)
+        sharded = InceptionFeatures(network, make_mesh(jax.local_devices()))(images, holes)
         for a, b in zip(sharded, features(images, holes), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -250,7 +251,7 @@ def score(inception_folder, mesh, tmp_path_factory):
     scorer = Scorer(
         METRICS,
         mesh,
-        inception=checkpoints.load_inception(inception_folder / "converted"),
+        inception=load_inception(inception_folder / "converted"),
         batch_size=4,
     )
     images, holes = pictures(6), some_holes(6)
@@ -306,7 +307,7 @@ class TestProperties:
     def test_remembered_originals_change_nothing(self, score, inception_folder, mesh, monkeypatch):
         run, images = score
         first = run(blurred(images, 1)).summary(("fid",), enough=2)
-        network = checkpoints.load_inception(inception_folder / "converted")
+        network = load_inception(inception_folder / "converted")
         scorer = Scorer(("fid",), mesh, inception=network, batch_size=4, keep_truths=True)
         calls = []
         features = scorer._inception

@@ -10,8 +10,8 @@ import pytest
 import synth
 from flax import nnx
 
-from moebius_jax.conversion.names import expected_tensors
-from moebius_jax.models.position_lambda import conv3d
+from moebius_jax.models.mixers.position_term import conv3d
+from moebius_jax.weights.names import expected_tensors
 
 TOLERANCE = 3e-5
 

@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 
 from moebius_jax import UNetConfig
+from moebius_jax.distillation.config import LossConfig
 from moebius_jax.errors import UserError
-from moebius_jax.training.launch import load_config
-from moebius_jax.training.networks import load_teacher
+from moebius_jax.models.table2 import TABLE_2
+from moebius_jax.sharding import make_mesh
+from moebius_jax.training.config_file import load_config
+from moebius_jax.training.networks import load_frozen
 from moebius_jax.training.overrides import apply_overrides, describe
-from moebius_jax.training.sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def load(name, *overrides):
-    return load_config(CONFIGS / f"{name}.py", overrides)
+    file, _, row = name.partition(":")
+    return load_config(f"{CONFIGS / file}.py" + (f":{row}" if row else ""), overrides)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,10 @@ def load(name, *overrides):
         ("optimizer.decay_at=0.5,0.9", "optimizer.decay_at", [0.5, 0.9]),
         ("optimizer.clip_norm=none", "optimizer.clip_norm", None),
         ("loss.balance=release", "loss.balance", "release"),
-        ("perceptual.augment=no", "perceptual.augment", False),
+        ("loss.perceptual.augment=no", "loss.perceptual.augment", False),
+        ("perceptual.augment=no", "loss.perceptual.augment", False),  # as it was called before
+        ("metric=some/folder", "loss.perceptual.network", "some/folder"),  # likewise
+        ("loss.fine_scale=2", "loss.fine.scale", 2.0),  # likewise
         ("teacher=some/folder", "teacher", "some/folder"),
         ("data.augment.masks=mat_large,mat_small", "data.augment.masks", ["mat_large", "mat_small"]),
         ("student.remat=true", "student.remat", True),
@@ -45,9 +51,17 @@ def test_values(override, key, expected):
         ("optimizer.learning_rat=3", r"did you mean optimizer\.learning_rate\?"),
         ("optimiser.learning_rate=3", "'optimiser' is no group"),
         ("batch_size=many", "batch_size: 'many' is not a whole number"),
-        ("perceptual.augment=perhaps", "is not true or false"),
+        ("loss.perceptual.augment=perhaps", "is not true or false"),
         ("loss.balance=papers", "is not one of paper, release, static"),
-        ("loss.terms=task,tusk", "a list of one of"),
+        ("loss.terms=task,tusk", r"^loss\.terms is .*tusk.*; expected some of coarse, fine"),
+        ("log.grid_every=-1", r"^log\.grid_every is -1; expected 0 or more"),
+        ("optimizer.learning_rate=0", r"^optimizer\.learning_rate is 0\.0; expected a number above 0"),
+        ("data.augment.flip=2", r"^data\.augment\.flip is 2\.0; expected a probability"),
+        ("data.loader.threads=0", r"^data\.loader\.threads is 0; expected 1 or more"),
+        ("loss.task.scale=0", r"^loss\.task\.scale is 0\.0"),
+        ("student.context_length=11", r"^student\.vocab_size is 20; two categories of context_length 11"),
+        ("student.in_channels=8", r"^student\.in_channels is 8"),
+        ("data.kind=films", r"^data\.kind is 'films'; expected one of images, latents, synthetic"),
         ("optimizer=adam", "is a group; set one of its fields"),
         ("batch_size=0", "batch_size is 0; expected 1 or more"),
         ("accumulation=3", "multiple of accumulation = 3"),
@@ -73,16 +87,41 @@ def test_a_group_and_its_field_cannot_both_be_set():
 
 def test_fields_that_depend_on_each_other_change_together():
     config = load("debug", "metric=none", "loss.terms=coarse,fine,task")
-    assert config.metric is None
+    assert config.loss.perceptual.network is None
     with pytest.raises(UserError, match="E-LatentLPIPS"):
         apply_overrides(config, ["loss.terms=perceptual"])
 
 
-def test_every_configuration_loads():
-    names = sorted(p.stem for p in CONFIGS.glob("*.py"))
-    assert len(names) >= 27
-    for name in names:
-        assert load(name).steps > 0, name
+@pytest.mark.parametrize(
+    "name",
+    [p.stem for p in sorted(CONFIGS.glob("*.py"))]
+    + [f"table2:{n}" for n in TABLE_2]
+    + [f"table5:{n}" for n in (1, 2, 3, 4)],
+)
+def test_every_configuration_loads(name):
+    assert load(name).steps > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table2:16", r"table2\.py:16: ValueError: experiment is 16; Table 2 has rows 1 to 15"),
+        ("table2:one", r"table2\.py:one: ValueError: row is 'one'; expected a number"),
+        ("table5:5", r"table5\.py:5: ValueError: row is '5'; Table 5 has rows 1 to 4"),
+        ("debug:3", r"debug\.py:3: TypeError"),
+    ],
+)
+def test_errors_name_the_row(name, message):
+    with pytest.raises(UserError, match=message):
+        load(name)
+
+
+def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("table2:9", "table2.py:9", "configs/table2.py:9"):
+        assert load_config(name, []).student == UNetConfig.student(remat=True)
+    with pytest.raises(UserError, match=r"nowhere: no such configuration; there are debug\.py, distill\.py"):
+        load_config("nowhere", [])
 
 
 def test_configurations_are_the_papers():
@@ -98,19 +137,20 @@ def test_configurations_are_the_papers():
         (44, 60_000),
         (88, 117_000),
     ]
-    assert load("table5_row2").loss.terms == ("coarse", "fine")
-    nine, ten = load("table2_exp09"), load("table2_exp10")
+    assert load("table5:2").loss.terms == ("coarse", "fine")
+    nine, ten = load("table2:9"), load("table2:10")
     assert nine.student == ten.student == UNetConfig.student(remat=True)
     assert nine.loss == paper.loss
     assert ten.loss.terms == ("task",)
-    assert load("table2_exp05").student.self_mixer == "gla"
+    assert load("table2:5").student.self_mixer == "gla"
 
 
-@pytest.mark.parametrize("name", ["distill", "debug", "table2_exp11"])
+@pytest.mark.parametrize("name", ["distill", "debug", "table2:11"])
 def test_the_published_teacher_fits_every_student(name):
     config = load(name)
     teacher = config.teacher if isinstance(config.teacher, UNetConfig) else UNetConfig.teacher()
-    assert load_teacher(config.replace(teacher=teacher), make_mesh(1), abstract=True)
+    config = config.replace(teacher=teacher, loss=LossConfig(terms=("coarse", "fine", "task")))
+    assert load_frozen(config, make_mesh(), abstract=True)
 
 
 @pytest.mark.parametrize(

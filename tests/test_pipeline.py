@@ -11,7 +11,7 @@ from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.imaging import masks
-from moebius_jax.sampling.sampler import data_mesh
+from moebius_jax.sharding import make_mesh
 
 STEPS = {"num_inference_steps": 2, "output_type": "np"}
 
@@ -121,7 +121,7 @@ class TestBatches:
     def test_sharded_over_eight_devices(self, tiny_pipeline, photo, mask):
         images = [np.roll(photo, i, 1) for i in range(3)]
         wide = MoebiusInpaintPipeline(
-            tiny_pipeline.unet, tiny_pipeline.vae, mesh=data_mesh(jax.devices("cpu"))
+            tiny_pipeline.unet, tiny_pipeline.vae, mesh=make_mesh(jax.devices("cpu"))
         )
         for a, b in zip(
             wide(images, mask, **STEPS).images, tiny_pipeline(images, mask, **STEPS).images, strict=True
@@ -131,7 +131,7 @@ class TestBatches:
 
 @pytest.fixture(scope="module")
 def pipe(student_mini, vae_mini):
-    return MoebiusInpaintPipeline(student_mini, vae_mini, mesh=data_mesh(jax.devices()[:1]))
+    return MoebiusInpaintPipeline(student_mini, vae_mini, mesh=make_mesh(jax.devices()[:1]))
 
 
 class TestRelease:
@@ -244,7 +244,7 @@ class TestArguments:
 
 class TestLoading:
     def test_saved_and_loaded_is_the_same(self, tiny_pipeline, tiny_folder, photo, mask):
-        loaded = MoebiusInpaintPipeline.from_pretrained(tiny_folder, mesh=data_mesh(jax.devices()[:1]))
+        loaded = MoebiusInpaintPipeline.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))
         np.testing.assert_array_equal(
             loaded(photo, mask, **STEPS).images[0], tiny_pipeline(photo, mask, **STEPS).images[0]
         )
@@ -280,7 +280,7 @@ class TestLoading:
 
     def test_half_precision_runs(self, tiny_folder, photo, mask):
         pipe = MoebiusInpaintPipeline.from_pretrained(
-            tiny_folder, dtype=jax.numpy.bfloat16, mesh=data_mesh(jax.devices()[:1])
+            tiny_folder, dtype=jax.numpy.bfloat16, mesh=make_mesh(jax.devices()[:1])
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -9,7 +9,7 @@ import pytest
 import synth
 
 from moebius_jax.models.config import PositionOrder
-from moebius_jax.models.position_lambda import choose_order, position_term
+from moebius_jax.models.mixers.position_term import choose_order, position_term
 
 ORDERS = [order for order in get_args(PositionOrder) if order != "auto"]
 # A map wider than the window, one smaller than it, one that is not square.

@@ -12,7 +12,7 @@ import sys, jax
 from pathlib import Path
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 from moebius_jax import load_unet
-from moebius_jax.conversion import hub
+from moebius_jax.weights import hub
 hub._download = lambda *_: Path({source!r})  # as if it had been downloaded
 folder = hub.fetch("a/b", "student", Path({cache!r}))
 print(float(load_unet(folder).conv_norm_out.scale[...].sum()))

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 from test_metrics import blurred, pictures, some_holes
 
-from moebius_jax.evaluation.report import (
-    Run,
-    build_document,
-    finite,
-    render_csv,
-    render_html,
-    render_markdown,
-)
-from moebius_jax.evaluation.report.html import pick_cases, ranking_metric
-from moebius_jax.evaluation.scoring import Scores
+from moebius_jax.evaluation.metrics.scores import Scores
+from moebius_jax.evaluation.report.document import Run, build_document, finite
+from moebius_jax.evaluation.report.html import pick_cases, ranking_metric, render_html
+from moebius_jax.evaluation.report.markdown import render_markdown
+from moebius_jax.evaluation.report.table import render_csv
 
 N = 15
 METRICS = ("fid", "lpips", "psnr", "l1")

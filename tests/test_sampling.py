@@ -8,21 +8,21 @@ import synth
 from flax import nnx
 
 from moebius_jax import UserError
-from moebius_jax.inpaint import InpaintOptions, Item, inpaint_stream
-from moebius_jax.models import inference_copy
-from moebius_jax.sampling.denoise import (
+from moebius_jax.diffusion.denoise import (
     denoise,
-    draw_noise,
     guided_noise,
-    image_keys,
     inpaint_latents,
     single_step,
     start_latents,
     unet_predict,
 )
-from moebius_jax.sampling.latents import decode, encode
-from moebius_jax.sampling.sampler import Sampler, SamplingOptions, data_mesh
-from moebius_jax.sampling.schedulers import solver_steps
+from moebius_jax.diffusion.draws import draw_noise, sample_keys
+from moebius_jax.diffusion.solvers import solver_steps
+from moebius_jax.inpaint.latents import decode, encode
+from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
+from moebius_jax.models import inference_copy
+from moebius_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,12 @@ def test_scan_is_the_steps(run, student_mini):
 def toy_predict(calls):
     """A network whose noise depends on everything it is given; notes the batch it was called with."""
 
-    def predict(model_input, _, input_ids):
-        calls.append(model_input.shape[0])
-        mean_id = input_ids.mean(-1)[:, None, None, None]
-        return jnp.tanh(model_input[..., :4] + model_input[..., 5:]) * model_input[..., 4:5] + 0.01 * mean_id
+    def predict(inputs, _, categories):
+        calls.append(inputs.shape[0])
+        return (
+            jnp.tanh(inputs[..., :4] + inputs[..., 5:]) * inputs[..., 4:5]
+            + 0.1 * categories[:, None, None, None]
+        )
 
     return predict
 
@@ -103,7 +105,7 @@ class TestGuidance:
         conditional, unconditional = self.noise(1, True, calls), self.noise(0, True, calls)
         expected = unconditional + 2.5 * (conditional - unconditional)
         np.testing.assert_allclose(self.noise(2.5, True, calls), expected, atol=1e-5)
-        # ids 0..9 are the condition, 10..19 are not: their means differ by 10.
+        # Background (0) is the condition, foreground (1) is not.
         np.testing.assert_allclose(unconditional - conditional, 0.1, atol=1e-5)
 
     def test_scale_one_takes_one_pass(self):
@@ -115,15 +117,15 @@ class TestGuidance:
 
 
 def test_keys_depend_on_own_numbers_only():
-    keys = image_keys(jnp.array([[7, 3, 0], [7, 4, 0], [8, 3, 0], [7, 3, 1]], jnp.uint32))
-    alone = image_keys(jnp.array([[8, 3, 0]], jnp.uint32))
+    keys = sample_keys(jnp.array([[7, 3, 0], [7, 4, 0], [8, 3, 0], [7, 3, 1]], jnp.uint32))
+    alone = sample_keys(jnp.array([[8, 3, 0]], jnp.uint32))
     noise = draw_noise(keys, (8, 8, 4), jnp.float32(0.0357))
     np.testing.assert_array_equal(noise[2], draw_noise(alone, (8, 8, 4), jnp.float32(0.0357))[0])
     assert len(np.unique(np.asarray(noise[:, 0, 0, 0]))) == 4
 
 
 def test_noise_offset_moves_whole_channels():
-    keys = image_keys(jnp.arange(30, dtype=jnp.uint32).reshape(10, 3))
+    keys = sample_keys(jnp.arange(30, dtype=jnp.uint32).reshape(10, 3))
     plain, offset = (draw_noise(keys, (16, 16, 4), jnp.float32(x)) for x in (0.0, 2.0))
     moved = np.asarray(offset - plain)
     assert np.ptp(moved, axis=(1, 2)).max() < 1e-5
@@ -216,7 +218,7 @@ def test_sharded_is_unsharded(tiny_pipeline):
     images, holes, seeds = batch(8)
     options = SamplingOptions(num_inference_steps=3)
     one = np.asarray(tiny_pipeline.sampler(images, holes, seeds, options)[0]).astype(int)
-    sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, data_mesh(jax.devices("cpu")))
+    sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, make_mesh(jax.devices("cpu")))
     assert sampler.batch_size(3) == 8
     result, _ = sampler(images, holes, seeds, options)
     assert [shard.data.shape[0] for shard in result.addressable_shards] == [1] * 8

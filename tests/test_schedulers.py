@@ -6,8 +6,9 @@ import pytest
 import synth
 
 from moebius_jax import UserError
-from moebius_jax.sampling.denoise import denoise, solver_step, start_latents
-from moebius_jax.sampling.schedulers import alphas_cumprod, solver_steps, timesteps
+from moebius_jax.diffusion.denoise import denoise, solver_step, start_latents
+from moebius_jax.diffusion.schedule import alphas_cumprod
+from moebius_jax.diffusion.solvers import solver_steps, timesteps
 
 SHAPE = (2, 4, 8, 8)
 SPREAD = 1.0  # of the data; scaled latents have about this

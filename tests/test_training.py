@@ -9,44 +9,40 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from moebius_jax import checkpoints, save_unet
-from moebius_jax.data.loader import Loader
-from moebius_jax.data.sources import SyntheticSource
+from moebius_jax import save_unet
+from moebius_jax.data.datasets import SyntheticDataset
 from moebius_jax.errors import UserError
 from moebius_jax.models import ELatentLPIPS, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
-from moebius_jax.training.encode import latent_batch, to_devices
-from moebius_jax.training.networks import load_initial_tensors, load_metric, load_teacher
-from moebius_jax.training.program import Program
-from moebius_jax.training.sharding import check_batch, make_mesh, tensor_sharding
-from moebius_jax.training.step import first_bad_term
+from moebius_jax.sharding import make_mesh, tensor_sharding
+from moebius_jax.training.batches import abstract_batch, check_batch, to_devices
+from moebius_jax.training.loading import first_batches
+from moebius_jax.training.metrics import first_bad_metric
+from moebius_jax.training.networks import load_frozen, load_initial_tensors
+from moebius_jax.training.optimizer import run_optimizer
+from moebius_jax.training.state import abstract_state, initial_state
+from moebius_jax.weights.load import save_network
+from train import make_update
 
 
 def first_batch(config):
-    loader = Loader(
-        SyntheticSource(config.student.latent_size),
-        config.data.loader,
-        seed=config.seed,
-        global_batch=config.batch_size,
-    )
-    return next(loader)
+    dataset = SyntheticDataset(config.student.latent_shape)
+    return next(first_batches(config, dataset, seed=config.seed, size=config.batch_size, count=1))
 
 
 def one_step(config, devices, batch=None):
     """New state and figures after a step on a mesh of these devices."""
-    mesh = make_mesh(config.fsdp, devices)
-    program = Program(
-        config,
-        mesh,
-        teacher=load_teacher(config, mesh, abstract=False),
-        metric=load_metric(config, mesh, abstract=False),
-    )
-    state = program.initial_state()
+    mesh = make_mesh(devices, fsdp=config.fsdp)
+    networks = load_frozen(config, mesh)
+    frozen = {name: network.tensors for name, network in networks.items()}
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    state = initial_state(config, mesh, optimizer)
     places = {name: value.sharding.spec for name, value in state.params.items()}
-    arrays = latent_batch(to_devices(batch or first_batch(config), mesh), None)
-    state, metrics = program.compile(state)(state, program.frozen, arrays)
+    update = make_update(config, mesh, networks, optimizer)
+    update = update.lower(state, frozen, abstract_batch(config, mesh)).compile()
+    state, metrics = update(state, frozen, to_devices(batch or first_batch(config), mesh))
     return state, {name: float(value) for name, value in metrics.items()}, places
 
 
@@ -80,12 +76,12 @@ def test_sharded_is_unsharded(fsdp, alone):
 
 def test_optimizer_state_lies_as_its_parameters():
     config = tiny_run.get_config().replace(fsdp=8)
-    mesh = make_mesh(8)
-    program = Program(config, mesh, teacher=None, metric=None)
-    leaves = jax.tree.leaves(program.abstract_state)
-    for leaf in leaves:
+    mesh = make_mesh(fsdp=8)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    state = abstract_state(config, mesh, optimizer)
+    for leaf in jax.tree.leaves(state):
         assert leaf.sharding == tensor_sharding(mesh, leaf.shape)
-    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(program.abstract_state)]
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert any("trace" in n for n in names)
     assert any(".ema" in n for n in names)
 
@@ -96,7 +92,7 @@ def test_accumulation_of_equal_parts_is_one_part():
         loss=dataclasses.replace(tiny_run.get_config().loss, terms=("task",))
     )
     half = first_batch(config)
-    twice = {name: np.repeat(value, 2, axis=0) for name, value in half.items()}
+    twice = jax.tree.map(lambda value: np.repeat(value, 2, axis=0), half)
     devices = jax.devices()[:2]
     _, expected, _ = one_step(config, devices, half)
     state, metrics, _ = one_step(config.replace(batch_size=16, accumulation=2), devices, twice)
@@ -129,26 +125,26 @@ def _with_groups(layer, groups):
 
 def test_a_bad_term_is_named():
     good = {"loss_task": jnp.float32(1), "loss": jnp.float32(2), "gradient_norm": jnp.float32(1)}
-    assert first_bad_term(good) is None
+    assert first_bad_metric(good) is None
     assert (
-        first_bad_term({**good, "loss_task": jnp.float32(jnp.nan), "loss": jnp.float32(jnp.nan)})
+        first_bad_metric({**good, "loss_task": jnp.float32(jnp.nan), "loss": jnp.float32(jnp.nan)})
         == "loss_task"
     )
-    assert first_bad_term({**good, "gradient_norm": jnp.float32(jnp.inf)}) == "gradient_norm"
+    assert first_bad_metric({**good, "gradient_norm": jnp.float32(jnp.inf)}) == "gradient_norm"
 
 
 def test_meshes_and_batches_that_do_not_fit():
     with pytest.raises(UserError, match="divisor of the 8 devices"):
-        make_mesh(3)
+        make_mesh(fsdp=3)
     with pytest.raises(UserError, match="multiple of the 8 devices"):
-        check_batch(24, 2, make_mesh(1))
+        check_batch(tiny_run.get_config().replace(batch_size=24, accumulation=2), make_mesh())
 
 
 def test_teachers_that_do_not_fit_are_refused():
     config = tiny_run.get_config()
     wrong = config.teacher.replace(channels=(64, 32))
     with pytest.raises(UserError, match="do not fit"):
-        load_teacher(config.replace(teacher=wrong), make_mesh(1), abstract=True)
+        load_frozen(config.replace(teacher=wrong), make_mesh(), abstract=True)
 
 
 def test_networks_in_folders_are_the_same_networks(tmp_path):
@@ -156,28 +152,28 @@ def test_networks_in_folders_are_the_same_networks(tmp_path):
     config = tiny_run.get_config()
     teacher = UNet(config.teacher, rngs=KeyStream(jax.random.key(config.seed + 1)))
     save_unet(tmp_path / "teacher", teacher)
-    metric = ELatentLPIPS(config.metric, rngs=KeyStream(jax.random.key(config.seed + 2)))
-    checkpoints.save(
-        tmp_path / "metric",
-        config.metric,
-        checkpoints.network_tensors(metric),
-        dtype="float32",
-        source={},
+    perceptual = config.loss.perceptual
+    metric = ELatentLPIPS(perceptual.network, rngs=KeyStream(jax.random.key(config.seed + 2)))
+    save_network(tmp_path / "metric", metric)
+    mesh = make_mesh(fsdp=4)
+    loss = dataclasses.replace(
+        config.loss, perceptual=dataclasses.replace(perceptual, network=str(tmp_path / "metric"))
     )
-    mesh = make_mesh(4)
-    folders = config.replace(teacher=str(tmp_path / "teacher"), metric=str(tmp_path / "metric"), fsdp=4)
-    for load in (load_teacher, load_metric):
-        drawn, read = (load(c, mesh, abstract=False) for c in (config, folders))
-        assert set(read.tensors) == set(drawn.tensors)
-        for name, value in drawn.tensors.items():
-            np.testing.assert_allclose(read.tensors[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
-            assert read.tensors[name].sharding == tensor_sharding(mesh, value.shape)
+    folders = config.replace(teacher=str(tmp_path / "teacher"), loss=loss, fsdp=4)
+    drawn, read = (load_frozen(c, mesh) for c in (config, folders))
+    assert set(drawn) == set(read) == {"teacher", "perceptual"}
+    for name in drawn:
+        assert set(read[name].tensors) == set(drawn[name].tensors)
+        for tensor, value in drawn[name].tensors.items():
+            ours = read[name].tensors[tensor]
+            np.testing.assert_allclose(ours, value, rtol=1e-6, atol=1e-7, err_msg=tensor)
+            assert ours.sharding == tensor_sharding(mesh, value.shape)
     with pytest.raises(UserError, match="is no U-Net"):
-        load_teacher(config.replace(teacher=str(tmp_path / "metric")), mesh, abstract=False)
+        load_frozen(config.replace(teacher=str(tmp_path / "metric")), mesh)
 
 
 def test_a_start_of_another_architecture_is_refused(tmp_path):
     config = tiny_run.get_config()
     save_unet(tmp_path / "other", UNet(config.student.replace(window=7), rngs=KeyStream(jax.random.key(0))))
     with pytest.raises(UserError, match="differs from the student in window"):
-        load_initial_tensors(config.replace(init=str(tmp_path / "other")), make_mesh(1))
+        load_initial_tensors(config.replace(init=str(tmp_path / "other")), make_mesh())

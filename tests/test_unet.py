@@ -112,7 +112,7 @@ class TestTraining:
     """The small student in training mode: batch statistics, gradients, running statistics."""
 
     def slots(self):
-        from moebius_jax.conversion.names import expected_tensors
+        from moebius_jax.weights.names import expected_tensors
 
         return expected_tensors(network_from_synth("student_mini").config)
 

@@ -3,14 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moebius_jax.cli.common import progress
+import jax
+
+from moebius_jax.cli.terminal import progress
 from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from moebius_jax.pipeline import MoebiusInpaintPipeline
+from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
+from moebius_jax.weights.hub import HubUnreachable
 
 DEFAULT_MODEL = "hustvl/Moebius"
 
@@ -36,15 +36,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pret
     )
 
 
-def load_pipeline(args: argparse.Namespace, variant: str | None) -> "MoebiusInpaintPipeline":
+def load_pipeline(args: argparse.Namespace, variant: str | None) -> MoebiusInpaintPipeline:
     """The pipeline the arguments name.
 
     Raises:
         UserError: it cannot be had.
     """
-    from moebius_jax.conversion.hub import HubUnreachable
-    from moebius_jax.pipeline import MoebiusInpaintPipeline
-
     dtypes = compute_dtypes(args)
     if not Path(args.model).exists():
         print(f"{args.model}: no such folder here, asking the Hub …", file=sys.stderr)
@@ -64,8 +61,6 @@ def load_pipeline(args: argparse.Namespace, variant: str | None) -> "MoebiusInpa
 
 def compute_dtypes(args: argparse.Namespace) -> dict:
     """`dtype` and `vae_dtype` for `MoebiusInpaintPipeline`."""
-    import jax
-
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return {"dtype": jax.numpy.dtype(dtype), "vae_dtype": jax.numpy.dtype(args.vae_dtype)}
 
@@ -92,8 +87,6 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
         raise UserError("--coordinator is for --distributed; sharing files needs no connection")
     if not args.distributed:
         return args.process_id, args.num_processes
-    import jax
-
     several = args.num_processes > 1
     join_cluster(args.coordinator, *((args.num_processes, args.process_id) if several else ()))
     return jax.process_index(), jax.process_count()

@@ -4,7 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from moebius_jax.cli.common import progress, run
+from moebius_jax.cli.terminal import progress, run
+from moebius_jax.weights.convert import convert_file, export_file, verify_folder
+from moebius_jax.weights.hub import find_weights
+from moebius_jax.weights.tensors import count_parameters
 
 _DESCRIPTION = """\
 Convert released weights (Moebius, PixelHacker, the ablations, the VAE, E-LatentLPIPS, FID's Inception) to a
@@ -63,26 +66,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from moebius_jax.conversion import export_file
-
     count = export_file(args.source, args.export, overwrite=args.overwrite)
     print(f"{args.export}: {count} tensors")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from moebius_jax import checkpoints
-    from moebius_jax.conversion import convert_file, verify_folder
-    from moebius_jax.conversion.hub import find_weights
-
     files = find_weights(args.source) if args.source.is_dir() else {"": args.source}
     for name, file in files.items():
         dest = args.dest / name
         architecture = convert_file(
             file, dest, dtype=args.dtype, base=args.base, overwrite=args.overwrite, track=progress
         )
-        parameters = checkpoints.count_parameters(architecture)
-        print(f"{dest}: {checkpoints.describe(architecture)}, {parameters:,} parameters")
+        print(f"{dest}: {architecture.describe()}, {count_parameters(architecture):,} parameters")
         if args.verify:
             print(f"{dest}: {verify_folder(file, dest, base=args.base, track=progress)} tensors verified")
     return 0

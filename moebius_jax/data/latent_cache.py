@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moebius_jax.data.loader import Element
+from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
 
 INDEX = "latents.json"
 FORMAT = "moebius-jax latents 1"
-FILES = ("moments", "masked_moments", "hole", "task")
+FILES = tuple(f"{name}.npy" for name in LatentSample._fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,25 +39,19 @@ class CacheInfo:
 class CacheWriter:
     """Fills a folder with a known number of samples; the index is written last, so half a cache is none."""
 
-    def __init__(self, folder: Path, info: CacheInfo) -> None:
+    def __init__(self, folder: Path, info: CacheInfo, blank: LatentSample) -> None:
+        """`blank` is a sample's shapes and dtypes."""
         self._folder, self._info, self._next = folder, info, 0
-        n, s = info.samples, info.side
-        shapes = {
-            "moments": ((n, s, s, 8), np.float16),
-            "masked_moments": ((n, s, s, 8), np.float16),
-            "hole": ((n, s, s), np.bool_),
-            "task": ((n,), np.int32),
-        }
-        self._arrays = {
-            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-            for name, (shape, dtype) in shapes.items()
-        }
+        self._arrays = [
+            np.lib.format.open_memmap(folder / file, "w+", leaf.dtype, (info.samples, *leaf.shape))
+            for file, leaf in zip(FILES, blank, strict=True)
+        ]
 
-    def add(self, batch: Element) -> None:
-        """Appends a batch of `FILES`."""
-        count = len(batch["task"])
-        for name in FILES:
-            self._arrays[name][self._next : self._next + count] = batch[name]
+    def add(self, samples: LatentSample) -> None:
+        """Appends a batch."""
+        count = len(samples.task)
+        for array, values in zip(self._arrays, samples, strict=True):
+            array[self._next : self._next + count] = values
         self._next += count
 
     def close(self) -> None:
@@ -68,7 +62,7 @@ class CacheWriter:
         """
         if self._next != self._info.samples:
             raise ValueError(f"{self._next} samples were added, {self._info.samples} announced")
-        for array in self._arrays.values():
+        for array in self._arrays:
             array.flush()
         index = {"format": FORMAT, **dataclasses.asdict(self._info)}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -88,8 +82,8 @@ class LatentCache:
             if index.pop("format") != FORMAT:
                 raise ValueError("of another format")
             self.info = CacheInfo(**index)
-            self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FILES}
-            if any(len(a) != self.info.samples for a in self._arrays.values()):
+            self._arrays = LatentSample(*(np.load(folder / file, mmap_mode="r") for file in FILES))
+            if any(len(a) != self.info.samples for a in self._arrays):
                 raise ValueError("its arrays differ in length")
         except FileNotFoundError as error:
             raise UserError(
@@ -107,5 +101,5 @@ class LatentCache:
     def __len__(self) -> int:
         return self.info.samples
 
-    def __getitem__(self, item: int) -> Element:
-        return {name: np.array(array[item]) for name, array in self._arrays.items()}
+    def __getitem__(self, item: int) -> LatentSample:
+        return LatentSample(*(np.array(array[item]) for array in self._arrays))

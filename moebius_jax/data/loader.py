@@ -9,37 +9,16 @@ state is k.
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from moebius_jax.data.datasets import Dataset
+from moebius_jax.data.samples import Batch, Sample
 from moebius_jax.errors import UserError
 
-Element = dict[str, np.ndarray]
 TRIES = 10  # files in a row that may be unreadable before a sample is given up
-
-
-class Source:
-    """Samples by number; what a kind of data set has to offer.
-
-    Attributes:
-        names: of its items, for messages; one per item.
-    """
-
-    names: list[str]
-
-    def draw(self, item: int, rng: np.random.Generator) -> Element:
-        """One sample of an item.
-
-        Raises:
-            UserError: the item cannot be read.
-        """
-        raise NotImplementedError
-
-    def blank(self) -> Element:
-        """A sample's shapes and dtypes, holding nothing."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +53,7 @@ class Loader:
     """Batches of this process from batch number `first_batch` on.
 
     Args:
-        source: of samples.
+        dataset: of samples.
         config: see there.
         seed: of order and augmentation.
         global_batch: samples of a batch over all processes.
@@ -88,7 +67,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         config: LoaderConfig,
         *,
         seed: int,
@@ -102,10 +81,10 @@ class Loader:
             raise UserError(f"batch_size is {global_batch}; expected a multiple of the {processes} processes")
         self.samples = first_batch * global_batch  # drawn by all processes so far; the state to save
         self._global_batch = global_batch
-        self._source, self._config, self._warn = source, config, warn
+        self._dataset, self._config, self._warn = dataset, config, warn
         self._bad: set[int] = set()
-        order = grain.MapDataset.range(len(source.names)).seed(seed).shuffle().repeat()
-        samples = order.random_map(_Draw(source))
+        order = grain.MapDataset.range(len(dataset.names)).seed(seed).shuffle().repeat()
+        samples = order.random_map(_Draw(dataset))
         numbered = samples.map_with_index(_Number(global_batch))
         own = numbered[first_batch * global_batch + process :: processes]
         batched = own.batch(global_batch // processes)
@@ -118,19 +97,19 @@ class Loader:
             iterable = _with_workers(iterable, config)
         self._iterator = iter(iterable)
 
-    def __iter__(self) -> Iterator[Element]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Element:
+    def __next__(self) -> Batch:
         """The next batch.
 
         Raises:
             UserError: too many items cannot be read.
         """
-        batch = next(self._iterator)
-        self._report(batch.pop("bad"))
+        drawn, index = next(self._iterator)
+        self._report(drawn.bad)
         self.samples += self._global_batch
-        return batch
+        return Batch(samples=drawn.sample, index=index)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -139,7 +118,7 @@ class Loader:
             close()
 
     def _report(self, bad: np.ndarray) -> None:
-        names, fraction = self._source.names, self._config.max_bad_fraction
+        names, fraction = self._dataset.names, self._config.max_bad_fraction
         for item in np.unique(bad[bad >= 0]):
             if int(item) not in self._bad:
                 self._bad.add(int(item))
@@ -157,27 +136,34 @@ class Loader:
     def _reason(self, item: int) -> str:
         """What is wrong with an item, from trying it once more here."""
         try:
-            self._source.draw(item, np.random.default_rng(0))
+            self._dataset.draw(item, np.random.default_rng(0))
         except UserError as error:
             return str(error)
-        return f"{self._source.names[item]}: could not be read"
+        return f"{self._dataset.names[item]}: could not be read"
+
+
+class _Drawn(NamedTuple):
+    """A sample, and the items that could not be read before one could; -1 for none."""
+
+    sample: Sample
+    bad: np.ndarray
 
 
 class _Draw:
     """Sample of an item, or of another where it cannot be read."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
 
-    def __call__(self, item: int, rng: np.random.Generator) -> Element:
+    def __call__(self, item: int, rng: np.random.Generator) -> _Drawn:
         bad = np.full(TRIES, -1, np.int64)
         for i in range(TRIES):
             try:
-                return {**self._source.draw(int(item), rng), "bad": bad}
+                return _Drawn(self._dataset.draw(int(item), rng), bad)
             except UserError:
                 bad[i] = item
-                item = int(rng.integers(len(self._source.names)))
-        return {**self._source.blank(), "bad": bad}  # the loader ends the run on seeing this
+                item = int(rng.integers(len(self._dataset.names)))
+        return _Drawn(self._dataset.blank, bad)  # the loader ends the run on seeing this
 
 
 class _Number:
@@ -186,8 +172,8 @@ class _Number:
     def __init__(self, global_batch: int) -> None:
         self._global_batch = global_batch
 
-    def __call__(self, number: int, element: Element) -> Element:
-        return {**element, "index": np.int32(number % self._global_batch)}
+    def __call__(self, number: int, drawn: _Drawn) -> tuple[_Drawn, np.int32]:
+        return drawn, np.int32(number % self._global_batch)
 
 
 def _with_workers(iterable: Any, config: LoaderConfig) -> Any:

@@ -76,7 +76,7 @@ def draw_transform(keys: Key[Array, " B"]) -> Draws:
 
 
 def inverse_map(draws: Draws, size: int) -> Float[Array, "B 3 3"]:
-    """G_inv: output to input pixels in centred coordinates (x, y, 1), spec "E-LatentLPIPS"."""
+    """G_inv: output to input pixels in centred coordinates (x, y, 1) (docs/distillation.md)."""
 
     def one(d: Draws) -> Float[Array, "3 3"]:
         shift = jnp.round((2 * d.shift - 1) * 0.125 * size)

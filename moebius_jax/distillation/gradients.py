@@ -5,7 +5,8 @@ bottleneck. So the network is cut there. Each loss is pulled back through the he
 output loss is pulled through the up half once, which yields both its weights' gradients and what arrives at
 the bottleneck; there its norm at θ_C is one matrix product. Then W_C is known: it scales everything the up
 half sent down (its weights' gradients, and the cotangents of the bottleneck, the skips, the timestep and the
-context), the coarse loss joins, and one pass through the down half ends the step (spec "Cost note").
+context), the losses at the bottleneck join, and one pass through the down half ends the step
+(docs/distillation.md, "What the weights cost").
 """
 
 import dataclasses
@@ -16,13 +17,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from moebius_jax.distillation.balance import LossConfig, Scalar, cross_weight, output_weights
+from moebius_jax.distillation.balance import BalanceForm, cross_weight, output_weights
+from moebius_jax.distillation.loss import Scalar
 from moebius_jax.models import UNet, UNetConfig
-from moebius_jax.models.functional import Bare, Tensors, split_tensors
+from moebius_jax.models.switches import RESIDUAL_CONVS
 from moebius_jax.models.unet import Halfway
+from moebius_jax.weights.tensors import Bare, Tensors, split_tensors
 
 Map = Float[Array, "B H W C"]
-OutputLoss = Callable[[Float[Array, "B H W 4"]], Scalar]
+LossOf = Callable[[Array], Scalar]  # of the predicted noise, or of the map at the bottleneck
 
 _HEAD = ("conv_norm_out", "conv_out")
 _UP = ("mid_block", "up_blocks")
@@ -33,14 +36,14 @@ class Inputs:
     """What the networks see.
 
     Attributes:
-        latents: [z_t 4, mask 1, masked-image latents 4] on the last axis.
+        latents: see `diffusion.denoise.network_input`.
         timesteps: t.
         input_ids: rows of the category table.
     """
 
-    latents: Float[Array, "B H W 9"]
+    latents: Float[Array, "B H W d"]
     timesteps: Int[Array, " B"]
-    input_ids: Int[Array, "B 10"]
+    input_ids: Int[Array, "B L"]
 
 
 @struct.dataclass
@@ -48,9 +51,10 @@ class Balanced:
     """Losses, norms and weights of a step, all scalars.
 
     Attributes:
-        losses: by term; `total` too.
-        weights: W by term; `cross` is W_C.
-        norms: `theta_f/TERM`, `theta_c/coarse`, and `theta_c/` the term or `output` W_C was made with.
+        losses: by name; `total` too.
+        weights: W by name; `cross` is W_C.
+        norms: `theta_f/NAME` of the losses at the output, `theta_c/NAME` of those at the bottleneck, and
+            `theta_c/` the anchor or `output`, whichever W_C was made with.
     """
 
     losses: dict[str, Scalar]
@@ -75,29 +79,24 @@ class Cut:
         """Where a student of this architecture is cut.
 
         Raises:
-            ValueError: a coarse loss is wanted and the last level has no transformers, so there is no θ_C.
+            ValueError: there is a loss at the bottleneck and the last level has no transformers, so there is
+                no θ_C.
         """
         if needs_bottleneck and not config.transformers[-1]:
             raise ValueError(
                 f"transformers is {config.transformers}: a student needs them in its last level, "
-                "where the coarse loss's gradient norm is taken"
+                "where the gradient norm of a loss at the bottleneck is taken"
             )
-        pointwise = "pointwise." if config.residual_conv == "depthwise" else ""
         level, unit = len(config.channels) - 1, config.layers_per_block - 1
         return cls(
-            theta_f=f"conv_out.{pointwise}kernel",
+            theta_f=f"conv_out.{RESIDUAL_CONVS[config.residual_conv].LAST_WEIGHT}",
             theta_c=f"down_blocks.{level}.attentions.{unit}.proj_out.kernel",
         )
 
 
-def teacher_coarse_index(config: UNetConfig) -> int:
+def teacher_bottleneck(config: UNetConfig) -> int:
     """Index in a teacher's `features` of its first up level's output (5 for the published one)."""
     return len(config.channels) + config.mid_block
-
-
-def mean_square(a: Array, b: Array) -> Scalar:
-    """Mean squared difference over all elements, in fp32."""
-    return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
 def balanced_gradients(
@@ -105,10 +104,11 @@ def balanced_gradients(
     params: Tensors,
     statistics: Tensors,
     inputs: Inputs,
-    config: LossConfig,
     *,
-    output_losses: Mapping[str, OutputLoss],
-    coarse_target: Map | None,
+    output_losses: Mapping[str, LossOf],
+    bottleneck_losses: Mapping[str, LossOf],
+    form: BalanceForm,
+    scales: Mapping[str, float],
     all_norms: bool = False,
 ) -> tuple[Tensors, Tensors, Balanced]:
     """Gradient of the balanced total, without any extra pass through the network.
@@ -117,28 +117,27 @@ def balanced_gradients(
         student: in training mode.
         params, statistics: its tensors by dotted name.
         inputs: of the network.
-        config: terms and their balance.
-        output_losses: each output term as a function of the predicted noise.
-        coarse_target: the teacher's map for L_C; None where the term is absent.
-        all_norms: also report the norms no weight needs (every output term's at θ_C), which costs a pass
+        output_losses: by name, as functions of the predicted noise; the anchor first.
+        bottleneck_losses: by name, as functions of the last down level's map.
+        form, scales: how they are balanced, and s of each by name; see `LossConfig`.
+        all_norms: also report the norms no weight needs (every output loss's at θ_C), which costs a pass
             through the up half for each. For diagnosis and tests.
 
     Returns:
         Gradients by parameter name, new running statistics, and the figures.
     """
-    cut = Cut.of(student.config, needs_bottleneck="coarse" in config.terms)
+    cut = Cut.of(student.config, needs_bottleneck=bool(bottleneck_losses))
     network = _Stages(student, params, statistics)
     halfway, hidden, pull_down = network.down(inputs)
     x, pull_up = network.up(halfway)
     sample, pull_head = network.head(x)
 
-    terms = config.output_terms
     losses, at_output, norms = {}, {}, {}
-    for term in terms:
-        losses[term], at_output[term] = jax.value_and_grad(output_losses[term])(sample)
-        norms[f"theta_f/{term}"] = _norm(pull_head(at_output[term])[0][cut.theta_f])
-    weights = output_weights(config, {t: norms[f"theta_f/{t}"] for t in terms}) if terms else {}
-    scales = {t: config.scale(t) * weights[t] for t in terms}
+    for name, loss in output_losses.items():
+        losses[name], at_output[name] = jax.value_and_grad(loss)(sample)
+        norms[f"theta_f/{name}"] = _norm(pull_head(at_output[name])[0][cut.theta_f])
+    weights = output_weights(form, {n: norms[f"theta_f/{n}"] for n in losses}) if losses else {}
+    factors = {name: scales[name] * weights[name] for name in at_output}
 
     def at_bottleneck(cotangent: Map) -> Scalar:
         """Norm at θ_C of what arrives behind it: θ_C multiplies `hidden`, so its gradient is one product."""
@@ -149,35 +148,35 @@ def balanced_gradients(
         up_gradients, below = pull_up(above)
         return head_gradients | up_gradients, below
 
-    if terms:
-        weighted = sum(scales[t] * at_output[t] for t in terms)
-        gradients, below = through_up(weighted)
-    else:  # the coarse loss alone never reaches the up half
+    if at_output:
+        gradients, below = through_up(sum(factors[name] * at_output[name] for name in at_output))
+    else:  # losses at the bottleneck alone never reach the up half
         gradients, below = jax.tree.map(jnp.zeros_like, (network.upper_params, halfway))
-    output_loss = sum((scales[t] * losses[t] for t in terms), jnp.float32(0))
+    output_loss = sum((factors[name] * losses[name] for name in at_output), jnp.float32(0))
 
-    cross, coarse_scale = jnp.float32(1), 0.0
-    if "coarse" in config.terms:
-        losses["coarse"], coarse_cotangent = jax.value_and_grad(mean_square)(halfway.x, coarse_target)
-        norms["theta_c/coarse"] = at_bottleneck(coarse_cotangent)
-        coarse_scale = config.scale("coarse")
-        if terms:
-            if config.balance == "release":
-                name, reference = terms[0], through_up(at_output[terms[0]])[1].x
-            else:
-                name, reference = "output", below.x
-            norms[f"theta_c/{name}"] = at_bottleneck(reference)
-            cross = cross_weight(config, norms["theta_c/coarse"], norms[f"theta_c/{name}"])
-            weights["cross"] = cross
+    cotangents = {}
+    for name, loss in bottleneck_losses.items():
+        losses[name], cotangents[name] = jax.value_and_grad(loss)(halfway.x)
+        norms[f"theta_c/{name}"] = at_bottleneck(cotangents[name])
+    cross = jnp.float32(1)
+    if at_output and cotangents:
+        anchor = next(iter(at_output))
+        name, reference = "output", below.x
+        if form == "release":
+            name, reference = anchor, through_up(at_output[anchor])[1].x
+        norms[f"theta_c/{name}"] = at_bottleneck(reference)
+        joint = norms[f"theta_c/{next(iter(cotangents))}"]
+        if len(cotangents) > 1:
+            joint = at_bottleneck(sum(cotangents.values()))
+        cross = weights["cross"] = cross_weight(form, joint, norms[f"theta_c/{name}"])
     if all_norms:
-        for term in terms:
-            norms[f"theta_c/{term}"] = at_bottleneck(through_up(at_output[term])[1].x)
+        for name, cotangent in at_output.items():
+            norms[f"theta_c/{name}"] = at_bottleneck(through_up(cotangent)[1].x)
 
     gradients, below = jax.tree.map(lambda g: cross.astype(g.dtype) * g, (gradients, below))
-    if coarse_scale:
-        below = below.replace(x=below.x + coarse_scale * coarse_cotangent)
+    below = below.replace(x=sum((scales[name] * c for name, c in cotangents.items()), below.x))
     gradients |= pull_down(below)[0]
-    losses["total"] = cross * output_loss + coarse_scale * losses.get("coarse", 0.0)
+    losses["total"] = cross * output_loss + sum(scales[name] * losses[name] for name in cotangents)
     return gradients, network.new_statistics, Balanced(losses, weights, norms)
 
 

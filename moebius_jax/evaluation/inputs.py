@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
-from moebius_jax.evaluation.lpips import require_size
-from moebius_jax.evaluation.mask_sets import hole_digest, set_hash
+from moebius_jax.evaluation.masks import hole_digest, set_hash
+from moebius_jax.evaluation.metrics.lpips import require_size
 from moebius_jax.evaluation.prefetch import prefetch
 
 _MOST_PROBLEMS = 20  # lines shown

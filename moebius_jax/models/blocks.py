@@ -1,26 +1,25 @@
 """What the U-Net's levels are built from: residual block, transformer, down- and upsampling."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.convolutions import Conv3x3, residual_conv
-from moebius_jax.models.cross_attention import CrossAttention
-from moebius_jax.models.feed_forward import GEGLU, MixFFN
-from moebius_jax.models.gated_linear_attention import GatedLinearAttention
-from moebius_jax.models.interactive_lambda import InteractiveLambda
-from moebius_jax.models.linear import linear, pointwise_conv
-from moebius_jax.models.local_lambda import LocalLambda
-from moebius_jax.models.norms import group_norm, layer_norm
+from moebius_jax.models.convolutions import Conv3x3
+from moebius_jax.models.linear import Linear, PointwiseConv
+from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Table
+from moebius_jax.models.switches import CROSS_MIXERS, FEED_FORWARDS, RESIDUAL_CONVS, SELF_MIXERS
 
 Map = Float[Array, "B H W C"]
 
 
 class ResidualBlock(nnx.Module):
-    """GN → SiLU → conv → + time → GN → SiLU → conv, + shortcut (spec "Skeleton")."""
+    """GN → SiLU → conv → + time → GN → SiLU → conv, + shortcut (docs/model.md)."""
 
     def __init__(
         self,
@@ -32,13 +31,14 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.norm1 = group_norm(in_channels, eps=1e-5, **common)
-        self.conv1 = residual_conv(config.residual_conv, in_channels, out_channels, **common)
-        self.time_emb_proj = linear(4 * config.channels[0], out_channels, thin=True, **common)
-        self.norm2 = group_norm(out_channels, eps=1e-5, **common)
-        self.conv2 = residual_conv(config.residual_conv, out_channels, out_channels, **common)
+        conv = RESIDUAL_CONVS[config.residual_conv]
+        self.norm1 = GroupNorm(in_channels, eps=1e-5, **common)
+        self.conv1 = conv(in_channels, out_channels, **common)
+        self.time_emb_proj = Linear(4 * config.channels[0], out_channels, thin=True, **common)
+        self.norm2 = GroupNorm(out_channels, eps=1e-5, **common)
+        self.conv2 = conv(out_channels, out_channels, **common)
         self.conv_shortcut = (
-            pointwise_conv(in_channels, out_channels, use_bias=True, thin=True, **common)
+            PointwiseConv(in_channels, out_channels, use_bias=True, thin=True, **common)
             if in_channels != out_channels
             else None
         )
@@ -53,6 +53,8 @@ class ResidualBlock(nnx.Module):
 class TransformerBlock(nnx.Module):
     """x += self(LN x); x += cross(LN x, context); x += ff(LN x). The switches choose the three."""
 
+    RELEASED: ClassVar[Table] = {"self_mixer": "attn1", "cross_mixer": "attn2", "feed_forward": "ff"}
+
     def __init__(
         self,
         channels: int,
@@ -63,21 +65,13 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.norm1 = layer_norm(channels, **common)
-        if config.self_mixer == "gla":
-            self.self_mixer = GatedLinearAttention(channels, config, **common)
-        else:
-            self.self_mixer = LocalLambda(channels, config, **common)
-        self.norm2 = layer_norm(channels, **common)
-        if config.cross_mixer == "attention":
-            self.cross_mixer = CrossAttention(channels, config, **common)
-        else:
-            self.cross_mixer = InteractiveLambda(channels, map_size, config, **common)
-        self.norm3 = layer_norm(channels, **common)
-        if config.feed_forward == "geglu":
-            self.feed_forward = GEGLU(channels, **common)
-        else:
-            self.feed_forward = MixFFN(channels, config, **common)
+        sizes = config.block(channels, map_size)
+        self.norm1 = LayerNorm(channels, **common)
+        self.self_mixer = SELF_MIXERS[config.self_mixer](sizes, **common)
+        self.norm2 = LayerNorm(channels, **common)
+        self.cross_mixer = CROSS_MIXERS[config.cross_mixer](sizes, **common)
+        self.norm3 = LayerNorm(channels, **common)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](sizes, **common)
 
     def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:
         x = x + self.self_mixer(self.norm1(x))
@@ -88,6 +82,8 @@ class TransformerBlock(nnx.Module):
 class Transformer(nnx.Module):
     """GN → 1x1 conv → one transformer block → 1x1 conv, + input."""
 
+    RELEASED: ClassVar[Table] = {"block": "transformer_blocks.0"}
+
     def __init__(
         self,
         channels: int,
@@ -98,10 +94,10 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.norm = group_norm(channels, eps=1e-6, **common)
-        self.proj_in = pointwise_conv(channels, channels, use_bias=True, thin=True, **common)
+        self.norm = GroupNorm(channels, eps=1e-6, **common)
+        self.proj_in = PointwiseConv(channels, channels, use_bias=True, thin=True, **common)
         self.block = TransformerBlock(channels, map_size, config, **common)
-        self.proj_out = pointwise_conv(channels, channels, use_bias=True, thin=True, **common)
+        self.proj_out = PointwiseConv(channels, channels, use_bias=True, thin=True, **common)
         self.remat = config.remat
 
     def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:

@@ -1,6 +1,7 @@
 """Convolutions on NHWC maps: depthwise, depthwise-separable, and the plain 3x3 they stand in for."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from moebius_jax.models.config import ResidualConv
 from moebius_jax.models.initializers import kaiming_uniform
-from moebius_jax.models.linear import pointwise_conv
+from moebius_jax.models.linear import PointwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import CONV, DEPTHWISE, Released, Shapes, Table
 
 Map = Float[Array, "B H W C"]
 
@@ -30,6 +31,8 @@ class DepthwiseConv(nnx.Module):
         param_dtype: of the parameters.
         rngs: for the initial weights.
     """
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", DEPTHWISE)}
 
     def __init__(
         self, channels: int, *, use_bias: bool, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
@@ -59,9 +62,19 @@ class DepthwiseConv(nnx.Module):
 class DepthwiseSeparableConv(nnx.Module):
     """depthwise 3x3 → BatchNorm → ReLU → pointwise 1x1 → BatchNorm, + x where widths agree.
 
-    Spec "Depthwise-separable conv"; after `fold_batch_norm` the two norms are None and live on as
+    See docs/model.md, "Residual block". After `fold_batch_norm` the two norms are None and live on as
     weights and biases of the convolutions before them.
     """
+
+    RELEASED: ClassVar[Table] = {
+        "depthwise": "conv_dw",
+        "norm1": "bn1",
+        "pointwise": "conv_pw",
+        "norm2": "bn2",
+    }
+    FOLDS: ClassVar[dict[str, str]] = {"norm1": "depthwise", "norm2": "pointwise"}
+    LANDMARK: ClassVar[str] = "conv_dw.weight"
+    LAST_WEIGHT: ClassVar[str] = "pointwise.kernel"
 
     def __init__(self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
         self.depthwise = DepthwiseConv(
@@ -72,7 +85,7 @@ class DepthwiseSeparableConv(nnx.Module):
             rngs=rngs,
         )
         self.norm1 = BatchNorm(in_channels, precision=precision)
-        self.pointwise = pointwise_conv(
+        self.pointwise = PointwiseConv(
             in_channels, out_channels, use_bias=False, precision=precision, rngs=rngs
         )
         self.norm2 = BatchNorm(out_channels, precision=precision)
@@ -87,9 +100,18 @@ class DepthwiseSeparableConv(nnx.Module):
             y = self.norm2(y)
         return x + y if self.has_skip else y
 
+    @staticmethod
+    def read_widths(shapes: Shapes) -> tuple[int, int]:
+        """(in, out) channels off released shapes, by name below this module's."""
+        return shapes["conv_dw.weight"][0], shapes["conv_pw.weight"][0]
+
 
 class Conv3x3(nnx.Conv):
     """3x3 convolution with bias and padding 1 on every side, also at stride 2 (unlike "SAME")."""
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", CONV)}
+    LANDMARK: ClassVar[str] = "weight"
+    LAST_WEIGHT: ClassVar[str] = "kernel"
 
     def __init__(
         self, in_channels: int, out_channels: int, *, stride: int = 1, precision: Precision, rngs: nnx.Rngs
@@ -115,13 +137,11 @@ class Conv3x3(nnx.Conv):
         # Not preferred_element_type: jax cannot differentiate a convolution whose result has another dtype.
         return super().__call__(x).astype(self.stream_dtype)
 
-
-def residual_conv(
-    kind: ResidualConv, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs
-) -> DepthwiseSeparableConv | Conv3x3:
-    """The convolution the `residual_conv` switch names."""
-    build = DepthwiseSeparableConv if kind == "depthwise" else Conv3x3
-    return build(in_channels, out_channels, precision=precision, rngs=rngs)
+    @staticmethod
+    def read_widths(shapes: Shapes) -> tuple[int, int]:
+        """(in, out) channels off released shapes, by name below this module's."""
+        out, in_channels, *_ = shapes["weight"]
+        return in_channels, out
 
 
 def _init(key: Array, shape: tuple[int, ...], dtype: Dtype, *, fan_in: int) -> Array:

@@ -1,7 +1,8 @@
 """The network of E-LatentLPIPS: VGG16-BN features of 4-channel latents and one linear head per tap."""
 
 import dataclasses
-from typing import Any
+import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
+from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.convolutions import Conv3x3
-from moebius_jax.models.linear import pointwise_conv
+from moebius_jax.models.linear import PointwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 
@@ -19,8 +21,10 @@ POOLED_GROUPS = (3, 4)  # VGG16 pools after all five groups; the metric drops th
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ELatentLPIPSConfig:
+class ELatentLPIPSConfig(Architecture):
     """Widths of the convolutions of each of the five groups; the defaults are the released network."""
+
+    NOUN: ClassVar[str] = "E-LatentLPIPS network"
 
     in_channels: int = 4
     groups: tuple[tuple[int, ...], ...] = (
@@ -30,18 +34,6 @@ class ELatentLPIPSConfig:
         (512, 512, 512),
         (512, 512, 512),
     )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"in_channels": self.in_channels, "groups": [list(g) for g in self.groups]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ELatentLPIPSConfig":
-        """Inverse of `to_dict`; raises ValueError on an unknown or missing field."""
-        if set(values) != {"in_channels", "groups"}:
-            raise ValueError(
-                f"E-LatentLPIPS config has fields {sorted(values)}, expected groups and in_channels"
-            )
-        return cls(in_channels=values["in_channels"], groups=tuple(tuple(g) for g in values["groups"]))
 
 
 class ConvNormRelu(nnx.Module):
@@ -56,7 +48,7 @@ class ConvNormRelu(nnx.Module):
 
 
 class ELatentLPIPS(nnx.Module):
-    """Perceptual distance of two latents, spec "E-LatentLPIPS" without transforms and input scaling."""
+    """Perceptual distance of two latents, without transforms and input scaling (docs/distillation.md)."""
 
     def __init__(
         self,
@@ -76,10 +68,22 @@ class ELatentLPIPS(nnx.Module):
                 layers.append(ConvNormRelu(width, out, **common))
                 width = out
             groups.append(nnx.List(layers))
-            heads.append(pointwise_conv(width, 1, use_bias=False, **common))
+            heads.append(PointwiseConv(width, 1, use_bias=False, **common))
         self.groups = nnx.List(groups)
         self.heads = nnx.List(heads)
         self.eval()
+
+    def released_names(self, name: str) -> tuple[str, ...]:
+        """A tensor's names in the release, from its dotted name here.
+
+        torchvision numbers VGG16-BN's layers conv, norm, relu, … with one number for each pool; released
+        files hold each head twice.
+        """
+        if match := re.fullmatch(r"heads\.(\d+)\.weight", name):
+            return tuple(f"{head}.model.1.weight" for head in (f"lin{match[1]}", f"lins.{match[1]}"))
+        group, layer, part, leaf = re.fullmatch(r"groups\.(\d+)\.(\d+)\.(conv|norm)\.(\w+)", name).groups()
+        before = sum(3 * len(widths) + 1 for widths in self.config.groups[: int(group)])
+        return (f"net.slice{int(group) + 1}.{before + 3 * int(layer) + (part == 'norm')}.{leaf}",)
 
     def features(self, latents: Float[Array, "B H W 4"]) -> list[Float[Array, "B h w C"]]:
         """The five taps, each divided by √(Σ_c f² + 1e-8)."""

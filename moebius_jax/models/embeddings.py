@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from moebius_jax.models.linear import linear
+from moebius_jax.models.linear import Linear
 from moebius_jax.models.precision import Precision
 
 
 def sinusoidal_embedding(timesteps: Shaped[Array, " B"], width: int) -> Float[Array, "B width"]:
-    """[cos | sin] of t at frequencies exp(-ln 10000 · i/(width/2)), in fp32 (spec "Skeleton")."""
+    """[cos | sin] of t at frequencies exp(-ln 10000 · i/(width/2)), in fp32 (docs/model.md, "Timestep")."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -22,8 +22,8 @@ class TimestepEmbedding(nnx.Module):
 
     def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
         options = {"thin": True, "precision": precision, "rngs": rngs}
-        self.linear_1 = linear(channels, 4 * channels, **options)
-        self.linear_2 = linear(4 * channels, 4 * channels, **options)
+        self.linear_1 = Linear(channels, 4 * channels, **options)
+        self.linear_2 = Linear(4 * channels, 4 * channels, **options)
 
     def __call__(self, timesteps: Shaped[Array, " B"]) -> Float[Array, "B D"]:
         return self.linear_2(

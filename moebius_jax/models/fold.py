@@ -3,9 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from moebius_jax.models.convolutions import DepthwiseConv, DepthwiseSeparableConv
-from moebius_jax.models.interactive_lambda import InteractiveLambda
-from moebius_jax.models.local_lambda import LocalLambda
+from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.unet import UNet
 
@@ -13,20 +11,17 @@ from moebius_jax.models.unet import UNet
 def fold_batch_norm(unet: UNet) -> UNet:
     """A copy of `unet` without BatchNorm layers that computes the same function in evaluation mode.
 
-    Every BatchNorm follows a bias-free linear layer, so y = (W x)·scale + bias is one layer with weight
-    W·scale and that bias. The result is for inference: it has other parameters than the release and can be
-    neither trained further nor exported. Networks without BatchNorm come back as plain copies.
+    A module's `FOLDS` names the bias-free linear layer before each of its BatchNorms: y = (W x)·scale + bias
+    is one layer with weight W·scale and that bias. The result is for inference: it has other parameters than
+    the release and can be neither trained further nor exported. Networks without BatchNorm come back as
+    plain copies.
     """
     unet = nnx.clone(unet)
     for _, module in nnx.iter_modules(unet):
-        if isinstance(module, DepthwiseSeparableConv) and module.norm1 is not None:
-            _fold(module.depthwise, module.norm1)
-            _fold(module.pointwise, module.norm2)
-            module.norm1 = module.norm2 = None
-        elif isinstance(module, LocalLambda | InteractiveLambda) and module.norm_q is not None:
-            _fold(module.to_q, module.norm_q)
-            _fold(module.to_v, module.norm_v)
-            module.norm_q = module.norm_v = None
+        for norm, layer in getattr(module, "FOLDS", {}).items():
+            if getattr(module, norm) is not None:
+                _fold(getattr(module, layer), getattr(module, norm))
+                setattr(module, norm, None)
     unet.eval()
     return unet
 

@@ -5,7 +5,7 @@ last block takes the maximum instead. Figures of other variants do not compare.
 """
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import CONV, LINEAR, Released, Table
 
 Map = Float[Array, "B H W C"]
 
@@ -22,20 +24,12 @@ SIDE = 299  # of the input, in pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InceptionConfig:
+class InceptionConfig(Architecture):
     """The one size that varies: classes of the last layer, which FID does not use (1008 in its file)."""
 
+    NOUN: ClassVar[str] = "Inception network"
+
     classes: int = 1008
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"classes": self.classes}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "InceptionConfig":
-        """Inverse of `to_dict`; raises ValueError on an unknown or missing field."""
-        if set(values) != {"classes"}:
-            raise ValueError(f"Inception config has fields {sorted(values)}, expected classes")
-        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +51,19 @@ class Branch:
     pool: str | None = None
 
 
+class BareConv(nnx.Conv):
+    """Convolution without bias."""
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", CONV)}
+
+
 class ConvNormRelu(nnx.Module):
     """Convolution without bias → BatchNorm (ε = 0.001) → ReLU."""
 
+    RELEASED: ClassVar[Table] = {"norm": "bn"}
+
     def __init__(self, in_channels: int, spec: Conv, *, precision: Precision, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(
+        self.conv = BareConv(
             in_channels,
             spec.width,
             spec.kernel,
@@ -107,6 +109,12 @@ class Mixed(nnx.Module):
         return x
 
 
+class Classes(nnx.Linear):
+    """The last layer. FID does not use it; kept so that a released file converts without remainder."""
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", LINEAR)}
+
+
 class Inception(nnx.Module):
     """InceptionV3 up to its last map, with pytorch-fid's names.
 
@@ -135,9 +143,12 @@ class Inception(nnx.Module):
             block = Mixed(width, branches, **common)
             setattr(self, name, block)
             width = block.width
-        # Not used by FID; kept so that a released file converts without remainder.
-        self.fc = nnx.Linear(width, config.classes, param_dtype=param_dtype, rngs=rngs)
+        self.fc = Classes(width, config.classes, param_dtype=param_dtype, rngs=rngs)
         self.eval()
+
+    def released_names(self, name: str) -> tuple[str, ...]:
+        """A tensor's name in pytorch-fid's file, from its dotted name here."""
+        return (name if name.startswith("fc.") else name[0].upper() + name[1:],)
 
     def __call__(self, images: Float[Array, "B 299 299 3"]) -> Float[Array, "B 8 8 2048"]:
         """Images in [-1, 1] → the map whose mean over positions FID calls an image's features."""

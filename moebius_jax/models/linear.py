@@ -1,24 +1,19 @@
 """Matrix products over the channels: Linear layers and 1x1 convolutions, bulk or thin (see `Precision`)."""
 
 import functools
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype
 from jaxtyping import Array
 
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import LINEAR, POINTWISE, Released, Table
 
 
-def linear(
-    in_features: int,
-    out_features: int,
-    *,
-    use_bias: bool = True,
-    thin: bool = False,
-    precision: Precision,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
+class Linear(nnx.Linear):
     """A Linear layer, initialised with Xavier-uniform weights and zero bias.
 
     Args:
@@ -27,56 +22,55 @@ def linear(
         thin: compute in `stream_dtype` rather than in `dtype`. The result is `stream_dtype` in either case.
         precision: dtypes.
         rngs: for the initial weights.
+        options: initialisers, for subclasses.
     """
-    return _product(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        thin=thin,
-        precision=precision,
-        rngs=rngs,
-        kernel_init=nnx.initializers.xavier_uniform(),
-    )
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", LINEAR)}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        thin: bool = False,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        dtype, multiply = precision.operands(thin)
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=precision.param_dtype,
+            precision=multiply,
+            preferred_element_type=jnp.dtype(precision.stream_dtype),
+            rngs=rngs,
+            **{"kernel_init": nnx.initializers.xavier_uniform(), **options},
+        )
 
 
-def pointwise_conv(
-    in_channels: int,
-    out_channels: int,
-    *,
-    use_bias: bool,
-    thin: bool = False,
-    precision: Precision,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """A 1x1 convolution, which in NHWC is a matrix product over the last axis; arguments as for `linear`."""
-    init = functools.partial(_torch_conv_init, fan_in=in_channels)
-    return _product(
-        in_channels,
-        out_channels,
-        use_bias=use_bias,
-        thin=thin,
-        precision=precision,
-        rngs=rngs,
-        kernel_init=init,
-        bias_init=init,
-    )
+class PointwiseConv(Linear):
+    """A 1x1 convolution, which in NHWC is a matrix product over the last axis; arguments as for `Linear`."""
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", POINTWISE)}
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs, **options: Any
+    ) -> None:
+        init = functools.partial(_torch_conv_init, fan_in=in_channels)
+        super().__init__(
+            in_channels,
+            out_channels,
+            precision=precision,
+            rngs=rngs,
+            kernel_init=init,
+            bias_init=init,
+            **options,
+        )
 
 
-def _product(
-    in_features: int, out_features: int, *, thin: bool, precision: Precision, rngs: nnx.Rngs, **options
-) -> nnx.Linear:
-    dtype, multiply = precision.operands(thin)
-    return nnx.Linear(
-        in_features,
-        out_features,
-        dtype=dtype,
-        param_dtype=precision.param_dtype,
-        precision=multiply,
-        preferred_element_type=jnp.dtype(precision.stream_dtype),
-        rngs=rngs,
-        **options,
-    )
-
-
-def _torch_conv_init(key: Array, shape: tuple[int, ...], dtype, *, fan_in: int) -> Array:
+def _torch_conv_init(key: Array, shape: tuple[int, ...], dtype: Dtype, *, fan_in: int) -> Array:
     return kaiming_uniform(key, shape, dtype, fan_in=fan_in)

@@ -1,51 +1,79 @@
 """Normalisation layers: statistics and arithmetic in fp32 whatever the dtypes, results in `stream_dtype`."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Table
 
 GROUPS = 32  # GroupNorm groups of every published network
 
 
-def group_norm(channels: int, *, eps: float, precision: Precision, rngs: nnx.Rngs) -> nnx.GroupNorm:
+class GroupNorm(nnx.GroupNorm):
     """GroupNorm over 32 groups, with torch's two-pass variance."""
-    return nnx.GroupNorm(
-        channels,
-        GROUPS,
-        epsilon=eps,
-        use_fast_variance=False,
-        dtype=precision.stream_dtype,
-        param_dtype=precision.param_dtype,
-        rngs=rngs,
-    )
+
+    RELEASED: ClassVar[Table] = {"scale": "weight"}
+
+    def __init__(self, channels: int, *, eps: float, precision: Precision, rngs: nnx.Rngs) -> None:
+        super().__init__(
+            channels,
+            GROUPS,
+            epsilon=eps,
+            use_fast_variance=False,
+            dtype=precision.stream_dtype,
+            param_dtype=precision.param_dtype,
+            rngs=rngs,
+        )
 
 
-def layer_norm(channels: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
     """LayerNorm with torch's default eps 1e-5 and two-pass variance."""
-    return nnx.LayerNorm(
-        channels,
-        epsilon=1e-5,
-        use_fast_variance=False,
-        dtype=precision.stream_dtype,
-        param_dtype=precision.param_dtype,
-        rngs=rngs,
-    )
+
+    RELEASED: ClassVar[Table] = {"scale": "weight"}
+
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        super().__init__(
+            channels,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=precision.stream_dtype,
+            param_dtype=precision.param_dtype,
+            rngs=rngs,
+        )
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMSNorm, eps 1e-6."""
+
+    RELEASED: ClassVar[Table] = {"scale": "weight"}
+
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        super().__init__(
+            channels,
+            epsilon=1e-6,
+            dtype=precision.stream_dtype,
+            param_dtype=precision.param_dtype,
+            rngs=rngs,
+        )
 
 
 class BatchNorm(nnx.Module):
     """BatchNorm over every axis but the last, as torch keeps it.
 
     flax's own layer stores the biased variance; torch stores the unbiased one and normalises with the
-    biased one, which decides the released running statistics (spec "Depthwise-separable conv").
+    biased one, which decides the released running statistics (docs/model.md, "Normalisation").
 
     In training mode the batch's own statistics are used and the running ones move by 1 - `decay`.
     Under `jax.jit` with a sharded batch they are the statistics of the global batch. `groups` > 1 cuts the
     batch in that many equal parts, each normalised with its own statistics, as data parallelism without
     synchronisation does; the running statistics move to the parts' mean.
     """
+
+    RELEASED: ClassVar[Table] = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 
     def __init__(self, channels: int, *, eps: float = 1e-5, decay: float = 0.9, precision: Precision) -> None:
         self.scale = nnx.Param(jnp.ones(channels, precision.param_dtype))

@@ -1,5 +1,7 @@
 """The latent U-Net: teacher, student and every ablation, told apart by a `UNetConfig`."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -8,11 +10,12 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moebius_jax.models.blocks import Downsample, ResidualBlock, Transformer, Upsample
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.convolutions import residual_conv
 from moebius_jax.models.embeddings import TimestepEmbedding
-from moebius_jax.models.linear import linear
-from moebius_jax.models.norms import group_norm
+from moebius_jax.models.linear import Linear
+from moebius_jax.models.norms import GroupNorm
 from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Released, Table
+from moebius_jax.models.switches import RESIDUAL_CONVS
 
 Map = Float[Array, "B H W C"]
 
@@ -23,8 +26,8 @@ class UNetOutput:
 
     Attributes:
         sample: predicted noise ε, fp32 [B, H, W, 4].
-        features: the spec's `block_outputs`: each down level's output after its downsampler, then the
-            mid block's if there is one, then each up level's after its upsampler; [B, H_i, W_i, C_i].
+        features: each down level's output after its downsampler, then the mid block's if there is one, then
+            each up level's after its upsampler; [B, H_i, W_i, C_i].
     """
 
     sample: Float[Array, "B H W 4"]
@@ -64,6 +67,8 @@ class DownTaps:
 class Level(nnx.Module):
     """One level of either half: residual blocks, each followed by a transformer where the level has them."""
 
+    RESAMPLE: ClassVar[type[Downsample] | type[Upsample]]
+
     def __init__(
         self,
         widths: list[tuple[int, int]],
@@ -71,23 +76,37 @@ class Level(nnx.Module):
         config: UNetConfig,
         *,
         has_transformers: bool,
-        resample: type[Downsample] | type[Upsample] | None,
+        is_last: bool,
         precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
-        """`widths` are the (in, out) channels of the residual blocks."""
+        """`widths` are the (in, out) channels of the residual blocks; the last level keeps the map's size."""
         common = {"precision": precision, "rngs": rngs}
         self.resnets = nnx.List([ResidualBlock(a, b, config, **common) for a, b in widths])
         transformers = (
             [Transformer(b, map_size, config, **common) for _, b in widths] if has_transformers else []
         )
         self.attentions = nnx.List(transformers)
-        self.resample = resample(widths[-1][1], **common) if resample else None
+        self.resample = None if is_last else self.RESAMPLE(widths[-1][1], **common)
 
     def unit(self, index: int, x: Map, time: Array, context: Array) -> Map:
         """Residual block `index` and its transformer."""
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if self.attentions else x
+
+
+class DownLevel(Level):
+    """Ends in `Downsample`."""
+
+    RELEASED: ClassVar[Table] = {"resample": "downsamplers.0"}
+    RESAMPLE = Downsample
+
+
+class UpLevel(Level):
+    """Ends in `Upsample`."""
+
+    RELEASED: ClassVar[Table] = {"resample": "upsamplers.0"}
+    RESAMPLE = Upsample
 
 
 class MidBlock(nnx.Module):
@@ -111,8 +130,14 @@ class MidBlock(nnx.Module):
         return self.resnets[1](x, time)
 
 
+class Embedding(nnx.Embed):
+    """Rows of a table, drawn from N(0, 1)."""
+
+    RELEASED: ClassVar[Table] = {"embedding": Released("weight")}
+
+
 class UNet(nnx.Module):
-    """ε(latents, t, category), spec "One U-Net, four switches".
+    """ε(latents, t, category) (docs/model.md, "One U-Net, four switches").
 
     `train()` and `eval()` switch BatchNorm between batch and running statistics; a new network is in
     training mode, a loaded one in evaluation mode.
@@ -124,6 +149,24 @@ class UNet(nnx.Module):
         stream_dtype: dtype of everything between them; equal to `dtype`, the network is faster and rougher.
         rngs: the stream "params" draws the initial weights.
     """
+
+    # Muon is for hidden matrices: not for the table, nor for what touches the latents.
+    RELEASED: ClassVar[Table] = {
+        "embedding": Released("embedding_layer", muon=False),
+        "conv_in": Released("diff_model.conv_in", muon=False),
+        "conv_out": Released("diff_model.conv_out", muon=False),
+        **{
+            part: f"diff_model.{part}"
+            for part in (
+                "encoder_hid_proj",
+                "time_embedding",
+                "down_blocks",
+                "mid_block",
+                "up_blocks",
+                "conv_norm_out",
+            )
+        },
+    }
 
     def __init__(
         self,
@@ -137,10 +180,11 @@ class UNet(nnx.Module):
         precision = Precision(dtype=dtype, stream_dtype=stream_dtype, param_dtype=param_dtype)
         common = {"precision": precision, "rngs": rngs}
         thin = {"precision": precision.thin(), "rngs": rngs}
+        conv = RESIDUAL_CONVS[config.residual_conv]
         self.config = config
-        self.dtype = stream_dtype
-        first = config.channels[0]
-        self.embedding = nnx.Embed(
+        self.precision = precision
+        first, levels = config.channels[0], len(config.channels)
+        self.embedding = Embedding(
             config.vocab_size,
             config.embedding_dim,
             embedding_init=nnx.initializers.normal(1.0),
@@ -148,42 +192,29 @@ class UNet(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.encoder_hid_proj = linear(config.embedding_dim, config.context_dim, thin=True, **common)
+        self.encoder_hid_proj = Linear(config.embedding_dim, config.context_dim, thin=True, **common)
         self.time_embedding = TimestepEmbedding(first, **common)
-        self.conv_in = residual_conv(config.residual_conv, config.in_channels, first, **thin)
+        self.conv_in = conv(config.in_channels, first, **thin)
         down, up = _level_widths(config)
-        sizes = [config.latent_size // 2**i for i in range(len(config.channels))]
+        sizes = [config.latent_size // 2**i for i in range(levels)]
+
+        def level(kind: type[Level], widths: list[tuple[int, int]], depth: int, is_last: bool) -> Level:
+            has_transformers = config.transformers[depth]
+            return kind(
+                widths, sizes[depth], config, has_transformers=has_transformers, is_last=is_last, **common
+            )
+
         self.down_blocks = nnx.List(
-            [
-                Level(
-                    widths,
-                    sizes[i],
-                    config,
-                    has_transformers=config.transformers[i],
-                    resample=Downsample if i < len(down) - 1 else None,
-                    **common,
-                )
-                for i, widths in enumerate(down)
-            ]
+            [level(DownLevel, widths, i, i == levels - 1) for i, widths in enumerate(down)]
         )
         self.mid_block = (
             MidBlock(config.channels[-1], sizes[-1], config, **common) if config.mid_block else None
         )
         self.up_blocks = nnx.List(
-            [
-                Level(
-                    widths,
-                    sizes[-1 - i],
-                    config,
-                    has_transformers=config.transformers[-1 - i],
-                    resample=Upsample if i < len(up) - 1 else None,
-                    **common,
-                )
-                for i, widths in enumerate(up)
-            ]
+            [level(UpLevel, widths, levels - 1 - i, i == levels - 1) for i, widths in enumerate(up)]
         )
-        self.conv_norm_out = group_norm(first, eps=1e-5, **common)
-        self.conv_out = residual_conv(config.residual_conv, first, config.out_channels, **thin)
+        self.conv_norm_out = GroupNorm(first, eps=1e-5, **common)
+        self.conv_out = conv(first, config.out_channels, **thin)
 
     def __call__(
         self,
@@ -215,7 +246,7 @@ class UNet(nnx.Module):
         _check_map(latents.shape, self.config)
         time = self.time_embedding(timesteps)
         context = self.encoder_hid_proj(self.embedding(input_ids))
-        x = self.conv_in(latents.astype(self.dtype))
+        x = self.conv_in(latents.astype(self.precision.stream_dtype))
         skips, features, hidden = [x], [], None
         for level in self.down_blocks:
             for i in range(len(level.resnets)):

@@ -6,7 +6,8 @@ diffusers is imported on first use: it takes seconds, and it loads torch where t
 import dataclasses
 import functools
 import logging
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,15 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from moebius_jax.models.architecture import Architecture
+from moebius_jax.models.released import CONV, LINEAR, SAME, Released
+
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAEConfig:
-    """Sizes of a KL autoencoder of the SDXL layout (spec "VAE"); the defaults are the released one.
+class VAEConfig(Architecture):
+    """Sizes of a KL autoencoder of the SDXL layout (docs/model.md, "VAE"); the defaults are the released one.
 
     Attributes:
         channels: width of each level; every level but the last halves the map.
@@ -27,6 +31,8 @@ class VAEConfig:
         latent_channels: of a latent; the encoder yields twice as many (mean, logvar).
         scaling_factor: latents are multiplied by it after encoding, divided before decoding.
     """
+
+    NOUN: ClassVar[str] = "VAE"
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -37,16 +43,6 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels per latent position along one side (8 in the release)."""
         return 2 ** (len(self.channels) - 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "channels": list(self.channels)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "VAEConfig":
-        """Inverse of `to_dict`; raises ValueError on an unknown or missing field."""
-        if set(values) != (fields := {f.name for f in dataclasses.fields(cls)}):
-            raise ValueError(f"VAE config has fields {sorted(values)}, expected {sorted(fields)}")
-        return cls(**{**values, "channels": tuple(values["channels"])})
 
 
 @struct.dataclass
@@ -59,6 +55,10 @@ class Posterior:
     @property
     def std(self) -> Float[Array, "B h w c"]:
         return jnp.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        """The draw that standard-normal `noise` stands for."""
+        return self.mean + self.std * noise
 
 
 @struct.dataclass
@@ -87,7 +87,10 @@ class VAE:
     ) -> Float[Array, "B h w c"]:
         """Scaled latents: the posterior's mean, or with standard-normal `noise` its sample."""
         posterior = self.posterior(images)
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return self.scaled(posterior.mean if noise is None else posterior.sample(noise))
+
+    def scaled(self, latents: Float[Array, "B h w d"]) -> Float[Array, "B h w d"]:
+        """Latents as the U-Nets see them: of about unit variance."""
         return latents * self.config.scaling_factor
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
@@ -102,6 +105,27 @@ class VAE:
 def abstract_params(config: VAEConfig) -> Params:
     """The parameter tree as shapes."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def released(path: str, rank: int) -> Released:
+    """How the release keeps the parameter `path` (dotted) of this rank."""
+    name = path
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if not path.endswith(".kernel"):
+        return Released(name, SAME)
+    return Released(name, CONV if rank == 4 else LINEAR)
+
+
+# diffusers' Flax names → its torch names, in order.
+_RENAMES = (
+    (r"(blocks|resnets|attentions|samplers)_(\d+)", r"\1.\2"),
+    (r"\.query\.", ".to_q."),
+    (r"\.key\.", ".to_k."),
+    (r"\.value\.", ".to_v."),
+    (r"\.proj_attn\.", ".to_out.0."),
+    (r"\.(kernel|scale)$", ".weight"),
+)
 
 
 def init_params(config: VAEConfig, key: Array) -> Params:

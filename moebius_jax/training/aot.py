@@ -4,60 +4,67 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moebius_jax.errors import UserError
-from moebius_jax.models import ELatentLPIPSConfig, UNetConfig
+import jax
+from jax.experimental import topologies
+
+from moebius_jax.data.datasets import DATASETS
+from moebius_jax.data.samples import PixelSample
+from moebius_jax.errors import UserError, first_line
+from moebius_jax.models import UNetConfig
+from moebius_jax.sharding import make_mesh
+from moebius_jax.training.batches import abstract_batch, check_batch
 from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.networks import load_frozen
+from moebius_jax.training.optimizer import run_optimizer
+from moebius_jax.training.state import abstract_state
 
 HBM_GB = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v4": 32, "TPU v5p": 95, "TPU v6 lite": 32}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def report_aot(config: TrainConfig, topology: str) -> str:
+def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., Any]) -> str:
     """Memory, FLOPs, HBM traffic and collectives per device of the real step, as a table.
 
-    The process must not have started jax's devices yet. Converted folders need not be there: the published
-    teacher and metric stand in for missing ones, and the report says so.
+    The process must not have started jax's devices yet. Converted folders need not be there: published
+    architectures stand in for missing ones, and the report says so.
 
     Args:
         config: of the run.
         topology: a TPU slice as libtpu names it, "v5e:4x8".
+        make_update: the step, see `train.py`.
 
     Raises:
         UserError: no libtpu, no such topology, or the program does not fit the device.
     """
-    # Any accelerator type will do; libtpu wants one and would ask the cloud for it.
+    # Any accelerator type will do; libtpu wants one, and would ask the cloud for it, and look for a TPU here.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    import jax
-    from jax.experimental import topologies
-
-    from moebius_jax.training.networks import load_metric, load_teacher
-    from moebius_jax.training.program import Program
-    from moebius_jax.training.sharding import check_batch, make_mesh
-
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    jax.config.update("jax_platforms", "cpu")
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu missing, or whatever it makes of the name
-        reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
-            f'--aot {topology}: {reason}. It needs libtpu (pip install -e ".[aot]") and a slice such '
-            "as v5e:4x8, v4:2x2x4 or v6e:4x4"
+            f'--aot {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a slice '
+            "such as v5e:4x8, v4:2x2x4 or v6e:4x4"
         ) from None
     notes, config = _stand_ins(config)
     config = config.replace(student=config.student.replace(platform="tpu"))
-    mesh = make_mesh(config.fsdp, devices)
-    check_batch(config.batch_size, config.accumulation, mesh)
-    program = Program(
-        config,
-        mesh,
-        teacher=load_teacher(config, mesh, abstract=True),
-        metric=load_metric(config, mesh, abstract=True),
+    mesh = make_mesh(devices, fsdp=config.fsdp)
+    check_batch(config, mesh)
+    networks = load_frozen(config, mesh, abstract=True)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    arguments = (
+        abstract_state(config, mesh, optimizer),
+        {name: network.tensors for name, network in networks.items()},
+        abstract_batch(config, mesh),
     )
     started = time.perf_counter()
     try:
-        compiled = program.lower(program.abstract_state).compile()
+        compiled = make_update(config, mesh, networks, optimizer).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--aot {topology}: {_memory_message(str(error))}") from None
     figures = _figures(compiled, config.batch_size / mesh.size, config.accumulation)
@@ -69,7 +76,7 @@ def report_aot(config: TrainConfig, topology: str) -> str:
         "HBM of the device": f"{HBM_GB[kind]} GB" if kind in HBM_GB else "unknown",
         "compiled in": f"{time.perf_counter() - started:.0f} s",
     }
-    if config.data.kind == "images":
+    if DATASETS[config.data.kind].SAMPLE is PixelSample:
         notes.append("the VAE is not in these figures: the encoder runs before the step, on the same devices")
     width = max(map(len, rows))
     return "\n".join([*notes, *(f"{name:<{width}}  {value}" for name, value in rows.items())])
@@ -95,13 +102,16 @@ def _figures(compiled: Any, samples: float, parts: int) -> dict[str, str]:
 
 def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
     """Published architectures for folders that are not here."""
-    notes, changes = [], {}
-    for name, published in (("teacher", UNetConfig.teacher()), ("metric", ELatentLPIPSConfig())):
-        value = getattr(config, name)
-        if isinstance(value, str) and not Path(value).exists():
-            notes.append(f"{name}: {value} is not here; the published one's shapes are taken")
-            changes[name] = published
-    return notes, dataclasses.replace(config, init=None, **changes)
+    notes, changes, perceptual = [], {"init": None}, config.loss.perceptual
+    missing = "{}: {} is not here; the published one's shapes are taken"
+    if isinstance(config.teacher, str) and not Path(config.teacher).exists():
+        notes.append(missing.format("teacher", config.teacher))
+        changes["teacher"] = UNetConfig.teacher()
+    if isinstance(perceptual.network, str) and not Path(perceptual.network).exists():
+        notes.append(missing.format("loss.perceptual.network", perceptual.network))
+        perceptual = dataclasses.replace(perceptual, network=perceptual.NETWORK())
+        changes["loss"] = dataclasses.replace(config.loss, perceptual=perceptual)
+    return notes, config.replace(**changes)
 
 
 def _memory_message(error: str) -> str:
@@ -112,4 +122,4 @@ def _memory_message(error: str) -> str:
             f"does not fit: temporaries of {needed[1]} GiB a device, which has {needed[2]} GiB. Try "
             "student.remat=true, accumulation=2, stream_dtype=bfloat16, or more devices"
         )
-    return error.strip().splitlines()[0][:200]
+    return first_line(error)

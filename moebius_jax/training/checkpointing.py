@@ -1,7 +1,6 @@
 """Saving and resuming a run: asynchronous Orbax checkpoints of state, data position and configuration."""
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax.errors import UserError, first_line
+from moebius_jax.files import replace_when_complete
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
+from moebius_jax.weights.folder import quiet_storage
 
 FOLDER = "checkpoints"
 
@@ -95,20 +96,15 @@ class RunCheckpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            logger = logging.getLogger("asyncio")  # a damaged file's other readers would each log a traceback
-            level, logger.level = logger.level, logging.CRITICAL
+            wanted = ocp.args.Composite(
+                state=ocp.args.StandardRestore(_named(target)), data=ocp.args.JsonRestore()
+            )
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(_named(target)), data=ocp.args.JsonRestore()
-                    ),
-                )
+                with quiet_storage():
+                    restored = self._manager.restore(step, args=wanted)
             except Exception as error:  # storage libraries raise whatever they meet
                 self._explain(step, error, target)
                 continue
-            finally:
-                logger.setLevel(level)
             if restored["data"]["seed"] != seed:
                 raise UserError(
                     f"{self._path(step)}: of a run with seed={restored['data']['seed']}; this one has "
@@ -193,10 +189,8 @@ def first_batch(samples: int, config: TrainConfig) -> int:
 
 def write_run_config(folder: Path, config: dict[str, Any]) -> None:
     """Puts the configuration beside the checkpoints, for people."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    with replace_when_complete(folder / "config.json", overwrite=True) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _named(state: TrainState) -> dict[str, Any]:

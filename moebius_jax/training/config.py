@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from dataclasses import field
-from typing import Literal
+from typing import Literal, get_args
 
+from moebius_jax.checks import require_at_least, require_choice
 from moebius_jax.data.config import DataConfig
-from moebius_jax.distillation.balance import LossConfig
-from moebius_jax.distillation.noising import TimestepSampling
-from moebius_jax.distillation.perceptual import PerceptualConfig
-from moebius_jax.models import ELatentLPIPSConfig, UNetConfig, VAEConfig
+from moebius_jax.diffusion.noising import TimestepSampling
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.models import UNetConfig, VAEConfig
 from moebius_jax.training.optimizer import OptimizerConfig
+
+Compute = Literal["bfloat16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,17 @@ class CheckpointConfig:
         every: steps between checkpoints; one is written at the end and on SIGTERM in any case.
         keep: newest ones kept.
         keep_every: those at multiples of it are kept for good; None keeps none.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     every: int = 1000
     keep: int = 3
     keep_every: int | None = 20_000
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "keep", "keep_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,14 @@ class LogConfig:
         grid_every: steps between sample grids (TensorBoard and PNG); 0 makes none.
         grid_images: samples in a grid.
         grid_steps: denoising steps of a grid's samples.
-        validation: images (folder or JSON lines) or cached latents, of the data's kind, the grids are made
-            of; by default the first samples of the training data.
+        validation: held-out data, of the data's kind: what the task loss is measured on, and what the grids
+            are made of. Without it there is no such measurement, and grids show the first samples of the
+            training data.
+        validate_every: steps between measurements of the task loss on `validation`; 0 makes none.
+        validation_samples: measured each time, with the same noise; rounded up to whole batches.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     every: int = 50
@@ -46,6 +60,12 @@ class LogConfig:
     grid_images: int = 8
     grid_steps: int = 20
     validation: str | None = None
+    validate_every: int = 1000
+    validation_samples: int = 512
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "grid_images", "grid_steps", "validation_samples")
+        require_at_least(self, 0, "grid_every", "validate_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,21 +78,20 @@ class TrainConfig:
         student: architecture of what is trained.
         init: folder of weights to start from (a converted release checkpoint, an earlier run's model).
         teacher: what the coarse and fine losses imitate; not needed without them.
-        metric: converted E-LatentLPIPS folder, for the perceptual loss.
         vae: encodes images, and decodes sample grids; not needed for cached latents without grids.
-        loss, perceptual: what is minimised.
+        loss: what is minimised.
         optimizer: and schedule.
         data: what is trained on.
         batch_size: global, over all devices and processes.
         accumulation: equal parts of a batch whose gradients are added up; each has BatchNorm statistics
             and adaptive weights of its own.
         steps: of the run.
-        seed: of initial weights, noise, and data.
+        seed: of initial weights, noise, and data; 0 to 2³² - 1.
         ema_decay: upper limit of the moving average's; 0 keeps none.
         noise_offset: weight of the per-channel constant in the noise.
         timestep_sampling: "logit_normal" as the release, or "uniform".
         batch_norm: statistics of the "global" batch, or of each "device" as the release.
-        dtype: compute dtype of student, teacher and metric; weights and optimiser are fp32.
+        dtype: compute dtype of student, teacher and the losses' networks; weights and optimiser are fp32.
         stream_dtype: see `moebius_jax.models.precision`.
         vae_dtype: compute dtype of the VAE.
         fsdp: devices that share one copy of weights and optimiser state; the other axis is `data`.
@@ -85,10 +104,8 @@ class TrainConfig:
     student: UNetConfig = field(default_factory=UNetConfig.student)
     init: str | None = None
     teacher: str | UNetConfig | None = None
-    metric: str | ELatentLPIPSConfig | None = None
     vae: str | VAEConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 768
@@ -99,54 +116,45 @@ class TrainConfig:
     noise_offset: float = 0.0357
     timestep_sampling: TimestepSampling = "logit_normal"
     batch_norm: Literal["global", "device"] = "global"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    stream_dtype: Literal["bfloat16", "float32"] = "float32"
-    vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Compute = "bfloat16"
+    stream_dtype: Compute = "float32"
+    vae_dtype: Compute = "bfloat16"
     fsdp: int = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        positive = {
-            "batch_size": self.batch_size,
-            "accumulation": self.accumulation,
-            "steps": self.steps,
-            "fsdp": self.fsdp,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "log.every": self.log.every,
-            "log.grid_images": self.log.grid_images,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more")
+        require_at_least(self, 1, "batch_size", "accumulation", "steps", "fsdp")
+        require_choice(
+            self,
+            timestep_sampling=get_args(TimestepSampling),
+            batch_norm=("global", "device"),
+            dtype=get_args(Compute),
+            stream_dtype=get_args(Compute),
+            vae_dtype=get_args(Compute),
+        )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of accumulation = {self.accumulation}"
             )
-        if self.checkpoint.keep_every is not None and self.checkpoint.keep_every < 1:
-            raise ValueError(
-                f"checkpoint.keep_every is {self.checkpoint.keep_every}; expected 1 or more, or none"
-            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         if not math.isfinite(self.noise_offset):
             raise ValueError(f"noise_offset is {self.noise_offset}; expected a finite number")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 up to, not including, 1")
-        if self.timestep_sampling not in ("logit_normal", "uniform"):
-            raise ValueError(
-                f"timestep_sampling is {self.timestep_sampling!r}; expected logit_normal or uniform"
-            )
         if self.loss.needs_teacher and self.teacher is None:
-            terms = " and ".join(t for t in self.loss.terms if t in ("coarse", "fine"))
+            terms = " and ".join(loss.name for loss in self.loss.losses if loss.needs_teacher)
             raise ValueError(
                 f"the {terms} loss needs a teacher: pass teacher=FOLDER (converted), or loss.terms=task"
             )
-        if "perceptual" in self.loss.terms and self.metric is None:
-            raise ValueError(
-                "the perceptual loss needs E-LatentLPIPS weights, which are CC-BY-NC and not ours to bundle: "
-                "convert them (convert_weights.py) and pass metric=FOLDER, or train without: "
-                "loss.terms=coarse,fine,task"
-            )
+        for loss in self.loss.losses:
+            loss.require_network()
+
+    @property
+    def held_out_data(self) -> DataConfig:
+        """The data `log.validation` names."""
+        return dataclasses.replace(self.data, path=self.log.validation)
 
     def replace(self, **changes: object) -> "TrainConfig":
         """A copy with some fields changed, checked again."""

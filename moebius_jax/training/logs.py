@@ -1,7 +1,9 @@
-"""What a run tells: TensorBoard events through clu, a progress bar, and sample grids."""
+"""What a run tells: TensorBoard events through clu, a progress bar, speed, and a trace."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from moebius_jax.errors import UserError
+from moebius_jax.imaging.picture import write_image
 
 
 class RunLog:
@@ -42,11 +45,7 @@ class RunLog:
         """An image as an event, and as PNG in `samples/`."""
         if self._writer:
             self._writer.write_images(step, {name: np.asarray(image)[None] / 255.0})
-            target = self._folder / "samples" / f"step_{step:07d}.png"
-            target.parent.mkdir(exist_ok=True)
-            partial = target.with_suffix(".partial.png")
-            image.save(partial)
-            partial.replace(target)
+            write_image(self._folder / "samples" / f"step_{step:07d}.png", image, overwrite=True)
 
     def close(self) -> None:
         if self._writer:
@@ -95,7 +94,14 @@ class Stopwatch:
         self._first: float | None = None
         self._last = 0.0
         self._steps = 0
-        self.waiting = 0.0
+        self._waiting = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time of the block as spent on data."""
+        started = time.perf_counter()
+        yield
+        self._waiting += time.perf_counter() - started
 
     def tick(self) -> None:
         """A step is about to begin."""
@@ -113,9 +119,39 @@ class Stopwatch:
         seconds = self._last - self._first
         rates = {
             "images_per_second": self._batch_size * self._steps / seconds,
-            "data_wait_share": self.waiting / seconds,
+            "data_wait_share": self._waiting / seconds,
         }
         if self._flops and self._peak:
             rates["fraction_of_peak"] = self._flops * self._steps / seconds / self._peak
-        self.waiting, self._steps, self._first = 0.0, 0, self._last
+        self._waiting, self._steps, self._first = 0.0, 0, self._last
         return rates
+
+
+class Trace:
+    """A profiler's trace of a few steps.
+
+    Args:
+        workdir: gets it, in `profile/`.
+        first: step it begins at; None for no trace.
+        say: told where it is.
+    """
+
+    STEPS = 5
+
+    def __init__(self, workdir: Path, first: int | None, say: Callable[[str], None]) -> None:
+        self._folder, self._first, self._say = workdir / "profile", first, say
+        self._is_running = False
+
+    def at(self, step: int) -> None:
+        """A step is about to begin."""
+        if self._first is not None and step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_running = True
+        elif self._first is not None and step == self._first + self.STEPS:
+            self.close()
+
+    def close(self) -> None:
+        if self._is_running:
+            jax.profiler.stop_trace()
+            self._is_running = False
+            self._say(f"profile: tensorboard --logdir {self._folder}")

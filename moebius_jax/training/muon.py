@@ -1,4 +1,4 @@
-"""Muon's orthogonalised update, as the release computes it (spec "Optimiser").
+"""Muon's orthogonalised update, as the release computes it (docs/distillation.md, "Optimiser").
 
 `optax.contrib.muon` is another recipe: it corrects the momentum's bias, takes its scale from the reshaped
 fans, rounds the coefficients to bfloat16, and keeps a second momentum we would not use. Momentum, decay and
@@ -12,17 +12,14 @@ import jax.numpy as jnp
 import optax
 from flax.typing import Dtype
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
+
+from moebius_jax.models.released import Layout
+from moebius_jax.sharding import replicated
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-_NOT_MUON = ("embedding", "conv_in", "conv_out")
-
-
-def uses_muon(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter of ours is Muon's: rank ≥ 2, and not of the embedding, `conv_in` or `conv_out`."""
-    return len(shape) >= 2 and name.split(".", maxsplit=1)[0] not in _NOT_MUON
 
 
 def newton_schulz(x: Float[Array, "n a b"], dtype: Dtype = jnp.bfloat16) -> Float[Array, "n a b"]:
@@ -45,13 +42,14 @@ def newton_schulz(x: Float[Array, "n a b"], dtype: Dtype = jnp.bfloat16) -> Floa
 
 
 def orthogonalize(
-    dtype: Dtype = jnp.bfloat16, spread: NamedSharding | None = None
+    layouts: Mapping[str, Layout], dtype: Dtype = jnp.bfloat16, spread: NamedSharding | None = None
 ) -> optax.GradientTransformation:
     """Replaces updates, a dictionary by parameter name, by 0.2·√max(out, in) times their orthogonal factor.
 
     Matrices of one shape are stacked and iterated together.
 
     Args:
+        layouts: how the release lays each parameter out: what are rows, and the two fans, is said there.
         dtype: of the iteration; the release's is bfloat16.
         spread: a sharding whose first axis the stacks are cut along, so that the devices share the work
             instead of repeating it. None leaves it to the compiler.
@@ -62,19 +60,17 @@ def orthogonalize(
         for name, value in updates.items():
             if isinstance(value, optax.MaskedNode):  # another optimiser's
                 continue
-            matrix = value.reshape(_matrix_shape(name, value.shape))
+            matrix = _matrix(value, layouts[name])
             wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
             stacks[wide.shape].append((name, wide.astype(dtype)))
         results = {}
-        for shape, members in stacks.items():
+        for members in stacks.values():
             stack = jnp.stack([_together(matrix, spread) for _, matrix in members])
             whole = _shared(stack, dtype, spread)
             for (name, _), wide in zip(members, whole, strict=False):
-                value = updates[name]
-                rows, columns = _matrix_shape(name, value.shape)
-                matrix = wide if shape == (rows, columns) else wide.T
-                scale = 0.2 * max(_torch_fans(name, value.shape)) ** 0.5
-                results[name] = (scale * matrix.astype(jnp.float32)).reshape(value.shape)
+                shape, layout = updates[name].shape, layouts[name]
+                scale = 0.2 * max(layout.torch_shape(shape)[:2]) ** 0.5
+                results[name] = _tensor(scale * wide.astype(jnp.float32), shape, layout)
         return {name: results.get(name, value) for name, value in updates.items()}
 
     return optax.stateless(lambda updates, _: update(updates))
@@ -92,26 +88,29 @@ def _shared(stack: Array, dtype: Dtype, spread: NamedSharding | None) -> Array:
 
 def _together(x: Array, spread: NamedSharding | None) -> Array:
     """Replicated: a stack of pieces cut elsewhere would be put together by many small transfers."""
-    return (
-        x if spread is None else lax.with_sharding_constraint(x, NamedSharding(spread.mesh, PartitionSpec()))
-    )
+    return x if spread is None else lax.with_sharding_constraint(x, replicated(spread.mesh))
 
 
-def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The release's [shape[0], -1], or its transpose: the iteration commutes with both transposing and
+def _matrix(value: Array, layout: Layout) -> Array:
+    """The release's [shape[0], -1], or its transpose: the iteration commutes with transposing and with
     permuting columns."""
-    if name.endswith("position_table"):
-        return shape[0], shape[1] * shape[2]
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return rows, shape[-1]
+    axis = _first_axis(layout)
+    if axis == value.ndim - 1:
+        return value.reshape(-1, value.shape[-1])
+    return jnp.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
 
 
-def _torch_fans(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The first two axes of the tensor as torch keeps it."""
-    if name.endswith("position_table"):
-        return shape[0], shape[1]
-    if len(shape) == 3:  # depthwise [c, 1, h, w] and position kernels [k, 1, 1, p, p]
-        return shape[-1], 1
-    return shape[-1], shape[-2]
+def _tensor(wide: Array, shape: tuple[int, ...], layout: Layout) -> Array:
+    """Inverse of `_matrix` and of making it wide."""
+    axis = _first_axis(layout)
+    rest = (*shape[:axis], *shape[axis + 1 :])
+    columns = wide.size // shape[axis]
+    is_last = axis == len(shape) - 1
+    matrix_shape = (columns, shape[axis]) if is_last else (shape[axis], columns)
+    matrix = wide if wide.shape == matrix_shape else wide.T
+    return matrix.reshape(shape) if is_last else jnp.moveaxis(matrix.reshape(shape[axis], *rest), 0, axis)
+
+
+def _first_axis(layout: Layout) -> int:
+    """Our axis that is the release's first, its outputs."""
+    return layout.order[0] if layout.order else 0

@@ -10,16 +10,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moebius_jax import checkpoints
+from moebius_jax.distillation.loss import Loss
 from moebius_jax.errors import UserError
-from moebius_jax.models import VAE, ELatentLPIPS, UNet, UNetConfig, inference_copy
+from moebius_jax.models import VAE, UNet, UNetConfig, inference_copy
 from moebius_jax.models import vae as vae_model
-from moebius_jax.models.functional import Bare, Tensors, split_tensors
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sharding import replicated, tensor_sharding, tree_shardings
 from moebius_jax.training.config import TrainConfig
-from moebius_jax.training.sharding import replicated, tensor_sharding, tree_shardings
+from moebius_jax.weights.folder import read_config
+from moebius_jax.weights.kinds import KINDS, kind_of
+from moebius_jax.weights.load import load_network, load_unet, load_vae
+from moebius_jax.weights.tensors import Bare, Tensors, network_tensors, split_tensors
 
 Network = TypeVar("Network", bound=nnx.Module)
+TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,58 +39,27 @@ class FrozenNetwork(Generic[Network]):
     tensors: Tensors
 
 
-def load_teacher(config: TrainConfig, mesh: Mesh, *, abstract: bool) -> FrozenNetwork[UNet] | None:
-    """The teacher in the dtypes it is multiplied in; None where no loss needs one.
+def load_frozen(config: TrainConfig, mesh: Mesh, *, abstract: bool = False) -> dict[str, FrozenNetwork]:
+    """What the losses look at: the teacher, and by its loss's name each network of a loss's own.
+
+    Args:
+        config: of the run.
+        mesh: where it runs.
+        abstract: shapes instead of arrays; folders are asked for their architecture only.
 
     Raises:
-        UserError: no such folder, or a network that cannot teach this student.
+        UserError: no such folder, or a network that does not fit.
     """
-    if not config.loss.needs_teacher or config.teacher is None:
-        return None
-    dtypes = {"dtype": jnp.dtype(config.dtype), "stream_dtype": jnp.dtype(config.stream_dtype)}
-
-    def draw(architecture: UNetConfig) -> UNet:
-        network = UNet(architecture, rngs=KeyStream(jax.random.key(config.seed + 1)), **dtypes)
-        network.eval()
-        return inference_copy(network)
-
-    if isinstance(config.teacher, UNetConfig):
-        architecture = config.teacher
-    else:
-        architecture = checkpoints.read_config(Path(config.teacher)).architecture
-        if not isinstance(architecture, UNetConfig):
-            raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
-    architecture = dataclasses.replace(architecture, platform=config.student.platform)
-    if "coarse" in config.loss.terms:
-        _check_taps(config.student, architecture)
-    if abstract or isinstance(config.teacher, UNetConfig):
-        return _drawn(lambda: draw(architecture), mesh, abstract)
-    network = checkpoints.load_unet(config.teacher, placement=_placement(mesh), **dtypes)
-    network = inference_copy(network)
-    return FrozenNetwork(bare=Bare(network), tensors=checkpoints.network_tensors(network))
+    networks = {}
+    if config.loss.needs_teacher:
+        networks[TEACHER] = _load_teacher(config, mesh, abstract)
+    for loss in config.loss.losses:
+        if loss.network is not None:
+            networks[loss.name] = _load_own(loss, config, mesh, abstract)
+    return networks
 
 
-def load_metric(config: TrainConfig, mesh: Mesh, *, abstract: bool) -> FrozenNetwork[ELatentLPIPS] | None:
-    """The perceptual metric; None where its loss is absent.
-
-    Raises:
-        UserError: no such folder, or another kind of network.
-    """
-    if "perceptual" not in config.loss.terms or config.metric is None:
-        return None
-    dtype = jnp.dtype(config.dtype)
-    if isinstance(config.metric, str):
-        if not abstract:
-            network = checkpoints.load_elatentlpips(config.metric, dtype=dtype, placement=_placement(mesh))
-            return FrozenNetwork(bare=Bare(network), tensors=checkpoints.network_tensors(network))
-        architecture = checkpoints.read_config(Path(config.metric)).architecture
-    else:
-        architecture = config.metric
-    key = jax.random.key(config.seed + 2)
-    return _drawn(lambda: ELatentLPIPS(architecture, dtype=dtype, rngs=KeyStream(key)), mesh, abstract)
-
-
-def load_vae(config: TrainConfig, mesh: Mesh) -> VAE | None:
+def load_image_codec(config: TrainConfig, mesh: Mesh) -> VAE | None:
     """The VAE, on every device; None where there is none.
 
     Raises:
@@ -96,7 +69,7 @@ def load_vae(config: TrainConfig, mesh: Mesh) -> VAE | None:
     if config.vae is None:
         return None
     if isinstance(config.vae, str):
-        return checkpoints.load_vae(config.vae, dtype=dtype, placement=replicated(mesh))
+        return load_vae(config.vae, dtype=dtype, placement=replicated(mesh))
     init = jax.jit(vae_model.init_params, static_argnums=0, out_shardings=replicated(mesh))
     return VAE(params=init(config.vae, jax.random.key(config.seed + 3)), config=config.vae, dtype=dtype)
 
@@ -110,7 +83,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
     folder = Path(config.init or "")
     if (folder / "unet").is_dir():  # a saved pipeline, as training leaves one
         folder = folder / "unet"
-    found = checkpoints.read_config(folder).architecture
+    found = read_config(folder).architecture
     if not isinstance(found, UNetConfig) or found.to_dict() != config.student.to_dict():
         different = (
             [k for k, v in config.student.to_dict().items() if found.to_dict()[k] != v]
@@ -118,12 +91,53 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
             else ["kind of network"]
         )
         raise UserError(f"{folder}: differs from the student in {', '.join(different)}")
-    network = checkpoints.load_unet(folder, param_dtype=jnp.float32, placement=_placement(mesh))
-    return split_tensors(network)
+    return split_tensors(load_unet(folder, param_dtype=jnp.float32, placement=_placement(mesh)))
+
+
+def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork[UNet]:
+    """The teacher in the dtypes it is multiplied in."""
+    dtypes = {"dtype": jnp.dtype(config.dtype), "stream_dtype": jnp.dtype(config.stream_dtype)}
+    if isinstance(config.teacher, UNetConfig):
+        architecture = config.teacher
+    else:
+        architecture = read_config(Path(config.teacher)).architecture
+        if not isinstance(architecture, UNetConfig):
+            raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
+    architecture = architecture.replace(platform=config.student.platform)
+    if config.loss.bottleneck_losses:
+        _check_taps(config.student, architecture)
+
+    def draw() -> UNet:
+        network = UNet(architecture, rngs=KeyStream(jax.random.key(config.seed + 1)), **dtypes)
+        network.eval()
+        return inference_copy(network)
+
+    if abstract or isinstance(config.teacher, UNetConfig):
+        return _drawn(draw, mesh, abstract)
+    network = inference_copy(load_unet(config.teacher, placement=_placement(mesh), **dtypes))
+    return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
+
+
+def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork:
+    """The network of a loss's own."""
+    dtype, architecture = jnp.dtype(config.dtype), loss.network
+    if isinstance(architecture, str):
+        if not abstract:
+            network = load_network(loss.network, loss.NETWORK, dtype=dtype, placement=_placement(mesh))
+            return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
+        architecture = read_config(Path(loss.network)).architecture
+
+    def draw() -> nnx.Module:
+        build = KINDS[kind_of(architecture)].network
+        network = build(architecture, dtype=dtype, rngs=KeyStream(jax.random.key(config.seed + 2)))
+        network.eval()
+        return network
+
+    return _drawn(draw, mesh, abstract)
 
 
 def _check_taps(student: UNetConfig, teacher: UNetConfig) -> None:
-    """The coarse loss compares maps, so they have to agree in shape."""
+    """A loss at the bottleneck compares maps, so they have to agree in shape."""
     ours = student.latent_size // 2 ** (len(student.channels) - 1), student.channels[-1]
     side = teacher.latent_size // 2 ** (len(teacher.channels) - 1)
     theirs = side * 2 if len(teacher.channels) > 1 else side, teacher.channels[-1]
@@ -143,9 +157,7 @@ def _drawn(build: Callable[[], Network], mesh: Mesh, abstract: bool) -> FrozenNe
             for name, s in bare.shapes.items()
         }
     else:
-        draw = jax.jit(
-            lambda: checkpoints.network_tensors(build()), out_shardings=tree_shardings(mesh, bare.shapes)
-        )
+        draw = jax.jit(lambda: network_tensors(build()), out_shardings=tree_shardings(mesh, bare.shapes))
         tensors = draw()
     return FrozenNetwork(bare=bare, tensors=tensors)
 

@@ -7,19 +7,23 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from moebius_jax.training.muon import orthogonalize, uses_muon
+from moebius_jax.checks import require_at_least, require_choice
+from moebius_jax.models import UNetConfig
+from moebius_jax.sharding import batch_sharding
+from moebius_jax.training.muon import orthogonalize
+from moebius_jax.weights.names import Counterpart, counterparts
+from moebius_jax.weights.tensors import Tensors
 
 OptimizerName = Literal["muon", "adamw"]
 Schedule = Literal["step", "cosine", "constant"]
-Tensors = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Spec "Optimiser"; the defaults are the paper's.
+    """The optimiser (docs/distillation.md, "Optimiser"); the defaults are the paper's.
 
     Attributes:
         name: "muon" (with AdamW for what is no hidden matrix) or "adamw" for everything.
@@ -54,20 +58,24 @@ class OptimizerConfig:
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field, choices in (("name", OptimizerName), ("schedule", Schedule)):
-            if getattr(self, field) not in get_args(choices):
-                raise ValueError(
-                    f"{field} is {getattr(self, field)!r}; expected {', '.join(get_args(choices))}"
-                )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        require_choice(
+            self,
+            name=get_args(OptimizerName),
+            schedule=get_args(Schedule),
+            newton_schulz_dtype=("bfloat16", "float32"),
+        )
+        require_at_least(self, 0, "warmup_steps")
+        for name, below in (("momentum", 1), ("b1", 1), ("b2", 1)):
+            if not 0 <= getattr(self, name) < below:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 up to, not including, {below}")
+        for name in ("learning_rate", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
         if not self.weight_decay >= 0 or not 0 < self.decay_factor <= 1:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}, decay_factor {self.decay_factor}; expected 0 or more, "
                 "and above 0 up to 1"
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
         if any(not 0 < f <= 1 for f in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
             raise ValueError(f"decay_at is {self.decay_at}; expected rising fractions of the run, 0 to 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -91,27 +99,47 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def build_optimizer(
-    config: OptimizerConfig, total_steps: int, spread: NamedSharding | None = None
+    config: OptimizerConfig,
+    total_steps: int,
+    table: Mapping[str, Counterpart],
+    spread: NamedSharding | None = None,
 ) -> optax.GradientTransformation:
     """The transformation of gradients (a dictionary by parameter name) into updates.
 
     Args:
         config: see there.
         total_steps: of the run, for the schedule.
+        table: how the release keeps each parameter: whether Muon takes it, and how it lies.
         spread: how Muon's iteration is shared between devices, see `orthogonalize`.
     """
+
+    def labels(params: Mapping[str, Array]) -> dict[str, str]:
+        return {name: "muon" if table[name].muon else "adam" for name in params}
+
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     muon = optax.chain(
         optax.trace(config.momentum, nesterov=True),
-        orthogonalize(jnp.dtype(config.newton_schulz_dtype), spread),
+        orthogonalize(
+            {name: kept.layout for name, kept in table.items()},
+            jnp.dtype(config.newton_schulz_dtype),
+            spread,
+        ),
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [
-        optax.partition({"muon": muon, "adam": adam}, _labels) if config.name == "muon" else adam,
+        optax.partition({"muon": muon, "adam": adam}, labels) if config.name == "muon" else adam,
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     ]
     return optax.chain(*parts)
+
+
+def run_optimizer(
+    config: OptimizerConfig, student: UNetConfig, total_steps: int, mesh: Mesh
+) -> optax.GradientTransformation:
+    """`build_optimizer` for a student, Muon's work shared by all devices of a mesh."""
+    spread = batch_sharding(mesh) if mesh.size > 1 else None
+    return build_optimizer(config, total_steps, counterparts(student), spread)
 
 
 def ema_decay(updates: Int[Array, ""], limit: float) -> Float[Array, ""]:
@@ -127,7 +155,3 @@ def ema_update(
     belong to."""
     decay = ema_decay(updates, limit)
     return jax.tree.map(lambda a, t: decay * a + (1 - decay) * t, dict(average), dict(tensors))
-
-
-def _labels(params: Mapping[str, Array]) -> dict[str, str]:
-    return {name: "muon" if uses_muon(name, value.shape) else "adam" for name, value in params.items()}

@@ -42,10 +42,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 f"{key}: is a group; set one of its fields, {key}.{_fields(getattr(node, last))[0]}=…"
             )
         branch[last] = _parse(text, hint, key)
-    try:
-        return _rebuild(config, changes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return _rebuild(config, changes)
 
 
 def describe(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -56,16 +53,24 @@ def describe(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= describe(value, f"{prefix}{f.name}.")
         else:
-            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + f.name] = [_plain(v) for v in value] if isinstance(value, tuple) else value
     return flat
 
 
-def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
+def _plain(item: Any) -> Any:
+    return repr(item) if dataclasses.is_dataclass(item) else item
+
+
+def _rebuild(config: Any, changes: dict[str, Any], path: str = "") -> Any:
+    """`config` with changes; an error names the whole path of its field."""
     new = {
-        name: _rebuild(getattr(config, name), value) if isinstance(value, dict) else value
+        name: _rebuild(getattr(config, name), value, f"{path}{name}.") if isinstance(value, dict) else value
         for name, value in changes.items()
     }
-    return dataclasses.replace(config, **new)
+    try:
+        return dataclasses.replace(config, **new)
+    except ValueError as error:
+        raise UserError(f"{path}{error}") from None
 
 
 def _child(node: Any, name: str, key: str) -> Any:
@@ -110,7 +115,8 @@ def _parse(text: str, hint: Any, key: str) -> Any:
             return _parse_one(text, option)
         except (ValueError, KeyError):
             continue
-    raise UserError(f"{key}: {text!r} is not {' or '.join(_name(o) for o in options)}")
+    known = [_name(o) for o in options if not dataclasses.is_dataclass(o)]
+    raise UserError(f"{key}: {text!r} is not {' or '.join(known)}")
 
 
 def _parse_one(text: str, kind: Any) -> Any:
@@ -120,7 +126,7 @@ def _parse_one(text: str, kind: Any) -> Any:
             raise ValueError(text)
         return text
     if origin is tuple:
-        item = typing.get_args(kind)[0]
+        item, *_ = _options(typing.get_args(kind)[0])
         return tuple(_parse_one(part.strip(), item) for part in text.split(",") if part.strip())
     if kind is bool:
         return _BOOLEANS[text.lower()]

@@ -5,14 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import nnx, struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from moebius_jax.models import UNet, UNetConfig
-from moebius_jax.models.functional import Bare, Tensors, split_tensors
+from moebius_jax.models import UNet
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.training.sharding import tree_shardings
+from moebius_jax.models.norms import BatchNorm
+from moebius_jax.sharding import tree_shardings
+from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.networks import load_initial_tensors
+from moebius_jax.weights.tensors import Bare, Tensors, abstract_network, split_tensors
 
 
 @struct.dataclass
@@ -39,33 +42,20 @@ class TrainState:
         return self.ema or {**self.params, **self.statistics}
 
 
-def fresh_state(
-    config: UNetConfig, optimizer: optax.GradientTransformation, seed: int, *, has_ema: bool
-) -> TrainState:
-    """A state with weights drawn as the release draws them. To be jitted, or traced for its shapes."""
-    unet = UNet(config, rngs=KeyStream(jax.random.key(seed)))
-    return state_of(*split_tensors(unet), optimizer, has_ema=has_ema)
+def bare_student(config: TrainConfig, mesh: Mesh) -> Bare[UNet]:
+    """The network that is trained, without arrays, in training mode."""
+    dtypes = {name: jnp.dtype(getattr(config, name)) for name in ("dtype", "stream_dtype")}
+    unet = abstract_network(config.student, **dtypes)
+    unet.train()
+    for _, module in nnx.iter_modules(unet):
+        if isinstance(module, BatchNorm):
+            module.groups = mesh.size if config.batch_norm == "device" else 1
+    return Bare(unet)
 
 
-def state_of(
-    params: Tensors, statistics: Tensors, optimizer: optax.GradientTransformation, *, has_ema: bool
-) -> TrainState:
-    """The state before the first step, from given weights."""
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        statistics=statistics,
-        # Copies: a step gives its arguments' memory away, and may not be given the same twice.
-        ema=jax.tree.map(jnp.copy, {**params, **statistics}) if has_ema else {},
-        optimizer=optimizer.init(params),
-    )
-
-
-def abstract_state(
-    config: UNetConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, has_ema: bool
-) -> TrainState:
+def abstract_state(config: TrainConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    shapes = jax.eval_shape(lambda: fresh_state(config, optimizer, 0, has_ema=has_ema))
+    shapes = jax.eval_shape(lambda: _drawn(config, optimizer))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -73,30 +63,34 @@ def abstract_state(
     )
 
 
-def bare_student(
-    config: UNetConfig, *, dtype: str, stream_dtype: str, batch_norm_groups: int = 1
-) -> Bare[UNet]:
-    """The network that is trained, without arrays, in training mode.
+def initial_state(config: TrainConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, born on its devices: from `init`, else drawn as the release draws it.
 
-    Args:
-        config: architecture.
-        dtype, stream_dtype: see `UNet`.
-        batch_norm_groups: parts of a batch with BatchNorm statistics of their own.
+    Raises:
+        UserError: `init` cannot be read, or is of another architecture.
     """
-    from flax import nnx
-
-    from moebius_jax.models.norms import BatchNorm
-
-    unet = nnx.eval_shape(
-        lambda: UNet(
-            config,
-            dtype=jnp.dtype(dtype),
-            stream_dtype=jnp.dtype(stream_dtype),
-            rngs=KeyStream(jax.random.key(0)),
-        )
+    places = tree_shardings(mesh, abstract_state(config, mesh, optimizer))
+    if not config.init:
+        return jax.jit(lambda: _drawn(config, optimizer), out_shardings=places)()
+    begin = jax.jit(
+        lambda params, statistics: _first(config, optimizer, params, statistics), out_shardings=places
     )
-    unet.train()
-    for _, module in nnx.iter_modules(unet):
-        if isinstance(module, BatchNorm):
-            module.groups = batch_norm_groups
-    return Bare(unet)
+    return begin(*load_initial_tensors(config, mesh))
+
+
+def _drawn(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    unet = UNet(config.student, rngs=KeyStream(jax.random.key(config.seed)))
+    return _first(config, optimizer, *split_tensors(unet))
+
+
+def _first(
+    config: TrainConfig, optimizer: optax.GradientTransformation, params: Tensors, statistics: Tensors
+) -> TrainState:
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        statistics=statistics,
+        # Copies: a step gives its arguments' memory away, and may not be given the same twice.
+        ema=jax.tree.map(jnp.copy, {**params, **statistics}) if config.ema_decay else {},
+        optimizer=optimizer.init(params),
+    )

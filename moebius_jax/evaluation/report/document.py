@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moebius_jax.evaluation import pixels
-from moebius_jax.evaluation.inception_features import RESIZE
+from moebius_jax.evaluation.metrics import pixels
+from moebius_jax.evaluation.metrics.inception_features import RESIZE
+from moebius_jax.evaluation.metrics.scores import Metric, Scores, Summary
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
-from moebius_jax.evaluation.scoring import Metric, Scores, Summary
 
 FORMAT = "moebius-jax evaluation"
 VERSION = 1

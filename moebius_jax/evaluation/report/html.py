@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from moebius_jax.evaluation.metrics.scores import Scores
 from moebius_jax.evaluation.report import markdown
 from moebius_jax.evaluation.report.charts import line_chart
 from moebius_jax.evaluation.report.document import HIGHER_IS_BETTER
-from moebius_jax.evaluation.scoring import Scores
 
 PER_GROUP = 4  # cases shown of the best, of the middle and of the worst
 _SIDE = 512  # pixels pictures are shrunk to

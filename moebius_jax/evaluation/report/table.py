@@ -4,7 +4,7 @@ import csv
 import io
 import math
 
-from moebius_jax.evaluation.scoring import Scores
+from moebius_jax.evaluation.metrics.scores import Scores
 
 
 def render_csv(scores: Scores) -> str:

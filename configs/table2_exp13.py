@@ -1,8 +1,0 @@
-"""Table 2, experiment 13: see table2.py."""
-
-from configs.table2 import experiment
-from moebius_jax.training.config import TrainConfig
-
-
-def get_config() -> TrainConfig:
-    return experiment(13)

@@ -1,0 +1,91 @@
+"""What the command-line programs share: errors as one line, progress bars, quiet libraries."""
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moebius_jax.errors import UserError
+
+FAILED = 1  # exit status when anything asked for was not done
+
+
+def run(program: Callable[[], int]) -> int:
+    """Runs a program's body; what users can mend becomes a message on stderr and exit status 1."""
+    quiet_libraries()
+    try:
+        return program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except PermissionError as error:
+        print(f"error: {error.filename}: not allowed ({error.strerror})", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)
+        return 130
+
+
+def quiet_libraries() -> None:
+    """Keeps routine chatter of libraries out of the terminal; errors still come through."""
+    # diffusers would load torch for classes we do not use, where torch is installed.
+    os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces every retry
+    for name in ("absl", "orbax", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
+    warnings.showwarning = _show_warning
+    sys.unraisablehook = _show_unraisable
+
+
+def progress(items: Iterable[Any], desc: str = "", **options: Any) -> Iterable[Any]:
+    """`items` behind a progress bar on a terminal, silent elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=desc, disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raises UserError if one of these modules is not installed; names the extra that brings them."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'{", ".join(missing)} missing; install the {extra} extra: pip install "moebius-jax[{extra}]" '
+            f'(in a checkout: pip install -e ".[{extra}]")'
+        )
+
+
+def exit_without_extra(extra: str, *modules: str) -> None:
+    """`require_extra` for a program that imports them at once: says what is missing and ends it."""
+    try:
+        require_extra(extra, *modules)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ~/.cache/moebius-jax unless the environment says where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(home / "moebius-jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # When one read of a damaged checkpoint fails, the storage library's other threads find its loop closed.
+    if not (
+        isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
+    ):
+        sys.__unraisablehook__(unraisable)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Deprecations inside libraries concern us, not the person at the terminal.
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""What a training step draws at random, and the noisy latents it makes of it."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal
+from moebius_jax.diffusion.schedule import TRAIN_STEPS, add_noise
+
+TimestepSampling = Literal["logit_normal", "uniform"]
+
+
+@struct.dataclass
+class Noised:
+    """One noised batch (docs/distillation.md, "One step").
+
+    Attributes:
+        noisy_latents: z_t = α_t z + σ_t n.
+        noise: n.
+        timesteps: t.
+    """
+
+    noisy_latents: Float[Array, "B h w c"]
+    noise: Float[Array, "B h w c"]
+    timesteps: Int[Array, " B"]
+
+
+def draw_timesteps(keys: Key[Array, " B"], sampling: TimestepSampling) -> Int[Array, " B"]:
+    """t in [0, 1000): floor(1000 · sigmoid(N(0, 1))) as the released configuration, or uniform."""
+    if sampling == "uniform":
+        return jax.vmap(
+            lambda key: jax.random.randint(jax.random.fold_in(key, Draw.TIMESTEP), (), 0, TRAIN_STEPS)
+        )(keys)
+    fraction = jax.nn.sigmoid(draw_normal(keys, Draw.TIMESTEP, ()))
+    return jnp.minimum(jnp.floor(TRAIN_STEPS * fraction), TRAIN_STEPS - 1).astype(jnp.int32)
+
+
+def noise_batch(
+    keys: Key[Array, " B"],
+    latents: Float[Array, "B h w c"],
+    *,
+    noise_offset: float,
+    sampling: TimestepSampling,
+) -> Noised:
+    """Draws noise (with `noise_offset` times one normal number per channel) and timesteps, and adds them."""
+    noise = draw_noise(keys, latents.shape[1:], noise_offset)
+    timesteps = draw_timesteps(keys, sampling)
+    return Noised(noisy_latents=add_noise(latents, noise, timesteps), noise=noise, timesteps=timesteps)

@@ -1,0 +1,177 @@
+"""Sets of masks in folders: drawn from a seed, described by a README, recognised by a hash."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from moebius_jax.data.random_masks import mask_generator
+from moebius_jax.errors import UserError
+from moebius_jax.files import AlreadyThere, remove_remains, replace_when_complete
+
+Hole = Bool[np.ndarray, "S S"]
+
+KINDS = {
+    "lama_thin": "LaMa's thin strokes",
+    "lama_medium": "LaMa's medium strokes and boxes",
+    "lama_thick": "LaMa's thick strokes and large boxes",
+    "mat_large": "MAT's large free-form masks, drawn from their description: rectangles and winding strokes",
+    "mat_small": "MAT's small free-form masks, likewise; at most half is hole",
+    "comodgan": "CoModGAN's free-form masks, drawn from their description",
+}
+DESCRIPTION_FILE = "masks.json"
+POLARITY = "white (255) is the hole, what is repainted; black (0) is kept"
+
+_ATTEMPTS = 10_000
+_README = """\
+# {count} masks of {size} x {size} pixels
+
+Polarity: **{polarity}**. (MAT's and CoModGAN's own files are the other way round.)
+
+| | |
+|---|---|
+| kind | `{kind}`: {description} |
+| share of the image that is hole | {ratio} |
+| seed | {seed} |
+| SHA-256 of the set | `{sha256}` |
+
+Mask number i depends on the seed and i only. The hash is over the names (without suffix, in sorted order) and
+the pixels, not over the files' bytes, so re-encoding keeps it. Made by `python -m moebius_jax.masks`.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskSpec:
+    """What a set is drawn from.
+
+    Attributes:
+        kind: one of `KINDS`.
+        size: side in pixels.
+        seed: 0 or more.
+        min_ratio, max_ratio: draws whose hole is not within these shares of the image are drawn again.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    kind: str
+    size: int = 512
+    seed: int = 0
+    min_ratio: float = 0.0
+    max_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"mask kind {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if self.size < 64:
+            raise UserError(f"mask size {self.size}; expected 64 pixels or more")
+        if self.seed < 0:
+            raise UserError(f"mask seed {self.seed}; expected 0 or more")
+        if not 0 <= self.min_ratio < self.max_ratio <= 1:
+            raise UserError(
+                f"mask ratio {self.min_ratio} to {self.max_ratio}; expected two shares, 0 <= low < high <= 1"
+            )
+
+    def draw(self, index: int) -> Hole:
+        """Mask number `index`; True is hole.
+
+        Raises:
+            UserError: the kind hardly ever has such a ratio.
+        """
+        preset = self.kind
+        if preset.startswith("lama_"):
+            preset = f"{preset.removeprefix('lama_')}_{256 if self.size <= 256 else 512}"
+        generator = mask_generator(preset)
+        rng = np.random.default_rng([self.seed, index])
+        for _ in range(_ATTEMPTS):
+            hole = generator(rng, self.size)
+            if self.min_ratio <= hole.mean() <= self.max_ratio and hole.any():
+                return hole
+        raise UserError(
+            f"{self.kind} masks of {self.size} px with {self.min_ratio:.0%} to {self.max_ratio:.0%} hole: "
+            f"none in {_ATTEMPTS} draws; choose another kind or ratio"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def write_set(
+    folder: Path,
+    spec: MaskSpec,
+    names: Sequence[str],
+    *,
+    track: Callable[..., Iterable[Any]] = lambda items, **_: items,
+) -> str:
+    """Draws a set into a folder, which appears under its name only when complete.
+
+    Args:
+        folder: to make; holds `NAME.png` (1 bit a pixel), README.md and masks.json.
+        spec: what to draw.
+        names: of the masks, in the order of their numbers; may hold subfolders.
+        track: wraps the loop, as tqdm does.
+
+    Returns:
+        The set's hash.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or the ratio cannot be met.
+    """
+    if folder.exists():
+        raise AlreadyThere(f"{folder}: exists already; a mask set is never changed, choose another folder")
+    remove_remains(folder.parent)
+    digests = {}
+    with replace_when_complete(folder, overwrite=False) as partial:
+        for index, name in enumerate(track(names, desc="masks")):
+            hole = spec.draw(index)
+            file = partial / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(hole).save(file)
+            digests[name] = hole_digest(hole)
+        partial.mkdir(exist_ok=True)
+        digest = set_hash(digests)
+        values = {**spec.to_dict(), "count": len(names), "sha256": digest}
+        described = {**values, "polarity": POLARITY}
+        (partial / DESCRIPTION_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        ratio = f"{spec.min_ratio:.0%} to {spec.max_ratio:.0%}"
+        if (spec.min_ratio, spec.max_ratio) == (0, 1):
+            ratio = "as drawn"
+        text = {**values, "polarity": POLARITY, "description": KINDS[spec.kind], "ratio": ratio}
+        (partial / "README.md").write_text(_README.format(**text))
+    return digest
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What `masks.json` says of a set; None for a folder without one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / DESCRIPTION_FILE
+    if not file.is_file():
+        return None
+    try:
+        description = json.loads(file.read_text())
+        int(description["count"]), str(description["sha256"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error})") from None
+    return description
+
+
+def hole_digest(hole: Bool[np.ndarray, "H W"]) -> bytes:
+    """Digest of one mask's size and pixels."""
+    return hashlib.sha256(repr(hole.shape).encode() + np.packbits(hole).tobytes()).digest()
+
+
+def set_hash(digests: dict[str, bytes]) -> str:
+    """Hash of a set from the digests of its items by name."""
+    total = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        total.update(name.encode() + b"\0" + digest)
+    return total.hexdigest()

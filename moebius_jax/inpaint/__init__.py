@@ -1,0 +1,1 @@
+"""Inpainting: images of any size through a network that works on one square."""

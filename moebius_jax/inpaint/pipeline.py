@@ -1,0 +1,238 @@
+"""`MoebiusInpaintPipeline`: weights from a folder or the Hub, pictures in, pictures out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jax.sharding import Mesh
+from PIL import Image
+
+from moebius_jax.diffusion.solvers import Solver
+from moebius_jax.errors import UserError
+from moebius_jax.imaging.picture import Picture
+from moebius_jax.inpaint import model_folder
+from moebius_jax.inpaint.items import ImageLike, make_items
+from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, find_model, write_model_folder
+from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
+from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
+from moebius_jax.models import vae as vae_model
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sharding import make_mesh, replicated
+from moebius_jax.weights.hub import Track
+from moebius_jax.weights.load import load_unet, load_vae, save_network
+
+StepEnd = Callable[["MoebiusInpaintPipeline", int, int, dict[str, Any]], dict[str, Any]]
+
+MAX_BATCH = 8  # unless asked for more; one 512 px image needs about 1 GB beside the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class InpaintOutput:
+    """Results in the order of the images.
+
+    Attributes:
+        images: PIL images or uint8 arrays, by `output_type`, with the channels of the input.
+    """
+
+    images: list[Image.Image] | list[np.ndarray]
+
+
+class MoebiusInpaintPipeline:
+    """Inpaints images with a U-Net and a VAE, on all local devices.
+
+    Args:
+        unet: in full, not folded; it is also what `save_pretrained` writes.
+        vae: the autoencoder, computing in its own dtype.
+        guidance_scale: default for calls.
+        variant: the released weights these are, where that is known; for reports.
+        mesh: of this process's devices by default.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: VAE,
+        *,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        variant: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.unet = unet
+        self.vae = vae
+        self.guidance_scale = guidance_scale
+        self.variant = variant
+        self.sampler = Sampler(unet, vae, mesh)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        variant: str | None = None,
+        vae: str | Path | None = None,
+        dtype: Dtype = jnp.float32,
+        vae_dtype: Dtype = jnp.float32,
+        cache_dir: str | Path | None = None,
+        mesh: Mesh | None = None,
+        track: Track = lambda items, **_: items,
+    ) -> "MoebiusInpaintPipeline":
+        """Loads a pipeline.
+
+        Args:
+            path_or_hub_id: a folder (from `save_pretrained`, a converted U-Net, or a converted copy of the
+                Hub's layout) or a Hub repository, "hustvl/Moebius".
+            variant: "pretrained" (default), "ft_places2", "ft_celebahq" or "ft_ffhq".
+            vae: folder of a converted VAE; by default the one beside the U-Net, or hustvl/PixelHacker's.
+            dtype: compute dtype of the U-Net; bfloat16 is the fast choice on GPUs and TPUs.
+            vae_dtype: compute dtype of the VAE.
+            cache_dir: where converted downloads are kept.
+            mesh: see the class.
+            track: wraps the converter's loop over tensors, as tqdm does.
+
+        Raises:
+            UserError: nothing usable there, or not reachable.
+        """
+        mesh = mesh or make_mesh(jax.local_devices())
+        found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
+        return cls(
+            load_unet(found.unet, dtype=dtype, placement=replicated(mesh)),
+            load_vae(found.vae, dtype=vae_dtype, placement=replicated(mesh)),
+            guidance_scale=found.guidance_scale,
+            variant=found.variant,
+            mesh=mesh,
+        )
+
+    @classmethod
+    def untrained(
+        cls,
+        unet_config: UNetConfig | None = None,
+        vae_config: VAEConfig | None = None,
+        *,
+        seed: int = 0,
+        dtype: Dtype = jnp.float32,
+        vae_dtype: Dtype = jnp.float32,
+        mesh: Mesh | None = None,
+    ) -> "MoebiusInpaintPipeline":
+        """The full-size network (or the given sizes) with seeded random weights: to try the machinery out."""
+        config = unet_config or UNetConfig.student()
+
+        # Not jitted: a program of a thousand small random arrays takes longer to compile than to run.
+        unet = UNet(config, dtype=dtype, rngs=KeyStream(jax.random.key(seed)))
+        unet.eval()
+        sizes = vae_config or VAEConfig()
+        init = jax.jit(vae_model.init_params, static_argnums=0)
+        vae = VAE(params=init(sizes, jax.random.key(seed)), config=sizes, dtype=vae_dtype)
+        return cls(unet, vae, mesh=mesh)
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes a folder `from_pretrained` reads; it appears under its name only when complete."""
+        with write_model_folder(
+            Path(folder), guidance_scale=self.guidance_scale, overwrite=overwrite
+        ) as partial:
+            save_network(partial / model_folder.UNET, self.unet)
+            save_network(partial / model_folder.VAE, self.vae)
+
+    def __call__(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask_image: ImageLike | Sequence[ImageLike],
+        *,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        strength: float = 0.99,
+        seed: int | Sequence[int] = 0,
+        image_indices: Sequence[int] | None = None,
+        scheduler: str | Solver = "ddim",
+        noise_offset: float = 0.0357,
+        mode: Mode = "crop",
+        invert_mask: bool = False,
+        mask_dilation: int = 0,
+        mask_blur: float = 4.0,
+        padding_mask_crop: int | None = None,
+        match_color: bool = False,
+        paste: bool = True,
+        batch_size: int | None = None,
+        output_type: Literal["pil", "np"] = "pil",
+        callback_on_step_end: StepEnd | None = None,
+    ) -> InpaintOutput:
+        """Inpaints one image or a list.
+
+        Args:
+            image: PIL images, or arrays [H, W], [H, W, 3] or [H, W, 4], uint8 or float in [0, 1]; any sizes.
+            mask_image: white = repaint, of its image's size; one may serve all images.
+            num_inference_steps, guidance_scale, strength, scheduler, noise_offset: see `SamplingOptions`;
+                the guidance default is the checkpoint's.
+            seed: one for all images, or one each. An image's random numbers depend on its seed and index
+                only, not on what else is in the batch. At equal `batch_size` the result is equal to the bit;
+                another may round differently by one grey level.
+            image_indices: each image's index; by default its position when one seed serves all, else 0. To
+                repeat image i of a list alone, pass the same seed and `image_indices=[i]`.
+            mode, invert_mask, mask_dilation, mask_blur, padding_mask_crop, match_color, paste: see
+                `InpaintOptions`.
+            batch_size: squares per compiled batch; by default as many as there are images, at most 8.
+            output_type: "pil" images in the input's mode, or "np" uint8 arrays.
+            callback_on_step_end: called as callback(pipe, step, timestep, {"latents": …}) after every step of
+                every batch; may return a dictionary with other latents. Slower: the loop then runs step by
+                step.
+
+        Returns:
+            An object with `.images`.
+
+        Raises:
+            UserError: arguments that do not fit together, or an image that failed; names it.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+        if output_type not in ("pil", "np"):
+            raise UserError(f"output_type is {output_type!r}; expected 'pil' or 'np'")
+        options = InpaintOptions(
+            mode=mode,
+            invert_mask=invert_mask,
+            mask_dilation=mask_dilation,
+            mask_blur=mask_blur,
+            padding_mask_crop=padding_mask_crop,
+            match_color=match_color,
+            paste=paste,
+        )
+        sampling = SamplingOptions(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            strength=strength,
+            scheduler=scheduler,
+            noise_offset=noise_offset,
+            truncate=mode == "release",
+        )
+        items = make_items(image, mask_image, seed, image_indices)
+        stream = inpaint_stream(
+            self.sampler,
+            items,
+            options,
+            sampling,
+            batch_size=self.sampler.batch_size(batch_size or min(len(items), MAX_BATCH)),
+            callback=_step_callback(self, callback_on_step_end),
+        )
+        images = []
+        for result in stream:
+            if result.error:
+                raise result.error
+            picture: Picture = result.item.tag
+            pil = picture.with_rgb(result.rgb)
+            images.append(pil if output_type == "pil" else np.asarray(pil))
+        return InpaintOutput(images=images)
+
+
+def _step_callback(pipe: MoebiusInpaintPipeline, callback: StepEnd | None) -> Any:
+    if callback is None:
+        return None
+
+    def on_step(index: int, timestep: int, latents: jax.Array) -> jax.Array:
+        returned = callback(pipe, index, timestep, {"latents": latents})
+        return (returned or {}).get("latents", latents)
+
+    return on_step

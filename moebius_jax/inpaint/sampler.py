@@ -1,0 +1,172 @@
+"""A batch of square images through encoder, denoising loop and decoder, on every local device."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from moebius_jax.diffusion.denoise import inpaint_latents, single_step, start_latents
+from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal, sample_keys
+from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, timesteps
+from moebius_jax.errors import UserError
+from moebius_jax.inpaint.latents import Conditions, decode, encode
+from moebius_jax.models import VAE, UNet, inference_copy
+from moebius_jax.sharding import batch_sharding, make_mesh, replicated
+
+# step index, timestep, latents → latents to go on with
+StepCallback = Callable[[int, int, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a batch is denoised (names as in diffusers).
+
+    Attributes:
+        num_inference_steps: steps of the whole schedule.
+        guidance_scale: s of ε_uncond + s·(ε_cond - ε_uncond); exactly 1 costs one pass instead of two.
+        strength: the last int(steps · strength) steps are run.
+        scheduler: "ddim", or "dpmpp_2m" for good results in fewer steps; or a `Solver` of one's own.
+        noise_offset: weight of the per-channel constant in the noise.
+        truncate: cut grey levels as the release does instead of rounding.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 2.5
+    strength: float = 0.99
+    scheduler: str | Solver = "ddim"
+    noise_offset: float = 0.0357
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "noise_offset"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise UserError(f"{name} is {value}; expected a finite number")
+        timesteps(self.scheduler, self.num_inference_steps, self.strength)
+
+
+class Sampler:
+    """Holds the network's weights on every device of a mesh and runs batches sharded over it.
+
+    Args:
+        unet, vae: with weights; the VAE computes in its own dtype.
+        mesh: of this process's devices by default.
+
+    Raises:
+        UserError: the two are of different latents.
+    """
+
+    def __init__(self, unet: UNet, vae: VAE, mesh: Mesh | None = None) -> None:
+        if unet.config.out_channels != vae.config.latent_channels:
+            raise UserError(
+                f"the U-Net's latents have {unet.config.out_channels} channels, the VAE's "
+                f"{vae.config.latent_channels}; they must be of one kind"
+            )
+        self.mesh = mesh or make_mesh(jax.local_devices())
+        self._graphdef, params = nnx.split(inference_copy(unet))
+        self._params = jax.device_put(params, replicated(self.mesh))
+        self._vae = jax.device_put(vae, replicated(self.mesh))
+        self.config = unet.config
+        self.image_size = unet.config.latent_size * vae.config.factor
+
+    def batch_size(self, wanted: int) -> int:
+        """`wanted` rounded up to a multiple of the devices."""
+        return -(-wanted // self.mesh.size) * self.mesh.size
+
+    def __call__(
+        self,
+        images: UInt8[np.ndarray, "B S S 3"],
+        holes: Bool[np.ndarray, "B S S"],
+        seeds: Int[np.ndarray, "B 3"],
+        options: SamplingOptions,
+        callback: StepCallback | None = None,
+    ) -> tuple[UInt8[Array, "B S S 3"], Bool[Array, " B"]]:
+        """Inpaints a batch; returns before the devices are done.
+
+        Args:
+            images, holes: of side `image_size`; B a multiple of the devices.
+            seeds: what each item's random draws come from: seed, image index, window number.
+            options: see `SamplingOptions`.
+            callback: called after every step; runs the loop step by step.
+
+        Returns:
+            Images, and for each whether all its numbers were finite.
+        """
+        images, holes, seeds = jax.device_put(
+            (images, holes, seeds.astype(np.uint32)), batch_sharding(self.mesh)
+        )
+        keys = sample_keys(seeds)
+        shape = self.config.latent_shape
+        conditions = encode(
+            self._vae,
+            images,
+            holes,
+            draw_normal(keys, Draw.IMAGE_POSTERIOR, shape),
+            draw_normal(keys, Draw.MASKED_POSTERIOR, shape),
+        )
+        latents = self.denoise(conditions, keys, options, callback)
+        return decode(self._vae, latents, truncate=options.truncate)
+
+    def denoise(
+        self,
+        conditions: Conditions,
+        keys: Array,
+        options: SamplingOptions,
+        callback: StepCallback | None = None,
+    ) -> Float[Array, "B h w 4"]:
+        """The denoising loop on encoded images."""
+        steps = solver_steps(options.scheduler, options.num_inference_steps, options.strength)
+        arguments: dict[str, Any] = {
+            "guidance_scale": jnp.float32(options.guidance_scale),
+            "guided": options.guidance_scale != 1.0,
+        }
+        if callback is not None:
+            return self._step_by_step(conditions, keys, steps, options.noise_offset, callback, arguments)
+        return inpaint_latents(
+            self._graphdef,
+            self._params,
+            conditions.image_latents,
+            conditions.mask,
+            conditions.masked_latents,
+            keys,
+            steps,
+            noise_offset=jnp.float32(options.noise_offset),
+            **arguments,
+        )
+
+    def _step_by_step(
+        self,
+        conditions: Conditions,
+        keys: Array,
+        steps: SolverSteps,
+        noise_offset: float,
+        callback: StepCallback,
+        arguments: dict[str, Any],
+    ) -> Float[Array, "B h w 4"]:
+        noise = draw_noise(keys, conditions.image_latents.shape[1:], jnp.float32(noise_offset))
+        latents = start_latents(conditions.image_latents, noise, steps)
+        before = jnp.zeros_like(latents)
+        for i in range(len(steps.timesteps)):
+            latents, before = single_step(
+                self._graphdef,
+                self._params,
+                latents,
+                before,
+                conditions.mask,
+                conditions.masked_latents,
+                steps.at_step(i),
+                **arguments,
+            )
+            latents = callback(i, int(steps.timesteps[i]), latents)
+        return latents

@@ -1,0 +1,262 @@
+"""Images of any size through a sampler that works on one square: cut, batch, run, paste."""
+
+import collections
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from moebius_jax.errors import UserError
+from moebius_jax.hardware import memory_errors
+from moebius_jax.imaging import crop, masks, release
+from moebius_jax.imaging.regions import Window, plan_windows
+from moebius_jax.inpaint.sampler import Sampler, SamplingOptions, StepCallback
+
+Rgb = UInt8[np.ndarray, "H W 3"]
+Mode = Literal["crop", "release"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InpaintOptions:
+    """How images meet the model's square.
+
+    Attributes:
+        mode: "crop" keeps the image's size: it cuts around the mask and pastes back. "release" does what
+            the release does: everything is squashed to the model's square and stays there.
+        invert_mask: black = repaint.
+        mask_dilation: side of the square masks are dilated with, in pixels of the image ("crop") or of the
+            model ("release").
+        mask_blur: pixels over which the result fades into the image; "crop" only.
+        padding_mask_crop: pixels of context around a region; None leaves half its size. "crop" only.
+        match_color: shift the result's colours to agree with the image around the hole.
+        paste: keep the known pixels of the original; False returns the model's whole picture ("release"
+            only).
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    mode: Mode = "crop"
+    invert_mask: bool = False
+    mask_dilation: int = 0
+    mask_blur: float = 4.0
+    padding_mask_crop: int | None = None
+    match_color: bool = False
+    paste: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UserError(f"mode is {self.mode!r}; expected {' or '.join(get_args(Mode))}")
+        for name, kind in (
+            ("mask_dilation", numbers.Integral),
+            ("mask_blur", numbers.Real),
+            ("padding_mask_crop", numbers.Integral),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "padding_mask_crop":
+                continue
+            if not isinstance(value, kind) or not 0 <= value < math.inf:
+                raise UserError(
+                    f"{name} is {value}; expected a {'whole ' * (kind is numbers.Integral)}number, 0 or more"
+                )
+        if self.mode == "crop" and not self.paste:
+            raise UserError("paste=False needs mode='release': a cropped result has no other place to go")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One image to inpaint.
+
+    Attributes:
+        rgb: [H, W, 3].
+        mask: grey levels [H, W], white = repaint; in "crop" mode of the image's size.
+        seed, index: what its random numbers come from, each 0 to 2³² - 1.
+        name, mask_name: for messages.
+        tag: whatever the caller wants back with the result.
+    """
+
+    rgb: Rgb
+    mask: UInt8[np.ndarray, "h w"]
+    seed: int = 0
+    index: int = 0
+    name: str = "image"
+    mask_name: str = "mask"
+    tag: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of an item: its picture, or the error that kept it from having one."""
+
+    item: Item
+    rgb: Rgb | None = None
+    error: UserError | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Row:
+    """One square of one item on its way through the sampler."""
+
+    image: Rgb
+    hole: Bool[np.ndarray, "S S"]
+    window: Window | None
+    number: int
+    job: "_Job"
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Job:
+    """An item and what of it is done."""
+
+    item: Item
+    rgb: Rgb | None = None
+    left: int = 0
+    error: UserError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.left == 0 or self.error is not None
+
+    def result(self) -> Result:
+        return Result(item=self.item, rgb=None if self.error else self.rgb, error=self.error)
+
+
+def inpaint_stream(
+    sampler: Sampler,
+    items: Iterable[Item],
+    options: InpaintOptions,
+    sampling: SamplingOptions,
+    *,
+    batch_size: int,
+    callback: StepCallback | None = None,
+) -> Iterator[Result]:
+    """Inpaints items as they come and yields results in the same order.
+
+    The squares of several items share batches of one fixed size; the last is filled up with repetitions.
+    While the devices work on one batch, the next is prepared and the one before is pasted.
+
+    Args:
+        sampler: runs batches.
+        items: read lazily.
+        options, sampling: how.
+        batch_size: a multiple of the sampler's devices.
+        callback: see `Sampler`.
+    """
+    rows: collections.deque[_Row] = collections.deque()
+    jobs: collections.deque[_Job] = collections.deque()
+    running: _Batch | None = None
+    source = iter(items)
+    exhausted = False
+    while not exhausted or rows or running:
+        while len(rows) < batch_size and not exhausted:
+            item = next(source, None)
+            if item is None:
+                exhausted = True
+            else:
+                job = _prepare(item, options, sampler, rows)
+                jobs.append(job)
+                while jobs and jobs[0].is_done:
+                    yield jobs.popleft().result()
+        started = _start(sampler, rows, sampling, batch_size, callback) if rows else None
+        if running:
+            _finish(running, options)
+        running = started
+        while jobs and jobs[0].is_done:
+            yield jobs.popleft().result()
+
+
+def _prepare(item: Item, options: InpaintOptions, sampler: Sampler, rows: collections.deque[_Row]) -> _Job:
+    """Cuts an item into rows; an item with nothing to repaint has none."""
+    job = _Job(item=item)
+    try:
+        new = (_squash if options.mode == "release" else _cut)(item, options, sampler, job)
+    except UserError as error:
+        job.error = error
+        return job
+    job.left = len(new)
+    rows.extend(new)
+    return job
+
+
+def _squash(item: Item, options: InpaintOptions, sampler: Sampler, job: _Job) -> list[_Row]:
+    grey = masks.grey_levels(item.mask, invert=options.invert_mask, name=item.mask_name)
+    image, hole = release.prepare(item.rgb, grey, sampler.image_size, options.mask_dilation)
+    job.rgb = image
+    if options.paste and not hole.any():
+        return []
+    return [_Row(image=image, hole=hole, window=None, number=0, job=job)]
+
+
+def _cut(item: Item, options: InpaintOptions, sampler: Sampler, job: _Job) -> list[_Row]:
+    if item.mask.shape != item.rgb.shape[:2]:
+        (h, w), (H, W) = item.mask.shape, item.rgb.shape[:2]
+        raise UserError(
+            f"{item.mask_name}: the mask is {w} x {h} pixels and {item.name} is {W} x {H}; they must agree"
+        )
+    job.rgb = item.rgb
+    grey = masks.grey_levels(item.mask, invert=options.invert_mask, name=item.mask_name)
+    hole = masks.dilate(grey > masks.THRESHOLD, options.mask_dilation)
+    if not hole.any():
+        return []
+    size = sampler.image_size
+    new = []
+    for number, window in enumerate(plan_windows(hole, size, options.padding_mask_crop)):
+        image, square = crop.cut(item.rgb, hole, window, size)
+        masks.warn_if_thin(square, size // sampler.config.latent_size, window.side / size, item.mask_name)
+        new.append(_Row(image=image, hole=square, window=window, number=number, job=job))
+    return new
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Batch:
+    rows: list[_Row]
+    images: jax.Array
+    finite: jax.Array
+
+
+def _start(
+    sampler: Sampler,
+    rows: collections.deque[_Row],
+    sampling: SamplingOptions,
+    batch_size: int,
+    callback: StepCallback | None,
+) -> _Batch:
+    taken = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
+    filled = taken + [taken[0]] * (batch_size - len(taken))
+    seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
+    with memory_errors(f"a batch of {batch_size} squares"):
+        images, finite = sampler(
+            np.stack([row.image for row in filled]),
+            np.stack([row.hole for row in filled]),
+            seeds,
+            sampling,
+            callback,
+        )
+    return _Batch(rows=taken, images=images, finite=finite)
+
+
+def _finish(batch: _Batch, options: InpaintOptions) -> None:
+    # Dispatch is asynchronous: the devices' errors come here.
+    with memory_errors(f"a batch of {len(batch.images)} squares"):
+        images, finite = np.asarray(batch.images), np.asarray(batch.finite)
+    for row, image, is_finite in zip(batch.rows, images, finite, strict=False):
+        job = row.job
+        job.left -= 1
+        if not is_finite:
+            job.error = UserError(
+                f"{job.item.name}: the network produced NaN or infinite numbers; compute in float32 "
+                "(dtype, vae_dtype)"
+            )
+        elif row.window is not None:
+            job.rgb = crop.paste(
+                job.rgb, image, row.window, blur=options.mask_blur, match_color=options.match_color
+            )
+        elif options.paste:
+            job.rgb = release.paste(row.image, image, row.hole, compensate=options.match_color)
+        else:
+            job.rgb = image

@@ -1,0 +1,73 @@
+"""Interactive-λ, the student's cross mixer: lambda functions of the context tokens."""
+
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moebius_jax.models.linear import Linear, PointwiseConv
+from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.parts import BlockSizes, Part
+from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Layout, Released, Shapes, Table
+
+POSITION_TABLE = Layout(ones=(3,))  # [N, L, k] ↔ [N, L, k, u=1]
+
+
+class InteractiveLambda(Part):
+    """Y[h,v,n] = Σ_k q[h,k,n] (λc[k,v] + λp[n,k,v])  (docs/model.md, "Interactive-λ").
+
+    Both lambdas are sums over the L context tokens, so q meets the keys and the position table E first:
+
+        Y[h,v,n] = Σ_l (Σ_k q[h,k,n] (softmax_l(key)[l,k] + E[n,l,k])) val[l,v]
+
+    and nothing larger than [N, h, L] is ever made. E ties the layer to the map it was trained on.
+    """
+
+    RELEASED: ClassVar[Table] = {"position_table": Released("rel_pos_emb", POSITION_TABLE)}
+    FOLDS: ClassVar[dict[str, str]] = {"norm_q": "to_q", "norm_v": "to_v"}
+    LANDMARK: ClassVar[str] = "rel_pos_emb"
+
+    def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        channels, depth = sizes.channels, sizes.depth
+        thin = {"use_bias": False, "thin": True, "precision": precision, "rngs": rngs}
+        table_shape = (sizes.map_size**2, sizes.context_length, depth)
+        self.to_q = PointwiseConv(channels, channels, **thin)
+        self.to_k = Linear(sizes.context_dim, depth, **thin)
+        self.to_v = Linear(sizes.context_dim, depth, **thin)
+        self.norm_q = BatchNorm(channels, precision=precision)
+        self.norm_v = BatchNorm(depth, precision=precision)
+        self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
+        self.num_heads = sizes.num_heads
+        self.dtype, self.precision = precision.operands(thin=True)
+
+    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+        """Raises ValueError when the map or the context is not of the trained size."""
+        B, H, W, C = x.shape
+        L = context.shape[1]
+        if self.position_table.shape[:2] != (H * W, L):
+            raise ValueError(
+                f"a {H} x {W} map with {L} context tokens: the position table was trained for "
+                f"{self.position_table.shape[0]} positions and {self.position_table.shape[1]} tokens"
+            )
+        q, key, val = self.to_q(x), self.to_k(context), self.to_v(context)
+        if self.norm_q is not None:
+            q, val = self.norm_q(q), self.norm_v(val)
+        q = q.reshape(B, H * W, self.num_heads, -1)
+        key = jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype)
+        table = self.position_table[...].astype(self.dtype)
+        einsum = functools.partial(jnp.einsum, precision=self.precision)
+        scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
+        return einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
+
+    @classmethod
+    def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
+        positions, length, depth = shapes["rel_pos_emb"][:3]
+        side = math.isqrt(positions)
+        if side**2 != positions:
+            raise ValueError(f"a position table of {positions} rows is not one of a square map")
+        return {"num_heads": channels // depth, "context_length": length, "map_size": side}

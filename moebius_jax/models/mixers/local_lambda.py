@@ -1,0 +1,76 @@
+"""Local-λ, the student's self mixer: lambda functions of the whole map and of a 15x15 window."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from moebius_jax.models.initializers import kaiming_uniform
+from moebius_jax.models.linear import PointwiseConv
+from moebius_jax.models.mixers.position_term import choose_order, position_term
+from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.parts import BlockSizes, Part
+from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Layout, Released, Shapes, Table
+
+POSITION_CONV = Layout(order=(2, 0, 1), ones=(1, 2))  # [p, p, k] ↔ [k, u=1, 1, p, p]
+
+
+class PositionConv(nnx.Module):
+    """Weights of the 1x15x15 position convolution: kernel [p, p, k], bias [k]."""
+
+    RELEASED: ClassVar[Table] = {"kernel": Released("weight", POSITION_CONV)}
+
+    def __init__(self, depth: int, window: int, *, param_dtype: Dtype, rngs: nnx.Rngs) -> None:
+        fan_in = window * window
+        self.kernel = nnx.Param(
+            kaiming_uniform(rngs.params(), (window, window, depth), param_dtype, fan_in=fan_in)
+        )
+        self.bias = nnx.Param(kaiming_uniform(rngs.params(), (depth,), param_dtype, fan_in=fan_in))
+
+
+class LocalLambda(Part):
+    """Y[h,v,n] = Σ_k q[h,k,n] (λc[k,v] + λp[k,v,n])  (paper, Eq 1; docs/model.md, "Local-λ").
+
+    λc = Σ_n softmax_n(key)[k,n] val[v,n] sees the whole map, λp the window around n.
+    """
+
+    RELEASED: ClassVar[Table] = {"position": "pos_conv"}
+    FOLDS: ClassVar[dict[str, str]] = {"norm_q": "to_q", "norm_v": "to_v"}
+    LANDMARK: ClassVar[str] = "pos_conv.weight"
+
+    def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        channels, depth = sizes.channels, sizes.depth
+        project = {"use_bias": False, "thin": True, "precision": precision, "rngs": rngs}
+        self.to_q = PointwiseConv(channels, channels, **project)
+        self.to_k = PointwiseConv(channels, depth, **project)
+        self.to_v = PointwiseConv(channels, depth, **project)
+        self.norm_q = BatchNorm(channels, precision=precision)
+        self.norm_v = BatchNorm(depth, precision=precision)
+        self.position = PositionConv(depth, sizes.window, param_dtype=precision.param_dtype, rngs=rngs)
+        self.num_heads = sizes.num_heads
+        self.order = sizes.position_order
+        self.platform = sizes.platform
+        self.dtype = precision.dtype
+        self.stream_dtype = precision.stream_dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        q, key, val = self.to_q(x), self.to_k(x), self.to_v(x)
+        if self.norm_q is not None:
+            q, val = self.norm_q(q), self.norm_v(val)
+        q = q.reshape(B, H, W, self.num_heads, -1)
+        key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2))
+        kernel, bias = self.position.kernel[...], self.position.bias[...]
+        q, key, val, kernel, bias = (a.astype(self.dtype) for a in (q, key, val, kernel, bias))
+        order = choose_order(W, self.platform) if self.order == "auto" else self.order
+        content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
+        y = content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
+        return y.reshape(B, H, W, C)
+
+    @classmethod
+    def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
+        return {"num_heads": channels // shapes["to_k.weight"][0], "window": shapes["pos_conv.weight"][-1]}

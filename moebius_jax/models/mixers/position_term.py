@@ -1,0 +1,116 @@
+"""Local-λ's position term: one function, three orders of evaluation.
+
+Every order computes (docs/model.md, "Local-λ"; einsum letters as there)
+
+    λp[k,v,n] = Σ_δ w[δ,k] val[v, n+δ] + b[k]        Y[h,v,n] = Σ_k q[h,k,n] λp[k,v,n]
+
+over a window of p x p offsets δ with zeros outside the map. `conv3d` is the paper's grouped 3-D
+convolution. The product is linear in q and in val, so the sums may be taken in any order; what differs
+is the size of what lies in memory in between:
+
+    conv3d, toeplitz   λp, N·k·v per image
+    banded             q·w on p rows of the map, N·h·p·W
+
+Two-dimensional convolutions with v in the batch or as groups, and q·w spread over the whole map, were
+measured too and did not pay (benchmarks/RESULTS.md).
+
+Maps are [B, H, W, ...]; N = H·W, n = (y, x).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moebius_jax.models.parts import PositionOrder
+
+Query = Float[Array, "B H W h k"]
+Value = Float[Array, "B H W v"]
+Kernel = Float[Array, "p p k"]
+Bias = Float[Array, " k"]
+Output = Float[Array, "B H W h v"]
+Lambdas = Float[Array, "B v H W k"]
+
+
+def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: PositionOrder) -> Output:
+    """Y of the position term, by the given order.
+
+    Args:
+        q: queries [B, H, W, h, k].
+        val: values [B, H, W, v], one for all heads.
+        kernel: window weights w [p, p, k], first axis rows; cross-correlation, p odd.
+        bias: b [k].
+        order: one of the names in the module's docstring (not "auto": see `choose_order`).
+
+    Returns:
+        [B, H, W, h, v] in the dtype of `q`.
+    """
+    if order == "banded":
+        # The bias meets every v alike, so it leaves the band and enters as one number per query.
+        return _banded(q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
+    lambdas = (conv3d if order == "conv3d" else _toeplitz)(val, kernel)
+    return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas + bias)
+
+
+def choose_order(width: int, platform: str | None = None) -> PositionOrder:
+    """The order "auto" stands for.
+
+    Args:
+        width: of the map, in positions.
+        platform: "cpu", "gpu" or "tpu"; None is the running one.
+    """
+    platform = platform or jax.default_backend()
+    # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
+    # positions a side (benchmarks/RESULTS.md). On TPUs memory traffic decides, and by the compiler's
+    # count they cross between 16 and 32.
+    return "toeplitz" if width > (16 if platform == "tpu" else 32) else "banded"
+
+
+def conv3d(val: Value, kernel: Kernel) -> Lambdas:
+    """The paper's form: val as a one-channel [v, H, W] volume, kernel 1 x p x p."""
+    p = kernel.shape[0]
+    return lax.conv_general_dilated(
+        jnp.moveaxis(val, -1, 1)[..., None],
+        kernel[None, :, :, None, :],
+        window_strides=(1, 1, 1),
+        padding=((0, 0), (p // 2, p // 2), (p // 2, p // 2)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def _toeplitz(val: Value, kernel: Kernel) -> Lambdas:
+    """Along x a convolution is a product with a banded matrix [p·W, W·k]."""
+    rows = _neighbour_rows(val, kernel.shape[0])
+    return jnp.einsum("bydsv,dxsk->bvyxk", rows, _band(kernel, val.shape[2]))
+
+
+def _banded(q: Query, val: Value, kernel: Kernel) -> Output:
+    """q·w first, spread over the p neighbouring rows (d) of each position; then times those rows."""
+    rows = _neighbour_rows(val, kernel.shape[0])
+    scores = jnp.einsum("byxhk,dxsk->byhxds", q, _band(kernel, val.shape[2]))
+    return jnp.einsum("byhxds,bydsv->byxhv", scores, rows)
+
+
+def _neighbour_rows(val: Value, p: int) -> Float[Array, "B H p W v"]:
+    """For each row y, the p rows around it, zeros beyond the edge."""
+    H = val.shape[1]
+    padded = jnp.pad(val, ((0, 0), (p // 2, p // 2), (0, 0), (0, 0)))
+    return jnp.stack([padded[:, d : d + H] for d in range(p)], axis=2)
+
+
+def _band(kernel: Kernel, width: int) -> Float[Array, "p W W k"]:
+    """band[d, x, s, k] = w[d, s - x + p//2, k], zero outside the window."""
+    p, _, k = kernel.shape
+    return _skew(jnp.broadcast_to(kernel[:, None], (p, width, p, k)))
+
+
+def _skew(windows: Float[Array, "*a n p k"]) -> Float[Array, "*a n n k"]:
+    """Moves window i (along p) so that its centre lies on column i of an n-wide row.
+
+    A row padded to n+p and read again n+p-1 wide starts one place further right each time. Pads,
+    reshapes and slices only: the gradient needs no scatter.
+    """
+    *a, n, p, k = windows.shape
+    padded = jnp.pad(windows, [(0, 0)] * (len(a) + 1) + [(0, n), (0, 0)])
+    flat = padded.reshape(*a, n * (n + p), k)[..., : n * (n + p - 1), :]
+    return flat.reshape(*a, n, n + p - 1, k)[..., p // 2 : p // 2 + n, :]

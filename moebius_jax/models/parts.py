@@ -1,0 +1,84 @@
+"""What a U-Net's switches choose between: the base of mixers and feed-forward layers, and their sizes."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from flax import nnx
+
+from moebius_jax.models.architecture import EXECUTION
+from moebius_jax.models.released import Shapes, Table
+
+PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes all levels share.
+
+    Attributes:
+        num_heads: heads h of both mixers; a level of width C has k = v = C/h.
+        context_dim, context_length: width and number of the context tokens.
+        window: side of Local-λ's position window, odd.
+        ffn_ratio: Mix-FFN's hidden width is int(ffn_ratio · C).
+        position_order: evaluation order of Local-λ's position term; "auto" picks by map size and platform.
+            Never changes the function.
+        platform: the platform "auto" picks for; None is the running one. Needed only when compiling for
+            another machine.
+    """
+
+    num_heads: int = 8
+    context_dim: int = 768
+    context_length: int = 10
+    window: int = 15
+    ffn_ratio: float = 2.5
+    position_order: PositionOrder = dataclasses.field(default="auto", metadata=EXECUTION)
+    platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes(Sizes):
+    """What the parts of one transformer are built from.
+
+    Attributes:
+        channels: C, of the map.
+        map_size: side of the map the network was trained at, in positions.
+    """
+
+    channels: int
+    map_size: int
+
+    @property
+    def depth(self) -> int:
+        """k = v = C/h."""
+        return self.channels // self.num_heads
+
+
+class Part(nnx.Module):
+    """A mixer or a feed-forward layer, built as `Part(sizes, precision=…, rngs=…)`.
+
+    A self mixer and a feed-forward layer are called with the map [B, H, W, C], a cross mixer with the map and
+    the context [B, L, D]; they return a map of the same shape. To add one: docs/extending.md.
+
+    Attributes:
+        RELEASED: how the release calls and lays out what is in it.
+        FOLDS: BatchNorm layer → the bias-free linear layer right before it, which it is folded into.
+        LANDMARK: a released tensor, below the part's own name, that tells a file with this part from others.
+    """
+
+    RELEASED: ClassVar[Table] = {}
+    FOLDS: ClassVar[dict[str, str]] = {}
+    LANDMARK: ClassVar[str]
+
+    @classmethod
+    def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
+        """What of `Sizes` shows in released shapes; `map_size` too, where it does.
+
+        Args:
+            shapes: of the part's tensors, by name below its own.
+            channels: of the map.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
+        del shapes, channels
+        return {}

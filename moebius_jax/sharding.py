@@ -1,0 +1,61 @@
+"""Where arrays lie: one mesh of two axes, one rule for tensors, one for batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moebius_jax.errors import UserError
+
+SMALLEST_SHARDED = 2**14  # elements; below it a tensor is copied to every device
+
+
+def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
+    """Devices as a `data` x `fsdp` mesh (Auto axes), as the topology of a slice suits it.
+
+    Args:
+        devices: all of all processes by default. Sampling takes `jax.local_devices()`.
+        fsdp: how many of them share one copy of weights and optimiser.
+
+    Raises:
+        UserError: the number of devices is no multiple of `fsdp`.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    if len(devices) % fsdp:
+        raise UserError(f"fsdp is {fsdp}; expected a divisor of the {len(devices)} devices")
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tensor_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The longest axis `fsdp` divides, over `fsdp`; small tensors, and those without such an axis, whole.
+
+    A rule of shapes alone, so that a parameter, its average and its momenta lie alike.
+    """
+    shards = mesh.shape["fsdp"]
+    fitting = [n for n in shape if n % shards == 0]
+    if shards == 1 or not fitting or np.prod(shape) < SMALLEST_SHARDED:
+        return replicated(mesh)
+    axis = shape.index(max(fitting))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """`tensor_sharding` of every leaf."""
+    return jax.tree.map(lambda leaf: tensor_sharding(mesh, leaf.shape), tree)

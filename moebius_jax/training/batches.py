@@ -1,0 +1,71 @@
+"""Batches on their way from the loader to the step: onto the devices, through the encoder, and as shapes."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moebius_jax.data.datasets import DATASETS
+from moebius_jax.data.samples import Batch, LatentSample, PixelSample
+from moebius_jax.errors import UserError
+from moebius_jax.inpaint.latents import encode_moments
+from moebius_jax.models import VAE
+from moebius_jax.sharding import batch_sharding
+from moebius_jax.training.config import TrainConfig
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's share of a batch as global arrays, cut over all devices."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+def encoded(batch: Batch, vae: VAE | None) -> Batch:
+    """A batch of latents: pictures are encoded here.
+
+    Raises:
+        ValueError: there are pictures and no VAE.
+    """
+    if isinstance(batch.samples, LatentSample):
+        return batch
+    if vae is None:
+        raise ValueError("pictures need a VAE")
+    image, hole, task = batch.samples
+    return batch._replace(samples=LatentSample(*encode_moments(vae, image, hole), task))
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Shapes and places of an encoded batch."""
+    dtype = np.float32 if DATASETS[config.data.kind].SAMPLE is PixelSample else np.float16
+    one = Batch(samples=LatentSample.blank(config.student.latent_shape, dtype), index=np.int32(0))
+    place = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype, sharding=place), one
+    )
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of samples of every part of a batch."""
+    part = config.batch_size // config.accumulation
+    if part % mesh.size:
+        raise UserError(
+            f"batch_size / accumulation is {part}; expected a multiple of the {mesh.size} devices"
+        )
+
+
+def check_images(config: TrainConfig, vae: VAE | None) -> None:
+    """Raises UserError unless a run on pictures has an encoder, and they come out at the student's size."""
+    if DATASETS[config.data.kind].SAMPLE is not PixelSample:
+        return
+    if vae is None:
+        raise UserError("training on images needs their encoder: pass vae=FOLDER, or cache latents first")
+    size, side = config.data.augment.image_size, config.student.latent_size
+    if size != side * vae.config.factor:
+        raise UserError(
+            f"data.augment.image_size is {size}; expected {side * vae.config.factor}: the student is trained "
+            f"at latents of {side}, and the VAE makes one of {vae.config.factor} pixels"
+        )
+    if config.student.out_channels != vae.config.latent_channels:
+        raise UserError(
+            f"the student's latents have {config.student.out_channels} channels, the VAE's "
+            f"{vae.config.latent_channels}; they must be of one kind"
+        )

@@ -1,0 +1,78 @@
+"""Encoding the samples of a configuration into a folder of latents, so that training need not."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moebius_jax.data.config import open_dataset
+from moebius_jax.data.latent_cache import FILES, INDEX, CacheInfo, CacheWriter
+from moebius_jax.data.loader import Loader
+from moebius_jax.data.samples import LatentSample
+from moebius_jax.files import replace_when_complete
+from moebius_jax.models import VAE
+from moebius_jax.sharding import make_mesh
+from moebius_jax.training.batches import check_images, encoded, to_devices
+from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.networks import load_image_codec
+from moebius_jax.training.overrides import describe
+
+
+def cache_latents(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    draws: int,
+    batch_size: int,
+    overwrite: bool,
+    warn: Callable[[str], None] = lambda _: None,
+    track: Callable[..., Iterable[Any]] = lambda items, **_: items,
+) -> CacheInfo:
+    """Encodes `draws` samples of every image, as training would draw them.
+
+    Args:
+        config: its data, VAE, seed and student's latents count.
+        folder: to write; it appears under its name only when complete.
+        draws: samples per image.
+        batch_size: encoded at a time, rounded up to a multiple of the devices.
+        overwrite: replace an existing cache.
+        warn: told of every unreadable image.
+        track: wraps the loop, as tqdm does.
+
+    Raises:
+        UserError: images or VAE cannot be read or do not fit, or the folder cannot be written.
+    """
+    mesh = make_mesh()
+    vae = load_image_codec(config, mesh)
+    check_images(config, vae)
+    dataset = open_dataset(config.data, config.student.latent_shape)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    samples = len(dataset.names) * draws
+    loader = Loader(dataset, config.data.loader, seed=config.seed, global_batch=batch_size, warn=warn)
+    info = CacheInfo(
+        samples=samples,
+        side=config.student.latent_size,
+        vae=_digest(vae),
+        made_of={"images": len(dataset.names), "draws": draws, **describe(config.data, "data.")},
+    )
+    blank = LatentSample.blank(config.student.latent_shape)
+    with replace_when_complete(folder, overwrite=overwrite, ours=(INDEX, *FILES)) as partial:
+        partial.mkdir()
+        writer = CacheWriter(partial, info, blank)
+        for first in track(range(0, samples, batch_size), desc="batches"):
+            batch = encoded(to_devices(next(loader), mesh), vae)
+            count = min(batch_size, samples - first)
+            writer.add(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], batch.samples))
+        writer.close()
+    loader.close()
+    return info
+
+
+def _digest(vae: VAE) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(vae.params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""Configuration files: Python files with `get_config()`, found by path or by a shipped one's name."""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import cloudpickle
+
+from moebius_jax.errors import UserError
+from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.overrides import apply_overrides
+
+# Keys as they were called before, and what they are called now.
+RENAMED = {
+    "metric": "loss.perceptual.network",
+    "perceptual.rescale_inputs": "loss.perceptual.rescale_inputs",
+    "perceptual.augment": "loss.perceptual.augment",
+    **{f"loss.{term}_scale": f"loss.{term}.scale" for term in ("coarse", "fine", "task", "perceptual")},
+}
+
+
+def load_config(name: str | Path, overrides: Sequence[str]) -> TrainConfig:
+    """`get_config()` of a Python file, with overrides.
+
+    Args:
+        name: a path, or that of a shipped file (`configs/distill.py`, `distill`) where there is no such path;
+            `PATH:ARGUMENT` calls `get_config(ARGUMENT)`.
+        overrides: see `apply_overrides`.
+
+    Raises:
+        UserError: no such file, it cannot be run, or an override is wrong.
+    """
+    text, _, argument = str(name).partition(":")
+    path = _find(Path(text))
+    where = f"{path}:{argument}" if argument else str(path)
+    try:
+        module = _module(path)
+        config = module.get_config(*([argument] if argument else []))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a Python file can do
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{where}: get_config() gave {type(config).__name__}, expected a TrainConfig")
+    return apply_overrides(config, [_renamed(override) for override in overrides])
+
+
+def shipped_configs() -> Path:
+    """The folder of shipped configurations: in the package where it is installed, else in the checkout."""
+    package = Path(__file__).parents[1]
+    return next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), package)
+
+
+def _find(path: Path) -> Path:
+    if "=" in path.name:
+        raise UserError(f"{path}: expected a configuration file before KEY=VALUE")
+    if path.is_file():
+        if path.suffix != ".py":
+            raise UserError(
+                f"{path}: expected a Python file with get_config(), found {path.suffix or 'no suffix'}"
+            )
+        return path
+    shipped = shipped_configs()
+    if path.parent.name in ("", "configs") and (shipped / path.name).with_suffix(".py").is_file():
+        return (shipped / path.name).with_suffix(".py")
+    known = path.parent if path.parent != Path() and any(path.parent.glob("*.py")) else shipped
+    names = ", ".join(sorted(p.name for p in known.glob("*.py")))
+    raise UserError(f"{path}: no such configuration; there are {names}")
+
+
+def _module(path: Path) -> types.ModuleType:
+    """The file as a module of the package `configs`, whose files may import each other and shipped ones."""
+    package = types.ModuleType("configs")
+    package.__path__ = [str(path.resolve().parent), str(shipped_configs())]
+    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
+        del sys.modules[name]  # of another folder
+    sys.modules["configs"] = package
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    # What it defines, a data set say, is sent to grain's workers as it is: they could not import it.
+    cloudpickle.register_pickle_by_value(module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _renamed(override: str) -> str:
+    key, found, value = override.partition("=")
+    return f"{RENAMED.get(key, key)}{found}{value}"

@@ -1,0 +1,202 @@
+"""Our own folder of weights: `config.json`, which says what it is, and `weights/`, an Orbax checkpoint.
+
+The tensors are stored under their dotted names in our modules ("down_blocks.0.resnets.0.conv1.…") as a
+nested tree, and restore straight onto any sharding: each device reads its own part.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+
+from moebius_jax.errors import UserError, first_line
+from moebius_jax.files import replace_when_complete
+from moebius_jax.models.architecture import Architecture
+from moebius_jax.weights.kinds import KINDS, kind_of
+from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+FORMAT = "moebius-jax"
+VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """What `config.json` says.
+
+    Attributes:
+        architecture: the network's sizes and switches.
+        dtype: of the stored parameters.
+        source: where the weights came from; for the reader.
+    """
+
+    architecture: Architecture
+    dtype: str
+    source: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, np.ndarray | jax.Array],
+    *,
+    dtype: str,
+    source: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder; it appears under its name only when complete.
+
+    Args:
+        folder: to make.
+        architecture: of the network.
+        tensors: dotted name → array; exactly those of `abstract_tensors(architecture)`.
+        dtype: name of the parameters' dtype, for config.json.
+        source: free-form record of the origin.
+        overwrite: replace an existing folder.
+
+    Raises:
+        UserError: the folder exists or cannot be written; among several processes, this is not the first or
+            the tensors are not NumPy arrays.
+        ValueError: the tensors are not those of the architecture.
+    """
+    expected = abstract_tensors(architecture)
+    if set(tensors) != set(expected):
+        raise ValueError(
+            f"tensors differ from the architecture's: {sorted(set(tensors) ^ set(expected))[:5]}"
+        )
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind_of(architecture),
+        "dtype": dtype,
+        "architecture": architecture.to_dict(),
+        "source": source,
+    }
+    if jax.process_count() > 1 and (
+        jax.process_index() > 0 or not all(isinstance(value, np.ndarray) for value in tensors.values())
+    ):
+        # Orbax leaves arrays in host memory to process 0, and refuses one process's own device arrays.
+        raise UserError(
+            f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
+        )
+    with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
+        partial.mkdir()
+        with orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:
+            checkpointer.save((partial / "weights").absolute(), nest(tensors))
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: not a folder of ours, or written by a newer version.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "weights").is_dir():
+        released = folder.is_dir() and any(folder.glob("**/diffusion_pytorch_model.*"))
+        hint = "; convert it first: python convert_weights.py SOURCE DEST" if released else ""
+        found = (
+            "no such folder" if not folder.exists() else "not a converted folder (config.json and weights/)"
+        )
+        raise UserError(f"{folder}: {found}{hint}")
+    try:
+        values = json.loads(path.read_text())
+        if values.get("format") != FORMAT:
+            raise UserError(f'{path}: not written by {FORMAT} (no "format": "{FORMAT}")')
+        if values["version"] > VERSION:
+            raise UserError(f"{path}: format version {values['version']}; this release reads up to {VERSION}")
+        architecture = KINDS[values["kind"]].architecture.from_dict(values["architecture"])
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {values['dtype']!r}, expected one of {', '.join(DTYPES)}")
+        return FolderConfig(architecture=architecture, dtype=values["dtype"], source=dict(values["source"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def load_numpy(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors as NumPy arrays by dotted name, in their stored dtypes."""
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    tensors = restore(folder, read_config(folder), placement=cpu)
+    return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def restore(
+    folder: Path, config: FolderConfig, *, param_dtype: Dtype | None = None, placement: Placement = None
+) -> dict[str, jax.Array]:
+    """The tensors of a folder, by dotted name.
+
+    Args:
+        folder: with `weights/`.
+        config: what its config.json says.
+        param_dtype: of the parameters; None keeps the stored one. Statistics are fp32.
+        placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
+            device.
+
+    Raises:
+        UserError: damaged.
+    """
+    if placement is None:
+        placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = placement if callable(placement) else lambda *_: placement
+    kept, statistics = jnp.dtype(param_dtype or config.dtype), statistics_of(config.architecture)
+    targets = {
+        name: jax.ShapeDtypeStruct(
+            a.shape, jnp.float32 if name in statistics else kept, sharding=place(name, a.shape)
+        )
+        for name, a in abstract_tensors(config.architecture).items()
+    }
+    problem = f"{folder / 'weights'}: damaged, or not of the network in config.json"
+    with orbax_errors(problem), _checkpointer() as checkpointer:
+        return flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
+
+
+@contextlib.contextmanager
+def orbax_errors(problem: str) -> Iterator[None]:
+    """Makes one `UserError` of whatever the storage libraries raise, which is of no common type."""
+    with quiet_storage():
+        try:
+            yield
+        except Exception as error:
+            raise UserError(f"{problem} ({first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def quiet_storage() -> Iterator[None]:
+    """Keeps the storage libraries from logging a traceback for every read that fails beside another."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()  # forgotten futures report when they are collected
+        logger.setLevel(level)
+
+
+def _checkpointer() -> Any:
+    """An Orbax checkpointer that works for this process alone.
+
+    Among several processes Orbax would have all wait for each other; here each reads what its own devices
+    need, when it needs it.
+    """
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)

@@ -1,0 +1,134 @@
+"""The release's folder layout: on disk, and on the Hub with a cache of converted folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from moebius_jax.errors import UserError, first_line
+from moebius_jax.weights.convert import Track, convert_file
+
+
+class HubUnreachable(UserError):
+    """The Hub does not answer and its cache does not have the file."""
+
+
+WEIGHTS = "diffusion_pytorch_model"
+VARIANTS = ("pretrained", "ft_places2", "ft_celebahq", "ft_ffhq")
+VAE_REPOSITORY = "hustvl/PixelHacker"
+
+
+def find_weights(folder: Path) -> dict[str, Path]:
+    """Released weight files in a folder of the Hub's layout.
+
+    Returns:
+        Subfolder name → file, "" for the folder itself. A `.safetensors` file is preferred over a `.bin`.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = {}
+    for sub in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        for suffix in (".safetensors", ".safetensors.index.json", ".bin"):
+            file = sub / (WEIGHTS + suffix)
+            if file.is_file():
+                found["" if sub == folder else sub.name] = file
+                break
+    if not found:
+        raise UserError(f"{folder}: no {WEIGHTS}.bin or .safetensors here or in its subfolders")
+    return found
+
+
+def fetch(
+    repository: str, subfolder: str, cache: Path | None = None, track: Track = lambda items, **_: items
+) -> Path:
+    """A converted folder of released weights, downloaded and converted the first time.
+
+    Downloads go where huggingface_hub keeps them (`HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are
+    respected); converted folders go to `cache`, one per commit.
+
+    Args:
+        repository: "owner/name".
+        subfolder: "pretrained", "ft_places2", …, or "vae".
+        cache: None is `default_cache()`.
+        track: wraps the loop over tensors, as tqdm does.
+
+    Raises:
+        UserError: the file is not there, or not reachable and not cached; says what to fetch by hand.
+    """
+    file = _download(repository, f"{subfolder}/{WEIGHTS}.bin")
+    # The Hub cache's layout: models--owner--name/snapshots/COMMIT/subfolder/file.
+    commit = file.parents[1].name
+    folder = (cache or default_cache()) / repository.replace("/", "--") / commit / subfolder
+    if not folder.exists():
+        try:
+            _convert(file, folder, track)
+        except UserError:
+            if not folder.exists():  # else another process converted it at the same time
+                raise
+    return folder
+
+
+def _convert(file: Path, folder: Path, track: Track) -> None:
+    if jax.process_count() == 1:
+        convert_file(file, folder, track=track)
+        return
+    # Folders are written by one process: a child, which is no part of the cluster.
+    code = "import sys; from pathlib import Path; from moebius_jax.weights import convert_file; "
+    code += "convert_file(Path(sys.argv[1]), Path(sys.argv[2]))"
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(file), str(folder)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        reason = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
+        raise UserError(f"{file}: conversion failed ({reason[0]})")
+
+
+def default_cache() -> Path:
+    """`$HF_HOME/moebius-jax`, by default in `~/.cache/huggingface`."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "moebius-jax"
+
+
+def _download(repository: str, filename: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if repository.count("/") != 1:
+        raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
+    what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except LocalEntryNotFoundError:
+        raise HubUnreachable(
+            f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
+            f"{endpoint}/{repository}/resolve/main/{filename} on a machine that can, convert it with "
+            f"python convert_weights.py FILE DEST, and pass DEST as the {what}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repository}: no such repository at {endpoint}, and no such folder here") from None
+    except EntryNotFoundError:
+        raise UserError(
+            f"{repository}: has no {filename}; the released variants are {', '.join(VARIANTS)}"
+        ) from None
+    except HFValidationError:
+        raise UserError(
+            f"{repository}: neither a folder nor a Hub repository of the form owner/name"
+        ) from None
+    except Exception as error:  # the HTTP client's own errors are of no common type
+        raise HubUnreachable(
+            f"{repository}: fetching {filename} from {endpoint} failed ({first_line(error)})"
+        ) from None
