@@ -1,7 +1,7 @@
 """The one exception a user of the command line should ever see."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the caller can put right: a wrong file, a wrong size, a missing download.
 
     The message is written for a terminal: it names the file or the argument, what was

@@ -163,8 +163,8 @@ class TestSamples:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"masks": ("thick",)}, "expected some of"),
-            ({"flip": 2.0}, "probability"),
+            ({"masks": ("thick",)}, "expected one of"),
+            ({"flip": 2.0}, "flip is 2.0; expected 1.0 or less"),
             ({"image_size": 1}, "8 or"),
         ],
     )
@@ -287,7 +287,7 @@ class TestLatentCache:
 
     def test_damaged(self, cache):
         (cache[0] / "latents.json").write_text("{}")
-        with pytest.raises(UserError, match="damaged cache"):
+        with pytest.raises(UserError, match=r"latents\.json: samples: missing field"):
             LatentCache(cache[0])
 
 

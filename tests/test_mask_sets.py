@@ -78,11 +78,11 @@ def test_hash_notices_names_and_pixels():
     ("arguments", "message"),
     [
         (["mat_large", "--count", "0"], "--count is 0; expected 1 or more"),
-        (["mat_large", "--count", "1", "--size", "20"], "mask size 20; expected 64 pixels or more"),
-        (["mat_large", "--count", "1", "--seed", "-1"], "mask seed -1; expected 0 or more"),
+        (["mat_large", "--count", "1", "--size", "20"], "size is 20; expected 64 or more"),
+        (["mat_large", "--count", "1", "--seed", "-1"], "seed is -1; expected 0 or more"),
         (
             ["mat_large", "--count", "1", "--ratio", "0.5", "0.4"],
-            "mask ratio 0.5 to 0.4; expected two shares",
+            "ratio is 0.5 to 0.4; expected 0 <= low < high <= 1",
         ),
         (["mat_small", "--count", "1", "--size", "64", "--ratio", "0.9", "1"], "none in 100 draws"),
     ],
@@ -105,7 +105,7 @@ def test_a_set_is_never_changed(tmp_path, capsys):
 def test_descriptions(tmp_path):
     assert read_description(tmp_path) is None
     (tmp_path / "masks.json").write_text("{")
-    with pytest.raises(UserError, match=r"masks\.json: damaged"):
+    with pytest.raises(UserError, match=r"masks\.json: not JSON"):
         read_description(tmp_path)
-    with pytest.raises(UserError, match="mask kind 'round'; expected one of"):
+    with pytest.raises(UserError, match="kind is 'round'; expected one of"):
         MaskSpec(kind="round")

@@ -1,13 +1,14 @@
 """One training sample: an image, its hole and its task, drawn with a NumPy generator of its own."""
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
+from pydantic import Field
 
 from moebius_jax.data.random_masks import PRESETS, mask_generator
 from moebius_jax.data.records import TASKS, Record
@@ -15,11 +16,12 @@ from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.masks import THRESHOLD, dilate
 from moebius_jax.imaging.picture import read_mask, read_picture
+from moebius_jax.schema import Probability, checked, one_of
 
 _DILATIONS = (3, 5, 7)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class AugmentConfig:
     """How a file becomes a sample (docs/data.md); probabilities are the release's.
 
@@ -37,22 +39,17 @@ class AugmentConfig:
         ValueError: a field is out of range.
     """
 
-    image_size: int = 512
-    masks: tuple[str, ...] = ("thin_512", "medium_512", "thick_512")
-    random_mask: float = 0.5
+    image_size: Annotated[int, Field(ge=8)] = 512
+    masks: Annotated[tuple[Annotated[str, one_of(PRESETS)], ...], Field(min_length=1)] = (
+        "thin_512",
+        "medium_512",
+        "thick_512",
+    )
+    random_mask: Probability = 0.5
     foreground_masks: str | None = None
-    intersection: float = 0.5
-    dilation: float = 0.99
-    flip: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.image_size < 8:
-            raise ValueError(f"image_size is {self.image_size}; expected 8 or more")
-        if not self.masks or set(self.masks) - set(PRESETS):
-            raise ValueError(f"masks is {self.masks!r}; expected some of {', '.join(PRESETS)}")
-        for name in ("random_mask", "intersection", "dilation", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a probability")
+    intersection: Probability = 0.5
+    dilation: Probability = 0.99
+    flip: Probability = 0.5
 
 
 def draw_sample(

@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import DATASETS, Dataset
 from moebius_jax.data.loader import LoaderConfig
+from moebius_jax.schema import checked, one_of
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class DataConfig:
     """What is trained on.
 
@@ -24,15 +26,11 @@ class DataConfig:
         ValueError: `kind` is unknown.
     """
 
-    kind: str = "images"
+    kind: Annotated[str, one_of(DATASETS)] = "images"
     path: str | None = None
     root: str | None = None
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
-
-    def __post_init__(self) -> None:
-        if self.kind not in DATASETS:
-            raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(DATASETS)}")
 
 
 def open_dataset(config: DataConfig, latent_shape: tuple[int, int, int]) -> Dataset:

@@ -7,31 +7,33 @@ encoder's posterior is kept, so its sampling stays random in training. 130 KB a 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
+from moebius_jax.schema import AtLeastOne, checked, read_json
 
 INDEX = "latents.json"
-FORMAT = "moebius-jax latents 1"
 FILES = tuple(f"{name}.npy" for name in LatentSample._fields)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class CacheInfo:
     """What the folder's index says.
 
     Attributes:
-        samples: in the folder.
+        format: of the folder.
+        samples: in it.
         side: of the latent map.
         vae: digest of the encoder's weights, to tell latents of different encoders apart.
         made_of: images, draws per image, seed and augmentation; for the reader.
     """
 
-    samples: int
-    side: int
+    format: Literal["moebius-jax latents 1"] = "moebius-jax latents 1"
+    samples: AtLeastOne
+    side: AtLeastOne
     vae: str
     made_of: dict[str, Any]
 
@@ -64,8 +66,7 @@ class CacheWriter:
             raise ValueError(f"{self._next} samples were added, {self._info.samples} announced")
         for array in self._arrays:
             array.flush()
-        index = {"format": FORMAT, **dataclasses.asdict(self._info)}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / INDEX).write_text(json.dumps(dataclasses.asdict(self._info), indent=2) + "\n")
 
 
 class LatentCache:
@@ -78,10 +79,7 @@ class LatentCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            index = json.loads((folder / INDEX).read_text())
-            if index.pop("format") != FORMAT:
-                raise ValueError("of another format")
-            self.info = CacheInfo(**index)
+            self.info = read_json(folder / INDEX, CacheInfo)
             self._arrays = LatentSample(*(np.load(folder / file, mmap_mode="r") for file in FILES))
             if any(len(a) != self.info.samples for a in self._arrays):
                 raise ValueError("its arrays differ in length")
@@ -89,7 +87,9 @@ class LatentCache:
             raise UserError(
                 f"{folder}: not a folder of cached latents ({error.filename} is missing)"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(f"{folder}: damaged cache of latents ({error})") from None
 
     def __getstate__(self) -> Path:

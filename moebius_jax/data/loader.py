@@ -6,7 +6,6 @@ every P-th. So neither workers nor processes nor a restart change what is traine
 state is k.
 """
 
-import dataclasses
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,11 +16,12 @@ import numpy as np
 from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch, Sample
 from moebius_jax.errors import UserError
+from moebius_jax.schema import AtLeastOne, AtLeastZero, Probability, checked
 
 TRIES = 10  # files in a row that may be unreadable before a sample is given up
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class LoaderConfig:
     """How samples are fetched.
 
@@ -36,17 +36,10 @@ class LoaderConfig:
         ValueError: a field is out of range.
     """
 
-    workers: int = 0
-    threads: int = 4
-    prefetch: int = 4
-    max_bad_fraction: float = 0.001
-
-    def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("threads", 1), ("prefetch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+    workers: AtLeastZero = 0
+    threads: AtLeastOne = 4
+    prefetch: AtLeastOne = 4
+    max_bad_fraction: Probability = 0.001
 
 
 class Loader:

@@ -1,14 +1,14 @@
 """The three losses that compare noise or features: coarse, fine, task (paper, section 3.3)."""
 
-import dataclasses
 from typing import ClassVar
 
 from jaxtyping import Array
 
 from moebius_jax.distillation.loss import Context, Loss, Scalar, mean_square
+from moebius_jax.schema import checked
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Coarse(Loss):
     """L_C: the student's last down level against the teacher's first up level."""
 
@@ -22,7 +22,7 @@ class Coarse(Loss):
         return mean_square(prediction, context.bottleneck)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Fine(Loss):
     """L_F: the student's noise against the teacher's."""
 
@@ -35,7 +35,7 @@ class Fine(Loss):
         return mean_square(prediction, context.teacher.sample)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Task(Loss):
     """L_T: the student's noise against the noise that was added."""
 

@@ -1,6 +1,5 @@
 """What a loss is: where it looks at the student, what it needs beside, what it is called."""
 
-import dataclasses
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 from moebius_jax.diffusion.noising import Noised
 from moebius_jax.models import UNetOutput
 from moebius_jax.models.architecture import Architecture
+from moebius_jax.schema import Above0, checked
 
 Scalar = Float[Array, ""]
 
@@ -35,9 +35,9 @@ class Context:
     keys: Key[Array, " B"] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Loss:
-    """One term of the total: a frozen class with its settings as fields. To add one: docs/extending.md.
+    """One term of the total: a `checked` class with its settings as fields. To add one: docs/extending.md.
 
     Attributes:
         name: in configurations.
@@ -61,12 +61,8 @@ class Loss:
     release_scale: ClassVar[float] = 1.0
     NETWORK: ClassVar[type[Architecture] | None] = None
 
-    scale: float | None = None
+    scale: Above0 | None = None
     network: str | Architecture | None = None
-
-    def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"scale is {self.scale}; expected a number above 0 (or leave the term out)")
 
     def require_network(self) -> None:
         """Raises ValueError if it needs a network and none is named."""

@@ -1,6 +1,5 @@
 """E-LatentLPIPS as a loss: input scaling, random transform, network, and the plain difference."""
 
-import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -11,11 +10,12 @@ from moebius_jax.distillation.blitting import draw_transform, inverse_map, trans
 from moebius_jax.distillation.loss import Context, Loss, Scalar
 from moebius_jax.models import ELatentLPIPS, ELatentLPIPSConfig
 from moebius_jax.models.architecture import Architecture
+from moebius_jax.schema import checked
 
 SDXL_SCALE = 0.13025
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Perceptual(Loss):
     """L_P: distance of the clean latents the student predicts from those its target amounts to.
 

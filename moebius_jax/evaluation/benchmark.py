@@ -3,22 +3,23 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
-from moebius_jax.evaluation.masks import MaskSpec
+from moebius_jax.evaluation.masks import KINDS, MaskSpec
 from moebius_jax.evaluation.protocols import Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.settings import ScoringSettings
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
+from moebius_jax.schema import AtLeastOne, Seed, checked, one_of
 
 PAPER = {"num_inference_steps": 20, "scheduler": "ddim"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class BenchmarkSettings(ScoringSettings):
     """What is painted and scored.
 
@@ -40,8 +41,8 @@ class BenchmarkSettings(ScoringSettings):
     protocol: Protocol
     images: Path
     output: Path
-    count: int | None = None
-    mask_kind: str | None = None
+    count: AtLeastOne | None = None
+    mask_kind: Annotated[str, one_of(KINDS)] | None = None
     mask_ratio: tuple[float, float] | None = None
     mask_seed: int = 0
     guidance_scale: float | None = None
@@ -49,17 +50,14 @@ class BenchmarkSettings(ScoringSettings):
     scheduler: str | None = None
     strength: float = SamplingOptions().strength
     mask_blur: float = InpaintOptions().mask_blur
-    seed: int = 0
+    seed: Seed = 0
     guidance_sweep: Sequence[float] | None = None
     steps_sweep: Sequence[int] | None = None
     scheduler_sweep: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("count")
         InpaintOptions(mask_blur=self.mask_blur)
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         if self.size is None and self.masks is None:
             raise UserError("--size original needs --masks: those that are drawn are square")
         if self.masks is None:

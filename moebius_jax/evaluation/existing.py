@@ -1,10 +1,9 @@
 """Any method's pictures against their originals."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks, read_truth
@@ -14,11 +13,12 @@ from moebius_jax.evaluation.published import QUALITY
 from moebius_jax.evaluation.report.document import Run
 from moebius_jax.evaluation.report.result import EvaluationReport, case_loader, claim_report
 from moebius_jax.evaluation.settings import ScoringSettings
+from moebius_jax.schema import checked, one_of
 
 KIND = "score"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ExistingSettings(ScoringSettings):
     """What is scored.
 
@@ -34,13 +34,8 @@ class ExistingSettings(ScoringSettings):
 
     pred: Path
     gt: Path
-    beside: str | None = None
+    beside: Annotated[str, one_of(QUALITY)] | None = None
     output: Path | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beside is not None and self.beside not in QUALITY:
-            raise UserError(f"--beside {self.beside}: expected one of {', '.join(QUALITY)}")
 
 
 def score_existing(

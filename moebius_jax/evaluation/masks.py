@@ -5,15 +5,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
+from pydantic import Field
 
 from moebius_jax.data.random_masks import mask_generator
 from moebius_jax.errors import UserError
 from moebius_jax.files import AlreadyThere, remove_remains, replace_when_complete
+from moebius_jax.schema import AtLeastOne, AtLeastZero, Probability, Whole, checked, one_of, read_json
 
 Hole = Bool[np.ndarray, "S S"]
 
@@ -46,7 +48,7 @@ the pixels, not over the files' bytes, so re-encoding keeps it. Made by `python 
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class MaskSpec:
     """What a set is drawn from.
 
@@ -60,23 +62,15 @@ class MaskSpec:
         UserError: a value is out of range.
     """
 
-    kind: str
-    size: int = 512
-    seed: int = 0
-    min_ratio: float = 0.0
-    max_ratio: float = 1.0
+    kind: Annotated[str, one_of(KINDS)]
+    size: Annotated[Whole, Field(ge=64)] = 512
+    seed: AtLeastZero = 0
+    min_ratio: Probability = 0.0
+    max_ratio: Probability = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"mask kind {self.kind!r}; expected one of {', '.join(KINDS)}")
-        if self.size < 64:
-            raise UserError(f"mask size {self.size}; expected 64 pixels or more")
-        if self.seed < 0:
-            raise UserError(f"mask seed {self.seed}; expected 0 or more")
-        if not 0 <= self.min_ratio < self.max_ratio <= 1:
-            raise UserError(
-                f"mask ratio {self.min_ratio} to {self.max_ratio}; expected two shares, 0 <= low < high <= 1"
-            )
+        if not self.min_ratio < self.max_ratio:
+            raise ValueError(f"ratio is {self.min_ratio} to {self.max_ratio}; expected 0 <= low < high <= 1")
 
     def draw(self, index: int) -> Hole:
         """Mask number `index`; True is hole.
@@ -98,8 +92,20 @@ class MaskSpec:
             f"none in {_ATTEMPTS} draws; choose another kind or ratio"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+
+@checked
+class MaskSet(MaskSpec):
+    """What `masks.json` says of a set.
+
+    Attributes:
+        count: of masks.
+        sha256: of names and pixels.
+        polarity: which grey is hole.
+    """
+
+    count: AtLeastOne
+    sha256: str
+    polarity: Literal["white (255) is the hole, what is repainted; black (0) is kept"] = POLARITY
 
 
 def write_set(
@@ -136,32 +142,27 @@ def write_set(
             digests[name] = hole_digest(hole)
         partial.mkdir(exist_ok=True)
         digest = set_hash(digests)
-        values = {**spec.to_dict(), "count": len(names), "sha256": digest}
-        described = {**values, "polarity": POLARITY}
-        (partial / DESCRIPTION_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        made = MaskSet(**dataclasses.asdict(spec), count=len(names), sha256=digest)
+        values = dataclasses.asdict(made)
+        (partial / DESCRIPTION_FILE).write_text(json.dumps(values, indent=2) + "\n")
         ratio = f"{spec.min_ratio:.0%} to {spec.max_ratio:.0%}"
         if (spec.min_ratio, spec.max_ratio) == (0, 1):
             ratio = "as drawn"
-        text = {**values, "polarity": POLARITY, "description": KINDS[spec.kind], "ratio": ratio}
-        (partial / "README.md").write_text(_README.format(**text))
+        text = _README.format(**values, description=KINDS[spec.kind], ratio=ratio)
+        (partial / "README.md").write_text(text)
     return digest
 
 
-def read_description(folder: Path) -> dict[str, Any] | None:
+def read_description(folder: Path) -> MaskSet | None:
     """What `masks.json` says of a set; None for a folder without one.
 
     Raises:
         UserError: it is damaged.
     """
-    file = folder / DESCRIPTION_FILE
-    if not file.is_file():
-        return None
     try:
-        description = json.loads(file.read_text())
-        int(description["count"]), str(description["sha256"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{file}: damaged ({error})") from None
-    return description
+        return read_json(folder / DESCRIPTION_FILE, MaskSet)
+    except FileNotFoundError:
+        return None
 
 
 def hole_digest(hole: Bool[np.ndarray, "H W"]) -> bytes:

@@ -18,7 +18,14 @@ from moebius_jax.evaluation.benchmark import BenchmarkSettings
 from moebius_jax.evaluation.cases import Case, list_pictures, pair_masks
 from moebius_jax.evaluation.departures import choices, departures
 from moebius_jax.evaluation.inputs import Inputs, inspect, lines_of, odd_masks
-from moebius_jax.evaluation.masks import DESCRIPTION_FILE, POLARITY, MaskSpec, read_description, write_set
+from moebius_jax.evaluation.masks import (
+    DESCRIPTION_FILE,
+    POLARITY,
+    MaskSet,
+    MaskSpec,
+    read_description,
+    write_set,
+)
 from moebius_jax.evaluation.metrics.scorer import Scorer
 from moebius_jax.evaluation.metrics.scores import Metric
 from moebius_jax.evaluation.paint import check_folder, claim_folder, paint
@@ -215,7 +222,7 @@ class Benchmark:
         if settings.masks is None:
             self._draw_masks(folder, settings.mask_spec, list(images))
         found = list_pictures(folder, "masks")
-        description = read_description(folder) or {}
+        description = read_description(folder)
         if settings.invert_masks and description:
             raise UserError(f"{folder / DESCRIPTION_FILE}: says {POLARITY}; leave out --invert-masks")
         pairs = pair_masks(images, found, folder, settings.pair_by)
@@ -233,9 +240,9 @@ class Benchmark:
         odd = odd_masks([case.name for case in cases], inputs.ratios)
         for line in odd:
             warnings.warn(f"{folder}: {line}", stacklevel=2)
-        if len(found) == len(cases) and description.get("sha256") not in (None, inputs.masks_sha256):
+        if len(found) == len(cases) and description and description.sha256 != inputs.masks_sha256:
             raise UserError(
-                f"{folder / DESCRIPTION_FILE}: says SHA-256 {description['sha256'][:16]}…, the masks have "
+                f"{folder / DESCRIPTION_FILE}: says SHA-256 {description.sha256[:16]}…, the masks have "
                 f"{inputs.masks_sha256[:16]}…: the set was changed; draw it again, or delete "
                 f"{DESCRIPTION_FILE} if the masks are your own"
             )
@@ -246,7 +253,7 @@ class Benchmark:
             "paired_by": settings.pair_by,
             "is_whole_set": len(found) == len(cases),
             "notes": odd,
-            **{f"set_{key}": value for key, value in description.items() if key != "polarity"},
+            **_set_facts(description),
         }
         return cases, facts, inputs
 
@@ -255,11 +262,12 @@ class Benchmark:
         if not folder.exists():
             with contextlib.suppress(AlreadyThere):
                 write_set(folder, spec, names, track=self._track)
-        before = read_description(folder) or {}
-        for key, wanted in {**spec.to_dict(), "count": len(names)}.items():
-            if before.get(key) != wanted:
+        before = read_description(folder)
+        for key, wanted in {**dataclasses.asdict(spec), "count": len(names)}.items():
+            found = getattr(before, key, None)
+            if found != wanted:
                 raise UserError(
-                    f"{folder / DESCRIPTION_FILE}: drawn with {key} {before.get(key)}, asked for is "
+                    f"{folder / DESCRIPTION_FILE}: drawn with {key} {found}, asked for is "
                     f"{wanted}; choose another --output, or remove {folder}, or use it with --masks"
                 )
 
@@ -336,6 +344,11 @@ class Benchmark:
         if problems:
             raise UserError(f"{len(problems)} not done:\n{lines_of(problems)}")
         return seconds, count
+
+
+def _set_facts(description: MaskSet | None) -> dict[str, Any]:
+    facts = dataclasses.asdict(description) if description else {}
+    return {f"set_{key}": value for key, value in facts.items() if key != "polarity"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,10 @@
 """What is scored, and how: the settings that painting and scoring share. Names as on the command line."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from moebius_jax.checks import require_at_least
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import PairBy
 from moebius_jax.evaluation.metrics.distributions import ENOUGH_FOR_FID
@@ -14,12 +12,13 @@ from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, IN
 from moebius_jax.evaluation.metrics.lpips import require_size
 from moebius_jax.evaluation.metrics.scorer import Scorer
 from moebius_jax.evaluation.metrics.scores import METRICS, NEEDS_INCEPTION, Metric
+from moebius_jax.schema import AtLeastOne, checked
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights.folder import read_config
 from moebius_jax.weights.load import load_inception
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ScoringSettings:
     """Which metrics, of which pictures.
 
@@ -40,25 +39,15 @@ class ScoringSettings:
     metrics: tuple[Metric, ...] = METRICS
     inception: Path | None = None
     small_fid: bool = False
-    size: int | None = None
+    size: AtLeastOne | None = None
     masks: Path | None = None
     invert_masks: bool = False
     pair_by: PairBy = "name"
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.metrics) - set(METRICS)):
-            raise UserError(f"metric {unknown[0]!r}; expected some of {', '.join(METRICS)}")
-        self.require_positive("size", "batch_size")
         if self.size is not None and "lpips" in self.metrics:
             require_size((self.size, self.size), "--size")
-
-    def require_positive(self, *names: str) -> None:
-        """Raises UserError if one of these is given and below 1."""
-        try:
-            require_at_least(self, 1, *names)
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
     @property
     def set_metrics(self) -> tuple[Metric, ...]:

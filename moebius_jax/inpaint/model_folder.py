@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
+from moebius_jax.schema import checked, read_json
 from moebius_jax.weights import hub
 from moebius_jax.weights.folder import read_config
 
@@ -16,6 +17,13 @@ PORTRAIT_GUIDANCE = 2.0
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
 _FILE, UNET, VAE = "pipeline.json", "unet", "vae"
+
+
+@checked
+class _PipelineFile:
+    """`pipeline.json`: the model's default."""
+
+    guidance_scale: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,9 @@ def find_model(
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")
     if (folder / _FILE).is_file():
         found = _found(folder / UNET, Path(vae or folder / VAE), None)
-        return dataclasses.replace(found, guidance_scale=_saved_guidance(folder / _FILE))
+        return dataclasses.replace(
+            found, guidance_scale=read_json(folder / _FILE, _PipelineFile).guidance_scale
+        )
     if (folder / "config.json").is_file():
         unet, beside = folder, folder.parent / "vae"
     else:
@@ -98,10 +108,3 @@ def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:
     variant = recorded if recorded in hub.VARIANTS else None
     guidance = PORTRAIT_GUIDANCE if (asked or variant) in PORTRAIT_VARIANTS else DEFAULT_GUIDANCE
     return ModelFolders(unet=unet, vae=vae, guidance_scale=guidance, variant=variant)
-
-
-def _saved_guidance(file: Path) -> float:
-    try:
-        return float(json.loads(file.read_text())["guidance_scale"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error})") from None

@@ -1,8 +1,5 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
-import dataclasses
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +16,14 @@ from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, tim
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
+from moebius_jax.schema import Whole, checked
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
 # step index, timestep, latents → latents to go on with
 StepCallback = Callable[[int, int, Array], Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class SamplingOptions:
     """How a batch is denoised (names as in diffusers).
 
@@ -41,7 +39,7 @@ class SamplingOptions:
         UserError: a value is out of range.
     """
 
-    num_inference_steps: int = 20
+    num_inference_steps: Whole = 20
     guidance_scale: float = 2.5
     strength: float = 0.99
     scheduler: str | Solver = "ddim"
@@ -49,10 +47,6 @@ class SamplingOptions:
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scale", "noise_offset"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{name} is {value}; expected a finite number")
         timesteps(self.scheduler, self.num_inference_steps, self.strength)
 
 

@@ -2,10 +2,8 @@
 
 import collections
 import dataclasses
-import math
-import numbers
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,12 +14,13 @@ from moebius_jax.hardware import memory_errors
 from moebius_jax.imaging import crop, masks, release
 from moebius_jax.imaging.regions import Window, plan_windows
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions, StepCallback
+from moebius_jax.schema import AtLeast0, AtLeastZero, checked
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class InpaintOptions:
     """How images meet the model's square.
 
@@ -43,27 +42,13 @@ class InpaintOptions:
 
     mode: Mode = "crop"
     invert_mask: bool = False
-    mask_dilation: int = 0
-    mask_blur: float = 4.0
-    padding_mask_crop: int | None = None
+    mask_dilation: AtLeastZero = 0
+    mask_blur: AtLeast0 = 4.0
+    padding_mask_crop: AtLeastZero | None = None
     match_color: bool = False
     paste: bool = True
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"mode is {self.mode!r}; expected {' or '.join(get_args(Mode))}")
-        for name, kind in (
-            ("mask_dilation", numbers.Integral),
-            ("mask_blur", numbers.Real),
-            ("padding_mask_crop", numbers.Integral),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "padding_mask_crop":
-                continue
-            if not isinstance(value, kind) or not 0 <= value < math.inf:
-                raise UserError(
-                    f"{name} is {value}; expected a {'whole ' * (kind is numbers.Integral)}number, 0 or more"
-                )
         if self.mode == "crop" and not self.paste:
             raise UserError("paste=False needs mode='release': a cropped result has no other place to go")
 

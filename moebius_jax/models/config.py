@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
 
 from moebius_jax.models.architecture import EXECUTION, Architecture
-from moebius_jax.models.parts import BlockSizes, PositionOrder, Sizes
-from moebius_jax.models.switches import SWITCHES
+from moebius_jax.models.parts import BlockSizes, Sizes
+from moebius_jax.models.switches import CROSS_MIXERS, FEED_FORWARDS, RESIDUAL_CONVS, SELF_MIXERS, SWITCHES
 from moebius_jax.models.table2 import TABLE_2, experiment
+from moebius_jax.schema import AtLeastOne, checked, one_of
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class UNetConfig(Architecture, Sizes):
     """Architecture of one latent U-Net (docs/model.md, "One U-Net, four switches").
 
@@ -40,33 +40,22 @@ class UNetConfig(Architecture, Sizes):
 
     NOUN: ClassVar[str] = "U-Net"
 
-    self_mixer: str = "local_lambda"
-    cross_mixer: str = "interactive_lambda"
-    feed_forward: str = "mix_ffn"
-    residual_conv: str = "depthwise"
-    channels: tuple[int, ...] = (320, 640, 1280)
+    self_mixer: Annotated[str, one_of(SELF_MIXERS)] = "local_lambda"
+    cross_mixer: Annotated[str, one_of(CROSS_MIXERS)] = "interactive_lambda"
+    feed_forward: Annotated[str, one_of(FEED_FORWARDS)] = "mix_ffn"
+    residual_conv: Annotated[str, one_of(RESIDUAL_CONVS)] = "depthwise"
+    channels: tuple[AtLeastOne, ...] = (320, 640, 1280)
     transformers: tuple[bool, ...] = (True, True, True)
     mid_block: bool = False
-    layers_per_block: int = 2
-    latent_size: int = 64
-    in_channels: int = 9
-    out_channels: int = 4
-    vocab_size: int = 20
-    embedding_dim: int = 3072
+    layers_per_block: AtLeastOne = 2
+    latent_size: AtLeastOne = 64
+    in_channels: AtLeastOne = 9
+    out_channels: AtLeastOne = 4
+    vocab_size: AtLeastOne = 20
+    embedding_dim: AtLeastOne = 3072
     remat: bool = dataclasses.field(default=False, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "transformers", tuple(self.transformers))
-        choices = {**SWITCHES, "position_order": get_args(PositionOrder)}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        for name in _POSITIVE:
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not (math.isfinite(self.ffn_ratio) and self.ffn_ratio > 0):
-            raise ValueError(f"ffn_ratio is {self.ffn_ratio}; it must be a number above 0")
         self._check_levels()
         if self.window % 2 == 0:
             raise ValueError(f"window is {self.window}; it must be odd")
@@ -89,7 +78,7 @@ class UNetConfig(Architecture, Sizes):
                 f"transformers has {len(self.transformers)} entries for {len(self.channels)} levels"
             )
         for width in self.channels:
-            if width < 1 or width % 32 or width % (2 * self.num_heads):
+            if width % 32 or width % (2 * self.num_heads):
                 raise ValueError(
                     f"channels {self.channels}: {width} must be a multiple of 32 (GroupNorm groups) "
                     f"and of {2 * self.num_heads} (2 x num_heads)"
@@ -157,17 +146,3 @@ class UNetConfig(Architecture, Sizes):
             return "student"
         rows = [n for n, row in TABLE_2.items() if tuple(row.switches.values()) == self.switches]
         return f"ablation {rows[0]}" if rows else self.NOUN
-
-
-_POSITIVE = (
-    "layers_per_block",
-    "num_heads",
-    "latent_size",
-    "in_channels",
-    "out_channels",
-    "vocab_size",
-    "embedding_dim",
-    "context_dim",
-    "context_length",
-    "window",
-)

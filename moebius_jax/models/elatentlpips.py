@@ -1,6 +1,5 @@
 """The network of E-LatentLPIPS: VGG16-BN features of 4-channel latents and one linear head per tap."""
 
-import dataclasses
 import re
 from typing import ClassVar
 
@@ -16,18 +15,19 @@ from moebius_jax.models.convolutions import Conv3x3
 from moebius_jax.models.linear import PointwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
+from moebius_jax.schema import AtLeastOne, checked
 
 POOLED_GROUPS = (3, 4)  # VGG16 pools after all five groups; the metric drops the first three pools
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ELatentLPIPSConfig(Architecture):
     """Widths of the convolutions of each of the five groups; the defaults are the released network."""
 
     NOUN: ClassVar[str] = "E-LatentLPIPS network"
 
-    in_channels: int = 4
-    groups: tuple[tuple[int, ...], ...] = (
+    in_channels: AtLeastOne = 4
+    groups: tuple[tuple[AtLeastOne, ...], ...] = (
         (64, 64),
         (128, 128),
         (256, 256, 256),

@@ -17,19 +17,20 @@ from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import CONV, LINEAR, Released, Table
+from moebius_jax.schema import AtLeastOne, checked
 
 Map = Float[Array, "B H W C"]
 
 SIDE = 299  # of the input, in pixels
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class InceptionConfig(Architecture):
     """The one size that varies: classes of the last layer, which FID does not use (1008 in its file)."""
 
     NOUN: ClassVar[str] = "Inception network"
 
-    classes: int = 1008
+    classes: AtLeastOne = 1008
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,12 @@ from flax import nnx
 
 from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
+from moebius_jax.schema import Above0, AtLeastOne, checked
 
 PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Sizes:
     """Sizes all levels share.
 
@@ -26,16 +27,16 @@ class Sizes:
             another machine.
     """
 
-    num_heads: int = 8
-    context_dim: int = 768
-    context_length: int = 10
-    window: int = 15
-    ffn_ratio: float = 2.5
+    num_heads: AtLeastOne = 8
+    context_dim: AtLeastOne = 768
+    context_length: AtLeastOne = 10
+    window: AtLeastOne = 15
+    ffn_ratio: Above0 = 2.5
     position_order: PositionOrder = dataclasses.field(default="auto", metadata=EXECUTION)
     platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class BlockSizes(Sizes):
     """What the parts of one transformer are built from.
 
@@ -44,8 +45,8 @@ class BlockSizes(Sizes):
         map_size: side of the map the network was trained at, in positions.
     """
 
-    channels: int
-    map_size: int
+    channels: AtLeastOne
+    map_size: AtLeastOne
 
     @property
     def depth(self) -> int:

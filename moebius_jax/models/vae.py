@@ -3,7 +3,6 @@
 diffusers is imported on first use: it takes seconds, and it loads torch where torch is installed.
 """
 
-import dataclasses
 import functools
 import logging
 import re
@@ -17,11 +16,12 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.released import CONV, LINEAR, SAME, Released
+from moebius_jax.schema import Above0, AtLeastOne, checked
 
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class VAEConfig(Architecture):
     """Sizes of a KL autoencoder of the SDXL layout (docs/model.md, "VAE"); the defaults are the released one.
 
@@ -34,10 +34,10 @@ class VAEConfig(Architecture):
 
     NOUN: ClassVar[str] = "VAE"
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    scaling_factor: float = 0.13025
+    channels: tuple[AtLeastOne, ...] = (128, 256, 512, 512)
+    layers_per_block: AtLeastOne = 2
+    latent_channels: AtLeastOne = 4
+    scaling_factor: Above0 = 0.13025
 
     @property
     def factor(self) -> int:

@@ -1,21 +1,22 @@
 """Everything a training run depends on, in one frozen tree of values."""
 
 import dataclasses
-import math
 from dataclasses import field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from moebius_jax.checks import require_at_least, require_choice
+from pydantic import Field
+
 from moebius_jax.data.config import DataConfig
 from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.models import UNetConfig, VAEConfig
+from moebius_jax.schema import AtLeastOne, AtLeastZero, Below1, Seed, checked
 from moebius_jax.training.optimizer import OptimizerConfig
 
 Compute = Literal["bfloat16", "float32"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class CheckpointConfig:
     """When the run's state is saved.
 
@@ -28,15 +29,12 @@ class CheckpointConfig:
         ValueError: a field is out of range.
     """
 
-    every: int = 1000
-    keep: int = 3
-    keep_every: int | None = 20_000
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "every", "keep", "keep_every")
+    every: AtLeastOne = 1000
+    keep: AtLeastOne = 3
+    keep_every: AtLeastOne | None = 20_000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class LogConfig:
     """What is written down, and how often.
 
@@ -55,20 +53,16 @@ class LogConfig:
         ValueError: a field is out of range.
     """
 
-    every: int = 50
-    grid_every: int = 2000
-    grid_images: int = 8
-    grid_steps: int = 20
+    every: AtLeastOne = 50
+    grid_every: AtLeastZero = 2000
+    grid_images: AtLeastOne = 8
+    grid_steps: Annotated[int, Field(ge=1, le=1000)] = 20
     validation: str | None = None
-    validate_every: int = 1000
-    validation_samples: int = 512
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "every", "grid_images", "grid_steps", "validation_samples")
-        require_at_least(self, 0, "grid_every", "validate_every")
+    validate_every: AtLeastZero = 1000
+    validation_samples: AtLeastOne = 512
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class TrainConfig:
     """One run.
 
@@ -108,41 +102,26 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: int = 768
-    accumulation: int = 1
-    steps: int = 138_000
-    seed: int = 0
-    ema_decay: float = 0.9999
+    batch_size: AtLeastOne = 768
+    accumulation: AtLeastOne = 1
+    steps: AtLeastOne = 138_000
+    seed: Seed = 0
+    ema_decay: Below1 = 0.9999
     noise_offset: float = 0.0357
     timestep_sampling: TimestepSampling = "logit_normal"
     batch_norm: Literal["global", "device"] = "global"
     dtype: Compute = "bfloat16"
     stream_dtype: Compute = "float32"
     vae_dtype: Compute = "bfloat16"
-    fsdp: int = 1
+    fsdp: AtLeastOne = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "batch_size", "accumulation", "steps", "fsdp")
-        require_choice(
-            self,
-            timestep_sampling=get_args(TimestepSampling),
-            batch_norm=("global", "device"),
-            dtype=get_args(Compute),
-            stream_dtype=get_args(Compute),
-            vae_dtype=get_args(Compute),
-        )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of accumulation = {self.accumulation}"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
-        if not math.isfinite(self.noise_offset):
-            raise ValueError(f"noise_offset is {self.noise_offset}; expected a finite number")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 up to, not including, 1")
         if self.loss.needs_teacher and self.teacher is None:
             terms = " and ".join(loss.name for loss in self.loss.losses if loss.needs_teacher)
             raise ValueError(

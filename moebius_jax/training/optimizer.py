@@ -1,17 +1,17 @@
 """The optimiser of a run: Muon or AdamW, schedule, clipping; and the moving average of the weights."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
+from pydantic import Field
 
-from moebius_jax.checks import require_at_least, require_choice
 from moebius_jax.models import UNetConfig
+from moebius_jax.schema import Above0, AtLeastZero, Below1, checked
 from moebius_jax.sharding import batch_sharding
 from moebius_jax.training.muon import orthogonalize
 from moebius_jax.weights.names import Counterpart, counterparts
@@ -21,7 +21,7 @@ OptimizerName = Literal["muon", "adamw"]
 Schedule = Literal["step", "cosine", "constant"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class OptimizerConfig:
     """The optimiser (docs/distillation.md, "Optimiser"); the defaults are the paper's.
 
@@ -44,42 +44,22 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "muon"
-    learning_rate: float = 2e-4
+    learning_rate: Above0 = 2e-4
     schedule: Schedule = "step"
-    warmup_steps: int = 0
-    decay_at: tuple[float, ...] = (111 / 138, 129 / 138)
-    decay_factor: float = 0.1
-    weight_decay: float = 0.1
-    momentum: float = 0.95
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
+    warmup_steps: AtLeastZero = 0
+    decay_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (111 / 138, 129 / 138)
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    momentum: Below1 = 0.95
+    b1: Below1 = 0.9
+    b2: Below1 = 0.95
+    eps: Above0 = 1e-8
+    clip_norm: Above0 | None = 1.0
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        require_choice(
-            self,
-            name=get_args(OptimizerName),
-            schedule=get_args(Schedule),
-            newton_schulz_dtype=("bfloat16", "float32"),
-        )
-        require_at_least(self, 0, "warmup_steps")
-        for name, below in (("momentum", 1), ("b1", 1), ("b2", 1)):
-            if not 0 <= getattr(self, name) < below:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 up to, not including, {below}")
-        for name in ("learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
-        if not self.weight_decay >= 0 or not 0 < self.decay_factor <= 1:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay}, decay_factor {self.decay_factor}; expected 0 or more, "
-                "and above 0 up to 1"
-            )
-        if any(not 0 < f <= 1 for f in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
-            raise ValueError(f"decay_at is {self.decay_at}; expected rising fractions of the run, 0 to 1")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; expected a number above 0, or none")
+        if list(self.decay_at) != sorted(self.decay_at):
+            raise ValueError(f"decay_at is {self.decay_at}; expected rising fractions of the run")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

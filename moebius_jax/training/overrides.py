@@ -5,12 +5,12 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from moebius_jax.errors import UserError
+from moebius_jax.schema import parse_text
 
 Config = TypeVar("Config")
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -37,7 +37,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         hint = _hints(node, key).get(last)
         if hint is None:
             raise _unknown(key, config)
-        if dataclasses.is_dataclass(getattr(node, last)) and not _takes_text(hint):
+        if dataclasses.is_dataclass(getattr(node, last)) and str not in _options(hint):
             raise UserError(
                 f"{key}: is a group; set one of its fields, {key}.{_fields(getattr(node, last))[0]}=…"
             )
@@ -83,7 +83,7 @@ def _child(node: Any, name: str, key: str) -> Any:
 def _hints(node: Any, key: str) -> dict[str, Any]:
     if not dataclasses.is_dataclass(node):
         raise UserError(f"{key}: unknown key")
-    hints = typing.get_type_hints(type(node))
+    hints = typing.get_type_hints(type(node), include_extras=True)
     return {name: hints[name] for name in _fields(node)}
 
 
@@ -96,13 +96,12 @@ def _unknown(key: str, config: Any) -> UserError:
     return UserError(f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
-def _takes_text(hint: Any) -> bool:
-    return str in _options(hint)
-
-
 def _options(hint: Any) -> tuple[Any, ...]:
+    """The kinds a field can be, without a union and without what `Annotated` adds."""
+    if typing.get_origin(hint) is Annotated:
+        return _options(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
+        return tuple(kind for option in typing.get_args(hint) for kind in _options(option))
     return (hint,)
 
 
@@ -110,39 +109,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     options = _options(hint)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
-    for option in options:
-        try:
-            return _parse_one(text, option)
-        except (ValueError, KeyError):
-            continue
-    known = [_name(o) for o in options if not dataclasses.is_dataclass(o)]
-    raise UserError(f"{key}: {text!r} is not {' or '.join(known)}")
-
-
-def _parse_one(text: str, kind: Any) -> Any:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        if text not in typing.get_args(kind):
-            raise ValueError(text)
-        return text
-    if origin is tuple:
-        item, *_ = _options(typing.get_args(kind)[0])
-        return tuple(_parse_one(part.strip(), item) for part in text.split(",") if part.strip())
-    if kind is bool:
-        return _BOOLEANS[text.lower()]
-    if kind is int:
-        return int(text.replace("_", ""))
-    if kind is float:
-        return float(text)
-    if kind is str:
-        return text
-    raise ValueError(text)
-
-
-def _name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {_name(typing.get_args(kind)[0])}, separated by commas"
-    names = {bool: "true or false", int: "a whole number", float: "a number", type(None): "none", str: "text"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    value: Any = text
+    if any(typing.get_origin(option) is tuple for option in options):
+        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    return parse_text(value, hint, key)

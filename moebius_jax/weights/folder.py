@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,23 @@ from flax.typing import Dtype
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
 from moebius_jax.models.architecture import Architecture
+from moebius_jax.schema import checked, one_of, read_json
 from moebius_jax.weights.kinds import KINDS, kind_of
 from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
-FORMAT = "moebius-jax"
-VERSION = 1
-DTYPES = ("float32", "float16", "bfloat16")
+
+@checked
+class _ConfigFile:
+    """`config.json` as it is written."""
+
+    format: Literal["moebius-jax"]
+    version: Literal[1]
+    kind: Annotated[str, one_of(KINDS)]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    architecture: dict[str, Any]
+    source: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,14 +84,14 @@ def save(
         raise ValueError(
             f"tensors differ from the architecture's: {sorted(set(tensors) ^ set(expected))[:5]}"
         )
-    config = {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": kind_of(architecture),
-        "dtype": dtype,
-        "architecture": architecture.to_dict(),
-        "source": source,
-    }
+    config = _ConfigFile(
+        format="moebius-jax",
+        version=1,
+        kind=kind_of(architecture),
+        dtype=dtype,
+        architecture=architecture.to_dict(),
+        source=source,
+    )
     if jax.process_count() > 1 and (
         jax.process_index() > 0 or not all(isinstance(value, np.ndarray) for value in tensors.values())
     ):
@@ -94,7 +103,7 @@ def save(
         partial.mkdir()
         with orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:
             checkpointer.save((partial / "weights").absolute(), nest(tensors))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> FolderConfig:
@@ -111,18 +120,12 @@ def read_config(folder: Path) -> FolderConfig:
             "no such folder" if not folder.exists() else "not a converted folder (config.json and weights/)"
         )
         raise UserError(f"{folder}: {found}{hint}")
+    found = read_json(path, _ConfigFile)
     try:
-        values = json.loads(path.read_text())
-        if values.get("format") != FORMAT:
-            raise UserError(f'{path}: not written by {FORMAT} (no "format": "{FORMAT}")')
-        if values["version"] > VERSION:
-            raise UserError(f"{path}: format version {values['version']}; this release reads up to {VERSION}")
-        architecture = KINDS[values["kind"]].architecture.from_dict(values["architecture"])
-        if values["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {values['dtype']!r}, expected one of {', '.join(DTYPES)}")
-        return FolderConfig(architecture=architecture, dtype=values["dtype"], source=dict(values["source"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+        architecture = KINDS[found.kind].architecture.from_dict(found.architecture)
+    except ValueError as error:
+        raise UserError(f"{path}: architecture.{error}") from None
+    return FolderConfig(architecture=architecture, dtype=found.dtype, source=found.source)
 
 
 def load_numpy(folder: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,130 @@
+"""Values that check themselves: frozen dataclasses and JSON files whose errors name the field (pydantic)."""
+
+import functools
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import numpy as np
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+
+from moebius_jax.errors import UserError
+
+T = TypeVar("T")
+
+Whole = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, np.integer) else x)]
+AtLeastZero = Annotated[Whole, Field(ge=0)]
+AtLeastOne = Annotated[Whole, Field(ge=1)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+
+# Types are as declared: no text for a number, no number for a text, neither infinity nor NaN.
+_STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid")
+_EXPECTED = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text",
+    "tuple_type": "a tuple (a list in JSON)",
+    **dict.fromkeys(("dict_type", "dataclass_type"), "an object with fields"),
+}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def checked(cls: type[T]) -> type[T]:
+    """A frozen keyword-only dataclass whose fields are what their annotations say.
+
+    Creating one raises UserError, a line that begins with the field's name; `__post_init__` may raise more.
+    """
+    made = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
+    create = made.__init__
+
+    @functools.wraps(create)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            create(self, **values)
+        except pydantic.ValidationError as error:
+            raise UserError(explain(error)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def one_of(known: Container[str] | Iterable[str]) -> AfterValidator:
+    """For an annotation: the text is a key of a registry that may still grow."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def parse_text(text: str | tuple[str, ...], kind: Any, path: str) -> Any:
+    """Text as a value of an annotated type, numbers and truth values written as people do.
+
+    Raises:
+        UserError: it is none; begins with `path`.
+    """
+    try:
+        return TypeAdapter(kind, config={**_STRICT, "strict": False}).validate_python(text)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, path)) from None
+
+
+def parse_json(text: str | bytes, kind: type[T]) -> T:
+    """JSON as a checked dataclass.
+
+    Raises:
+        UserError: it is none; begins with the field's name.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error)) from None
+
+
+def read_json(file: Path, kind: type[T]) -> T:
+    """A JSON file as a checked dataclass.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is none; names the file and the field.
+    """
+    try:
+        return parse_json(file.read_bytes(), kind)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def explain(error: pydantic.ValidationError, path: str = "") -> str:
+    """The first problem in one line: the field's path (below `path`), what was found, what was expected."""
+    problem = error.errors(include_url=False)[0]
+    kind, context = problem["type"], problem.get("ctx", {})
+    # Which branch of a union it tried last says nothing to people.
+    below = [str(part) for part in problem["loc"] if part not in ("str", "int", "float", "none")]
+    path = ".".join(filter(None, [path, *below]))
+    if kind in ("unexpected_keyword_argument", "missing"):
+        return f"{path}: {'missing' if kind == 'missing' else 'unknown'} field"
+    if kind == "json_invalid":
+        return f"not JSON ({context['error']})"
+    if kind == "value_error":
+        said = str(context["error"])
+        if not said.startswith("expected "):  # it names the field itself
+            return ".".join(filter(None, (path, said)))
+    else:
+        said = f"expected {_EXPECTED.get(kind, problem['msg']).format(**context)}"
+    found = repr(problem["input"])
+    found = found if len(found) <= 80 else f"{found[:79]}…"
+    return f"{path} is {found}; {said}" if path else f"found {found}; {said}"
