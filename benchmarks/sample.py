@@ -1,8 +1,8 @@
 """Speed of sampling: one command, a table and JSON.
 
-    python benchmarks/sample.py                                  # this machine's accelerator, or its CPU
-    python benchmarks/sample.py --batch-sizes 1 --steps 2 --dtypes float32       # something quick
-    python benchmarks/sample.py --aot v5e:2x4                    # compile for a TPU slice, without one
+    python -m benchmarks.sample                             # this machine's accelerator, or its CPU
+    python -m benchmarks.sample --batch-sizes 1 --steps 2 --dtypes float32    # something quick
+    python -m benchmarks.sample --aot v5e:2x4               # compile for a TPU slice, without one
 
 For each dtype and batch size it times the guided denoising step (two U-Net samples per image), encoder and
 decoder, and the whole 512 px image, and reports XLA's FLOP count, the share of the device's peak, peak memory
@@ -10,217 +10,134 @@ and compile time. Weights are random: speed does not depend on them.
 """
 
 import argparse
-import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+if "--aot" in sys.argv:  # before jax starts its devices: there is no TPU here, nor a cloud to ask for one
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
+from moebius_jax import UNet, UNetConfig
+from moebius_jax.diffusion.denoise import inpaint_latents, single_step
+from moebius_jax.diffusion.solvers import solver_steps
 from moebius_jax.hardware import PEAKS
+from moebius_jax.inpaint.latents import decode, encode
+from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models import vae as vae_model
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
 FULL_RUN = 19  # steps at 20 inference steps and strength 0.99
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the U-Net")
-    parser.add_argument("--stream-dtype", default="float32", help="see moebius_jax.models.precision")
-    parser.add_argument("--vae-dtype", default="float32")
-    parser.add_argument("--position-order", default="auto")
-    parser.add_argument("--steps", type=int, default=FULL_RUN, help="denoising steps of the timed loop")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--no-images", action="store_true", help="time the step only, without VAE and whole image"
-    )
-    parser.add_argument(
-        "--aot", metavar="TOPOLOGY", help="compile for a TPU topology (v5e:2x4) and report costs"
-    )
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    return parser.parse_args()
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    add("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the U-Net")
+    add("--stream-dtype", default="float32", help="see moebius_jax.models.precision")
+    add("--vae-dtype", default="float32")
+    add("--position-order", default="auto")
+    add("--steps", type=int, default=FULL_RUN, help="denoising steps of the timed loop")
+    add("--no-images", action="store_true", help="time the step only, without VAE and whole image")
+    add("--aot", metavar="TOPOLOGY", help="compile for a TPU topology (v5e:2x4) and report costs")
+    return options.parse_args()
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of a call that is already compiled."""
-    import jax
-
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def abstract_core(args: argparse.Namespace, dtype: str, platform: str | None) -> tuple[Any, Any]:
-    """Graph and abstract weights of the folded full-size student."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from moebius_jax import UNet, UNetConfig
-    from moebius_jax.models import inference_copy
-    from moebius_jax.models.initializers import KeyStream
-
+def core(args: argparse.Namespace, dtype: str, platform: str | None) -> tuple[Any, Any]:
+    """Graph and shapes of the weights of the folded full-size student."""
     config = UNetConfig.student(position_order=args.position_order, platform=platform)
-
-    def build() -> UNet:
-        unet = UNet(
-            config,
-            dtype=jnp.dtype(dtype),
-            stream_dtype=jnp.dtype(args.stream_dtype),
-            rngs=KeyStream(jax.random.key(0)),
-        )
-        return inference_copy(unet)
-
-    return nnx.split(nnx.eval_shape(build))
-
-
-def core_arguments(batch: int, steps: int) -> tuple[Any, ...]:
-    """Inputs of the core after its weights, as shapes."""
-    import jax
-    import jax.numpy as jnp
-
-    from moebius_jax.diffusion.solvers import solver_steps
-
-    def latents(channels: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, 64, 64, channels), jnp.float32)
-
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    table = jax.eval_shape(lambda: solver_steps("ddim", steps, 1.0))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return latents(4), latents(1), latents(4), keys, table, scalar, scalar
-
-
-def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, Any]:
-    """All figures of one dtype and batch size on the default device."""
-    import jax
-    import jax.numpy as jnp
-
-    from moebius_jax.diffusion.denoise import inpaint_latents
-    from moebius_jax.diffusion.solvers import solver_steps
-
-    graphdef, abstract = abstract_core(args, dtype, None)
-    # Small random weights: zeros would let nothing overflow but also nothing happen.
-    key = jax.random.key(0)
-    params = jax.tree.map(lambda a: 0.02 * jax.random.normal(key, a.shape, a.dtype), abstract)
-    latents = jax.random.normal(key, (batch, 64, 64, 4))
-    mask = jnp.ones((batch, 64, 64, 1))
-    inputs = (params, latents, mask, latents, jax.random.split(key, batch))
-    scalars = (jnp.float32(2.5), jnp.float32(0.0357))
-
-    start = time.perf_counter()
-    lowered = inpaint_latents.lower(
-        graphdef, *inputs, solver_steps("ddim", args.steps, 1.0), *scalars, guided=True
+    dtypes = {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(args.stream_dtype)}
+    return nnx.split(
+        nnx.eval_shape(lambda: inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **dtypes)))
     )
-    tracing = time.perf_counter() - start
-    compiled = lowered.compile()
-    compile_time = time.perf_counter() - start
 
-    def run() -> jax.Array:
-        return compiled(*inputs, solver_steps("ddim", args.steps, 1.0), *scalars)
 
-    jax.block_until_ready(run())
-    loop = seconds(run, args.repeats)
-    result = {
+def core_inputs(batch: int, steps: int) -> tuple[Any, ...]:
+    """What the loop takes after its weights; the first four have an axis of images."""
+    key = jax.random.key(0)
+    latents, mask = jax.random.normal(key, (batch, 64, 64, 4)), jnp.ones((batch, 64, 64, 1))
+    table = solver_steps("ddim", steps, 1.0)
+    return latents, mask, latents, jax.random.split(key, batch), table, jnp.float32(2.5), jnp.float32(0.0357)
+
+
+def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> Row:
+    """All figures of one dtype and batch size on the default device."""
+    graphdef, shapes = core(args, dtype, None)
+    # Small random weights: zeros would let nothing overflow but also nothing happen.
+    params = jax.tree.map(lambda a: 0.02 * jax.random.normal(jax.random.key(0), a.shape, a.dtype), shapes)
+    inputs = core_inputs(batch, args.steps)
+    compiled, seconds = compiled_in(inpaint_latents.lower(graphdef, params, *inputs, guided=True))
+    step = median_seconds(lambda: compiled(params, *inputs), args.repeats) / args.steps
+    flops = step_flops(graphdef, params, batch)
+    row = {
         "dtype": dtype,
         "batch": batch,
-        "ms_per_guided_step": 1e3 * loop / args.steps,
-        "ms_per_guided_step_and_image": 1e3 * loop / args.steps / batch,
-        "gflop_per_step": step_flops(graphdef, params, batch) / 1e9,
-        "compile_s": compile_time,
-        "of_which_tracing_s": tracing,
+        "ms_per_guided_step": 1e3 * step,
+        "ms_per_guided_step_and_image": 1e3 * step / batch,
+        "gflop_per_step": flops / 1e9,
+        "compile_s": seconds,
     }
     if dtype == "bfloat16" and (peak := PEAKS.get(jax.devices()[0].device_kind)):
-        result["share_of_peak"] = result["gflop_per_step"] * 1e9 / (loop / args.steps) / peak[0]
+        row["share_of_peak"] = flops / step / peak[0]
     if memory := compiled.memory_analysis():
-        result["core_temporaries_gb"] = memory.temp_size_in_bytes / 1e9
+        row["core_temporaries_gb"] = memory.temp_size_in_bytes / 1e9
     if not args.no_images:
-        result |= time_images(args, batch, loop * FULL_RUN / args.steps)
+        row |= time_images(args, batch, step * FULL_RUN)
     if stats := jax.devices()[0].memory_stats():
-        result["peak_memory_gb"] = stats.get("peak_bytes_in_use", 0) / 1e9
-    return result
+        row["peak_memory_gb"] = stats.get("peak_bytes_in_use", 0) / 1e9
+    return row
 
 
 def step_flops(graphdef: Any, params: Any, batch: int) -> float:
     """XLA's count for one guided step (XLA counts a loop's body once, whatever its length)."""
-    import jax.numpy as jnp
-
-    from moebius_jax.diffusion.denoise import single_step
-    from moebius_jax.diffusion.solvers import solver_steps
-
-    latents = jnp.zeros((batch, 64, 64, 4))
-    step = solver_steps("ddim", 20).at_step(0)
+    latents, mask, masked, _, table, scale, _ = core_inputs(batch, 20)
     lowered = single_step.lower(
-        graphdef, params, latents, latents, latents[..., :1], latents, step, jnp.float32(2.5), guided=True
+        graphdef, params, latents, latents, mask, masked, table.at_step(0), scale, guided=True
     )
-    analysis = lowered.compile().cost_analysis() or {}
-    return float(analysis.get("flops", float("nan")))
+    return float((lowered.compile().cost_analysis() or {}).get("flops", float("nan")))
 
 
-def time_images(args: argparse.Namespace, batch: int, loop: float) -> dict[str, float]:
+def time_images(args: argparse.Namespace, batch: int, loop: float) -> Row:
     """Encoder and decoder of the released VAE, and the whole image together with the loop."""
-    import jax
-    import jax.numpy as jnp
-
-    from moebius_jax.inpaint.latents import decode, encode
-    from moebius_jax.models import VAE, VAEConfig
-    from moebius_jax.models import vae as vae_model
-
     config = VAEConfig()
-    vae = VAE(
-        params=jax.jit(vae_model.init_params, static_argnums=0)(config, jax.random.key(0)),
-        config=config,
-        dtype=jnp.dtype(args.vae_dtype),
-    )
-    images = jnp.zeros((batch, 512, 512, 3), jnp.uint8)
-    holes = jnp.zeros((batch, 512, 512), bool)
+    params = jax.jit(vae_model.init_params, static_argnums=0)(config, jax.random.key(0))
+    vae = VAE(params=params, config=config, dtype=jnp.dtype(args.vae_dtype))
+    images, holes = jnp.zeros((batch, 512, 512, 3), jnp.uint8), jnp.zeros((batch, 512, 512), bool)
     noise = jax.random.normal(jax.random.key(0), (batch, 64, 64, 4))
-    calls = {
-        "encode_ms": lambda: encode(vae, images, holes, noise, noise),
-        "decode_ms": lambda: decode(vae, noise, truncate=False),
+    encoding = median_seconds(lambda: encode(vae, images, holes, noise, noise), args.repeats)
+    decoding = median_seconds(lambda: decode(vae, noise), args.repeats)
+    whole = loop + encoding + decoding
+    return {
+        "encode_ms": 1e3 * encoding,
+        "decode_ms": 1e3 * decoding,
+        "s_per_batch_of_images": whole,
+        "images_per_s": batch / whole,
     }
-    result = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        result[name] = 1e3 * seconds(call, args.repeats)
-    whole = loop + sum(result.values()) / 1e3
-    return {**result, "s_per_batch_of_images": whole, "images_per_s": batch / whole}
 
 
-def compile_for(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, Any]:
+def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) -> Row:
     """Costs of the core compiled for a TPU topology, the batch sharded over all its devices."""
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    from moebius_jax.diffusion.denoise import inpaint_latents
-    from moebius_jax.inpaint.sampler import data_mesh
+    def placed(tree: Any, place: NamedSharding) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=args.aot)
-    mesh = data_mesh(list(topology.devices))
-    graphdef, params = abstract_core(args, dtype, "tpu")
-    global_batch = batch * mesh.size
-
-    def placed(tree: Any, spec: PartitionSpec) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-    replicated, data = PartitionSpec(), PartitionSpec("data")
-    *batched, table, scale, offset = core_arguments(global_batch, args.steps)
-    inputs = [placed(x, data) for x in batched] + [placed(x, replicated) for x in (table, scale, offset)]
-    start = time.perf_counter()
-    compiled = inpaint_latents.lower(graphdef, placed(params, replicated), *inputs, guided=True).compile()
-    elapsed = time.perf_counter() - start
+    graphdef, params = core(args, dtype, "tpu")
+    inputs = jax.eval_shape(lambda: core_inputs(batch * mesh.size, args.steps))
+    arguments = placed(params, replicated(mesh)), *placed(inputs[:4], batch_sharding(mesh))
+    arguments += placed(inputs[4:], replicated(mesh))
+    compiled, seconds = compiled_in(inpaint_latents.lower(graphdef, *arguments, guided=True))
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     peak_flops, peak_bytes = PEAKS[mesh.devices.flat[0].device_kind]
-    text = compiled.as_text()
+    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     # XLA counts the body of the loop once: these are one step's figures, on one device.
     return {
         "topology": args.aot,
@@ -231,51 +148,19 @@ def compile_for(args: argparse.Namespace, dtype: str, batch: int) -> dict[str, A
         "bound_ms": 1e3 * max(cost["flops"] / peak_flops, cost["bytes accessed"] / peak_bytes),
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
-        "collectives": sum(
-            text.count(f" {c}(") for c in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
-        ),
-        "compile_s": elapsed,
+        "collectives": sum(compiled.as_text().count(f" {kind}(") for kind in kinds),
+        "compile_s": seconds,
     }
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [
-        [f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns] for row in rows
-    ]
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for line in cells:
-        print("| " + " | ".join(line) + " |")
 
 
 def main() -> int:
     args = parse()
-    if args.aot:
-        os.environ |= {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-        }
-    import jax
-
-    measure = compile_for if args.aot else time_batch
-    rows = []
-    for dtype in args.dtypes:
-        for batch in args.batch_sizes:
-            rows.append(measure(args, dtype, batch))
-            print(json.dumps(rows[-1]), file=sys.stderr)
-    device = (
-        f"compiled for {args.aot}" if args.aot else f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    )
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, jax {jax.__version__}, {device}\n")
-    print_table(rows)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=2) + "\n"
-        )
-    return 0
+    cases = [(dtype, batch) for dtype in args.dtypes for batch in args.batch_sizes]
+    if not args.aot:
+        return report(told(time_batch(args, *case) for case in cases), args)
+    mesh = make_mesh(list(topologies.get_topology_desc(platform="tpu", topology_name=args.aot).devices))
+    rows = told(compile_for(mesh, args, *case) for case in cases)
+    return report(rows, args, device=f"compiled for {args.aot}")
 
 
 if __name__ == "__main__":

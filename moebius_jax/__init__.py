@@ -8,19 +8,27 @@ pipeline), `data` (training samples and masks), `distillation` (losses and their
 `train.py` is made of), `evaluation` (the paper's benchmarks, metrics, reports), `cli` (the programs).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.pipeline import InpaintOutput, MoebiusInpaintPipeline
 from moebius_jax.models import UNet, UNetConfig, fold_batch_norm
 from moebius_jax.weights.load import load_elatentlpips, load_unet, load_vae, save_unet, save_vae
 
+if TYPE_CHECKING:
+    from moebius_jax.evaluation.report.result import EvaluationReport
+    from moebius_jax.evaluation.run import evaluate
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "EvaluationReport",
     "InpaintOutput",
     "MoebiusInpaintPipeline",
     "UNet",
     "UNetConfig",
     "UserError",
+    "evaluate",
     "fold_batch_norm",
     "load_elatentlpips",
     "load_unet",
@@ -28,3 +36,16 @@ __all__ = [
     "save_unet",
     "save_vae",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Evaluation when it is asked for: its imports would make every program's start longer."""
+    if name == "evaluate":
+        from moebius_jax.evaluation.run import evaluate
+
+        return evaluate
+    if name == "EvaluationReport":
+        from moebius_jax.evaluation.report.result import EvaluationReport
+
+        return EvaluationReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,6 +36,7 @@ _EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     "string_type": "text",
     "tuple_type": "a tuple (a list in JSON)",
+    "list_type": "a list",
     **dict.fromkeys(("dict_type", "dataclass_type"), "an object with fields"),
 }
 

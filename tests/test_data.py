@@ -11,7 +11,7 @@ from synth import GOLDEN
 
 from moebius_jax.data.augment import AugmentConfig, draw_sample
 from moebius_jax.data.config import DataConfig, open_dataset
-from moebius_jax.data.datasets import ImageDataset, SyntheticDataset
+from moebius_jax.data.datasets import ImageDataset, Source, SyntheticDataset
 from moebius_jax.data.latent_cache import CacheInfo, CacheWriter, LatentCache
 from moebius_jax.data.loader import Loader, LoaderConfig
 from moebius_jax.data.random_masks import PRESETS, mask_generator
@@ -176,7 +176,7 @@ class TestSamples:
 class TestLoader:
     def batches(self, images, count=6, seed=5, warn=print, fraction=0.5, workers=0, **options):
         loader = Loader(
-            ImageDataset(images, None, SMALL),
+            ImageDataset(Source(path=images, augment=SMALL)),
             LoaderConfig(max_bad_fraction=fraction, workers=workers, threads=2),
             seed=seed,
             global_batch=4,
@@ -233,7 +233,13 @@ class TestLoader:
 
     def test_batches_that_cannot_be_shared(self):
         with pytest.raises(UserError, match="multiple of the 3 processes"):
-            Loader(SyntheticDataset((8, 8, 4)), LoaderConfig(), seed=0, global_batch=4, processes=3)
+            Loader(
+                SyntheticDataset(Source(latent_shape=(8, 8, 4))),
+                LoaderConfig(),
+                seed=0,
+                global_batch=4,
+                processes=3,
+            )
 
 
 def same(ours, theirs):

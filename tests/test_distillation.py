@@ -15,11 +15,12 @@ from moebius_jax.diffusion.denoise import network_input
 from moebius_jax.diffusion.noising import Noised, draw_timesteps
 from moebius_jax.diffusion.schedule import add_noise
 from moebius_jax.distillation.config import LossConfig
-from moebius_jax.distillation.gradients import Cut, Inputs, balanced_gradients, teacher_bottleneck
+from moebius_jax.distillation.gradients import Inputs, balanced_gradients, teacher_bottleneck
 from moebius_jax.distillation.loss import Context, mean_square
 from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.models import UNet, UNetOutput
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.inputs import step_keys
 from moebius_jax.weights.names import expected_tensors
 from moebius_jax.weights.tensors import Bare, network_tensors, split_tensors
@@ -268,8 +269,12 @@ def test_a_scale_of_zero_is_refused():
 
 
 def test_students_without_a_place_for_the_coarse_norm_are_refused():
-    with pytest.raises(ValueError, match="last level"):
-        Cut.of(UNetConfig.teacher())
+    with pytest.raises(ValueError, match=r"student\.transformers is .* transformer of the last level"):
+        TrainConfig(
+            student=UNetConfig.teacher(),
+            teacher=UNetConfig.teacher(),
+            loss=LossConfig(terms=("coarse", "task")),
+        )
 
 
 def test_timesteps_are_drawn_as_released():

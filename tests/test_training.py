@@ -10,7 +10,7 @@ import tiny_run
 from flax import nnx
 
 from moebius_jax import save_unet
-from moebius_jax.data.datasets import SyntheticDataset
+from moebius_jax.data.datasets import Source, SyntheticDataset
 from moebius_jax.errors import UserError
 from moebius_jax.models import ELatentLPIPS, UNet
 from moebius_jax.models.initializers import KeyStream
@@ -28,7 +28,7 @@ from train import make_update
 
 
 def first_batch(config):
-    dataset = SyntheticDataset(config.student.latent_shape)
+    dataset = SyntheticDataset(Source(latent_shape=config.student.latent_shape))
     return next(first_batches(config, dataset, seed=config.seed, size=config.batch_size, count=1))
 
 

@@ -1,4 +1,4 @@
-"""Arguments shared by the programs that sample: which model, which share of the work."""
+"""Arguments the programs share: which model, which extension, which share of the work."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ import jax
 from moebius_jax.cli.terminal import progress
 from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
+from moebius_jax.extensions import load_extension
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 from moebius_jax.weights.hub import HubUnreachable
 
@@ -16,11 +17,12 @@ DEFAULT_MODEL = "hustvl/Moebius"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pretrained (default)") -> None:
-    """--model, --variant, --vae, --dtype, --vae-dtype and --allow-untrained."""
+    """--model, --extension, --variant, --vae, --dtype, --vae-dtype and --allow-untrained."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--model", default=DEFAULT_MODEL, help=f"converted folder or Hub repository (default {DEFAULT_MODEL})"
     )
+    add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
     add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
     add(
@@ -34,6 +36,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pret
     add(
         "--allow-untrained", action="store_true", help="if the Hub cannot be reached, run with random weights"
     )
+
+
+def add_extension_argument(parser: argparse.ArgumentParser) -> None:
+    """--extension, which is run while the arguments are read."""
+    parser.add_argument(
+        "--extension",
+        type=_extension,
+        action="append",
+        metavar="FILE.py",
+        help="run this file first: it adds a mixer or a solver of your own (docs/extending.md)",
+    )
+
+
+def _extension(text: str) -> Path:
+    try:
+        load_extension(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def load_pipeline(args: argparse.Namespace, variant: str | None) -> MoebiusInpaintPipeline:

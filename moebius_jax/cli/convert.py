@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from moebius_jax.cli.arguments import add_extension_argument
 from moebius_jax.cli.terminal import progress, run
 from moebius_jax.weights.convert import convert_file, export_file, verify_folder
 from moebius_jax.weights.hub import find_weights
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="write SOURCE, a converted folder, as a released-style .safetensors",
     )
+    add_extension_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it exists")
     args = parser.parse_args(argv)
     if (args.dest is None) == (args.export is None):

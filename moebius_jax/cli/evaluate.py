@@ -167,7 +167,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
     add("--num-inference-steps", type=int, metavar="N", help="default 20")
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", choices=list(SOLVERS), help="default ddim")
+    add("--scheduler", metavar="NAME", help=f"{' or '.join(SOLVERS)} (default ddim)")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")

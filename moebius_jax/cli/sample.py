@@ -16,7 +16,6 @@ from moebius_jax.cli.arguments import (
     require_seed,
 )
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
-from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
 from moebius_jax.inpaint.pairing import plan_tasks
 from moebius_jax.inpaint.sampler import SamplingOptions
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the checkpoint's, 2.5 or 2.0; 1 is twice as fast",
     )
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", choices=list(SOLVERS), default="ddim", help="dpmpp_2m is meant for few steps")
+    add("--scheduler", default="ddim", help="ddim (default); dpmpp_2m, which is meant for few steps")
     add(
         "--seed",
         type=int,

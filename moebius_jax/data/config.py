@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moebius_jax.data.augment import AugmentConfig
-from moebius_jax.data.datasets import DATASETS, Dataset
+from moebius_jax.data.datasets import DATASETS, Dataset, Source
 from moebius_jax.data.loader import LoaderConfig
 from moebius_jax.schema import checked, one_of
 
@@ -40,4 +40,5 @@ def open_dataset(config: DataConfig, latent_shape: tuple[int, int, int]) -> Data
         UserError: nothing there, or of another size.
     """
     path, root = (Path(p) if p else None for p in (config.path, config.root))
-    return DATASETS[config.kind].open(path, root, augment=config.augment, latent_shape=latent_shape)
+    source = Source(path=path, root=root, augment=config.augment, latent_shape=latent_shape)
+    return DATASETS[config.kind](source)

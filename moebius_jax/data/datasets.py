@@ -1,8 +1,9 @@
 """The kinds of data sets: image files, cached latents, and made-up numbers for measuring speed."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,39 +14,52 @@ from moebius_jax.data.samples import LatentSample, PixelSample, Sample
 from moebius_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a run says of its data.
+
+    Attributes:
+        path: where they are (`data.path`).
+        root: what relative paths in them start from; None is their own folder.
+        augment: from file to sample.
+        latent_shape: [h, w, c] of what the network is trained on.
+    """
+
+    path: Path | None = None
+    root: Path | None = None
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    latent_shape: tuple[int, int, int] = (64, 64, 4)
+
+    def require_path(self) -> Path:
+        """`path`; raises UserError if none was given."""
+        if self.path is None:
+            raise UserError(
+                "no data: pass data.path=FOLDER (or a JSON-lines file), or --dataset synthetic to measure "
+                "speed"
+            )
+        return self.path
+
+
 class Dataset:
     """Samples by number. To add a kind: docs/extending.md.
+
+    Args:
+        source: what the run says of it.
 
     Attributes:
         SAMPLE: what its samples are: pixels, which are encoded on the way to the step, or latents.
         names: of its items, for messages; one per item.
         blank: a sample that holds nothing, for its shapes and dtypes.
+
+    Raises:
+        UserError: nothing there, or not of this network's latents.
     """
 
     SAMPLE: ClassVar[type[Sample]]
     names: Sequence[str]
     blank: Sample
 
-    @classmethod
-    def open(
-        cls,
-        path: Path | None,
-        root: Path | None,
-        *,
-        augment: AugmentConfig,
-        latent_shape: tuple[int, int, int],
-    ) -> Self:
-        """The data set a configuration names.
-
-        Args:
-            path: where it is (`data.path`).
-            root: what relative paths in it start from; None is its own folder.
-            augment: from file to sample.
-            latent_shape: [h, w, c] of what the network is trained on.
-
-        Raises:
-            UserError: nothing there, or not of this network's latents.
-        """
+    def __init__(self, source: Source) -> None:
         raise NotImplementedError
 
     def draw(self, item: int, rng: np.random.Generator) -> Sample:
@@ -62,26 +76,15 @@ class ImageDataset(Dataset):
 
     SAMPLE = PixelSample
 
-    def __init__(self, path: Path, root: Path | None, augment: AugmentConfig) -> None:
-        self._records = read_records(path, root)
-        self._augment = augment
+    def __init__(self, source: Source) -> None:
+        self._records = read_records(source.require_path(), source.root)
+        self._augment = source.augment
         self.names = [str(r.image) for r in self._records]
-        self.blank = PixelSample.blank(augment.image_size)
+        # The latents' size is the encoder's business: see `training.batches.check_images`.
+        self.blank = PixelSample.blank(source.augment.image_size)
         self._foreground: list[Path] = []
-        if augment.foreground_masks:
-            self._foreground = [r.image for r in read_records(Path(augment.foreground_masks))]
-
-    @classmethod
-    def open(
-        cls,
-        path: Path | None,
-        root: Path | None,
-        *,
-        augment: AugmentConfig,
-        latent_shape: tuple[int, int, int],
-    ) -> Self:
-        del latent_shape  # the encoder's factor decides: see `training.batches.check_images`
-        return cls(require_path(path), root, augment)
+        if source.augment.foreground_masks:
+            self._foreground = [r.image for r in read_records(Path(source.augment.foreground_masks))]
 
     def draw(self, item: int, rng: np.random.Generator) -> PixelSample:
         return draw_sample(self._records[item], self._augment, self._foreground, rng)
@@ -92,36 +95,20 @@ class LatentDataset(Dataset):
 
     SAMPLE = LatentSample
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, source: Source) -> None:
+        folder = source.require_path()
         self._cache = LatentCache(folder)
-        self.info = self._cache.info
         self.names = [f"{folder} (sample {i})" for i in range(len(self._cache))]
         if not self.names:
             raise UserError(f"{folder}: holds no samples")
         self.blank = LatentSample(*map(np.zeros_like, self._cache[0]))
-
-    @classmethod
-    def open(
-        cls,
-        path: Path | None,
-        root: Path | None,
-        *,
-        augment: AugmentConfig,
-        latent_shape: tuple[int, int, int],
-    ) -> Self:
-        del root, augment  # what is cached is augmented already
-        found = cls(require_path(path))
-        expected = LatentSample.blank(latent_shape)
-        if found.info.side != latent_shape[0]:
+        side, channels = source.latent_shape[0], source.latent_shape[-1]
+        if self._cache.info.side != side:
             raise UserError(
-                f"{path}: latents of side {found.info.side}; the network is trained at {latent_shape[0]}"
+                f"{folder}: latents of side {self._cache.info.side}; the network is trained at {side}"
             )
-        if found.blank.moments.shape != expected.moments.shape:
-            raise UserError(
-                f"{path}: latents with {found.blank.moments.shape[-1] // 2} channels; the network's have "
-                f"{latent_shape[-1]}"
-            )
-        return found
+        if (found := self.blank.moments.shape[-1] // 2) != channels:
+            raise UserError(f"{folder}: latents with {found} channels; the network's have {channels}")
 
     def draw(self, item: int, rng: np.random.Generator) -> LatentSample:
         del rng  # what is cached is drawn already
@@ -133,22 +120,10 @@ class SyntheticDataset(Dataset):
 
     SAMPLE = LatentSample
 
-    def __init__(self, latent_shape: tuple[int, int, int], items: int = 1 << 20) -> None:
-        self._shape = latent_shape
-        self.names = [""] * items
-        self.blank = LatentSample.blank(latent_shape)
-
-    @classmethod
-    def open(
-        cls,
-        path: Path | None,
-        root: Path | None,
-        *,
-        augment: AugmentConfig,
-        latent_shape: tuple[int, int, int],
-    ) -> Self:
-        del path, root, augment
-        return cls(latent_shape)
+    def __init__(self, source: Source) -> None:
+        self._shape = source.latent_shape
+        self.names = [""] * (1 << 20)
+        self.blank = LatentSample.blank(self._shape)
 
     def draw(self, item: int, rng: np.random.Generator) -> LatentSample:
         *grid, channels = self._shape
@@ -158,15 +133,6 @@ class SyntheticDataset(Dataset):
         corner = rng.integers(side // 2, size=2)
         hole[corner[0] :, corner[1] :][: side // 2, : side // 2] = True
         return LatentSample(moments=both[0], masked_moments=both[1], hole=hole, task=np.int32(item % 2))
-
-
-def require_path(path: Path | None) -> Path:
-    """Raises UserError if no `data.path` was given."""
-    if path is None:
-        raise UserError(
-            "no data: pass data.path=FOLDER (or a JSON-lines file), or --dataset synthetic to measure speed"
-        )
-    return path
 
 
 DATASETS: dict[str, type[Dataset]] = {

@@ -1,15 +1,14 @@
 """One student's loss terms, their weights and the gradient of the total, at the price of one backward pass.
 
-The adaptive weights need gradient norms at two weights: θ_F, the last of the network, and θ_C, at the
-bottleneck. So the network is cut there. Each loss is pulled back through the head alone for θ_F; the weighted
-output loss is pulled through the up half once, which yields both its weights' gradients and what arrives at
-the bottleneck; there its norm at θ_C is one matrix product. Then W_C is known: it scales everything the up
-half sent down (its weights' gradients, and the cotangents of the bottleneck, the skips, the timestep and the
-context), the losses at the bottleneck join, and one pass through the down half ends the step
-(docs/distillation.md, "What the weights cost").
+The adaptive weights need gradient norms at two weights: θ_F, the last of the network, and θ_C, `proj_out` of
+the last transformer of the last down level. So the network is cut there. Each loss is pulled back through the
+head alone for θ_F; the weighted output loss is pulled through the up half once, which yields both the
+gradients of its weights and what arrives at the bottleneck; there its norm at θ_C is one matrix product. Then
+W_C is known: it scales everything the up half sent down (its weights' gradients, and the cotangents of the
+bottleneck, the skips, the timestep and the context), the losses at the bottleneck join, and one pass through
+the down half ends the step (docs/distillation.md, "What the weights cost").
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -62,36 +61,9 @@ class Balanced:
     norms: dict[str, Scalar]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Names of the two weights the norms are taken at.
-
-    Attributes:
-        theta_f: the weight of the last convolution (its pointwise part where it is separable).
-        theta_c: `proj_out` of the last transformer of the last down level.
-    """
-
-    theta_f: str
-    theta_c: str
-
-    @classmethod
-    def of(cls, config: UNetConfig, *, needs_bottleneck: bool = True) -> "Cut":
-        """Where a student of this architecture is cut.
-
-        Raises:
-            ValueError: there is a loss at the bottleneck and the last level has no transformers, so there is
-                no θ_C.
-        """
-        if needs_bottleneck and not config.transformers[-1]:
-            raise ValueError(
-                f"transformers is {config.transformers}: a student needs them in its last level, "
-                "where the gradient norm of a loss at the bottleneck is taken"
-            )
-        level, unit = len(config.channels) - 1, config.layers_per_block - 1
-        return cls(
-            theta_f=f"conv_out.{RESIDUAL_CONVS[config.residual_conv].LAST_WEIGHT}",
-            theta_c=f"down_blocks.{level}.attentions.{unit}.proj_out.kernel",
-        )
+def last_weight(config: UNetConfig) -> str:
+    """θ_F: the weight of the last convolution (its pointwise part where it is separable), by dotted name."""
+    return f"conv_out.{RESIDUAL_CONVS[config.residual_conv].LAST_WEIGHT}"
 
 
 def teacher_bottleneck(config: UNetConfig) -> int:
@@ -126,7 +98,7 @@ def balanced_gradients(
     Returns:
         Gradients by parameter name, new running statistics, and the figures.
     """
-    cut = Cut.of(student.config, needs_bottleneck=bool(bottleneck_losses))
+    theta_f = last_weight(student.config)
     network = _Stages(student, params, statistics)
     halfway, hidden, pull_down = network.down(inputs)
     x, pull_up = network.up(halfway)
@@ -135,7 +107,7 @@ def balanced_gradients(
     losses, at_output, norms = {}, {}, {}
     for name, loss in output_losses.items():
         losses[name], at_output[name] = jax.value_and_grad(loss)(sample)
-        norms[f"theta_f/{name}"] = _norm(pull_head(at_output[name])[0][cut.theta_f])
+        norms[f"theta_f/{name}"] = _norm(pull_head(at_output[name])[0][theta_f])
     weights = output_weights(form, {n: norms[f"theta_f/{n}"] for n in losses}) if losses else {}
     factors = {name: scales[name] * weights[name] for name in at_output}
 

@@ -19,6 +19,7 @@ from moebius_jax.imaging.masks import MaskWarning
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
+from moebius_jax.schema import read_json
 
 SETTINGS_FILE = "run.json"
 # How pictures are computed, not which: they round differently, and do not matter to those that exist.
@@ -76,14 +77,9 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read_settings(file: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_text())
+        return read_json(file, dict[str, Any])
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: damaged ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: damaged (expected an object, found {type(values).__name__})")
-    return values
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,34 +61,3 @@ GUIDANCE = {
         4.0: (5.91, 0.126),
     },
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Efficiency:
-    """What the paper says a network costs at 512 px, batch 1.
-
-    Attributes:
-        table: of the paper.
-        parameters: in millions.
-        gflops: 10⁹ multiply-adds, which the paper calls FLOPs.
-        milliseconds: per step on one NVIDIA L40S; None where not given.
-    """
-
-    table: str
-    parameters: float
-    gflops: float
-    milliseconds: float | None = None
-
-
-COSTS = {
-    "student": Efficiency(table="Table 1", parameters=226, gflops=154, milliseconds=26.01),
-    "teacher": Efficiency(table="Table 1", parameters=862, gflops=338, milliseconds=46.89),
-    "exp1": Efficiency(table="Table 2", parameters=526, gflops=314.30),
-    "exp2": Efficiency(table="Table 2", parameters=496, gflops=318.90),
-    "exp3": Efficiency(table="Table 2", parameters=514, gflops=307.91),
-    "exp4": Efficiency(table="Table 2", parameters=478, gflops=286.51),
-    "exp5": Efficiency(table="Table 2", parameters=315, gflops=183.59),
-    "exp6": Efficiency(table="Table 2", parameters=485, gflops=312.50),
-    "exp8": Efficiency(table="Table 2", parameters=274, gflops=181.79),
-}
-STEPS = 20  # of the paper's total times

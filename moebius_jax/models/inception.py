@@ -178,57 +178,46 @@ _STEM: tuple[Conv | str, ...] = (
 )
 
 
-def _row(*convs: Conv, pool: str | None = None) -> Branch:
+def _row(name: str, *sizes: tuple[int, ...], halves: bool = False, pool: str | None = None) -> Branch:
+    """Convolutions in a row by (width, height and width of the kernel); the last may halve the map."""
+    convs = []
+    for i, (width, *kernel) in enumerate(sizes, 1):
+        own = f"branch{name}_{i}" if len(sizes) > 1 else f"branch{name}"
+        last = halves and i == len(sizes)
+        convs.append(Conv(own, width, tuple(kernel) or (1, 1), stride=1 + last, padded=not last))
     return Branch(tuple((conv,) for conv in convs), pool)
 
 
 def _block_35(pooled: int) -> tuple[Branch, ...]:
     return (
-        _row(Conv("branch1x1", 64)),
-        _row(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
-        _row(
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, (3, 3)),
-            Conv("branch3x3dbl_3", 96, (3, 3)),
-        ),
-        _row(Conv("branch_pool", pooled), pool="average"),
+        _row("1x1", (64,)),
+        _row("5x5", (48,), (64, 5, 5)),
+        _row("3x3dbl", (64,), (96, 3, 3), (96, 3, 3)),
+        _row("_pool", (pooled,), pool="average"),
     )
 
 
-def _block_17(inner: int) -> tuple[Branch, ...]:
+def _block_17(n: int) -> tuple[Branch, ...]:
     return (
-        _row(Conv("branch1x1", 192)),
-        _row(
-            Conv("branch7x7_1", inner),
-            Conv("branch7x7_2", inner, (1, 7)),
-            Conv("branch7x7_3", 192, (7, 1)),
-        ),
-        _row(
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, (7, 1)),
-            Conv("branch7x7dbl_3", inner, (1, 7)),
-            Conv("branch7x7dbl_4", inner, (7, 1)),
-            Conv("branch7x7dbl_5", 192, (1, 7)),
-        ),
-        _row(Conv("branch_pool", 192), pool="average"),
+        _row("1x1", (192,)),
+        _row("7x7", (n,), (n, 1, 7), (192, 7, 1)),
+        _row("7x7dbl", (n,), (n, 7, 1), (n, 1, 7), (n, 7, 1), (192, 1, 7)),
+        _row("_pool", (192,), pool="average"),
     )
 
 
 def _block_8(pool: str) -> tuple[Branch, ...]:
-    def cross(name: str) -> tuple[Conv, Conv]:
-        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+    def split(name: str, *sizes: tuple[int, ...]) -> Branch:
+        """Convolutions in a row, then two side by side."""
+        row = _row(name, *sizes, (0,)).steps[:-1]
+        last = f"branch{name}_{len(sizes) + 1}"
+        return Branch((*row, (Conv(f"{last}a", 384, (1, 3)), Conv(f"{last}b", 384, (3, 1)))))
 
     return (
-        _row(Conv("branch1x1", 320)),
-        Branch(((Conv("branch3x3_1", 384),), cross("branch3x3_2"))),
-        Branch(
-            (
-                (Conv("branch3x3dbl_1", 448),),
-                (Conv("branch3x3dbl_2", 384, (3, 3)),),
-                cross("branch3x3dbl_3"),
-            )
-        ),
-        _row(Conv("branch_pool", 192), pool=pool),
+        _row("1x1", (320,)),
+        split("3x3", (384,)),
+        split("3x3dbl", (448,), (384, 3, 3)),
+        _row("_pool", (192,), pool=pool),
     )
 
 
@@ -237,12 +226,8 @@ _BLOCKS: dict[str, tuple[Branch, ...]] = {
     "mixed_5c": _block_35(64),
     "mixed_5d": _block_35(64),
     "mixed_6a": (
-        _row(Conv("branch3x3", 384, (3, 3), stride=2, padded=False)),
-        _row(
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, (3, 3)),
-            Conv("branch3x3dbl_3", 96, (3, 3), stride=2, padded=False),
-        ),
+        _row("3x3", (384, 3, 3), halves=True),
+        _row("3x3dbl", (64,), (96, 3, 3), (96, 3, 3), halves=True),
         Branch(pool="halve"),
     ),
     "mixed_6b": _block_17(128),
@@ -250,13 +235,8 @@ _BLOCKS: dict[str, tuple[Branch, ...]] = {
     "mixed_6d": _block_17(160),
     "mixed_6e": _block_17(192),
     "mixed_7a": (
-        _row(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), stride=2, padded=False)),
-        _row(
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, (1, 7)),
-            Conv("branch7x7x3_3", 192, (7, 1)),
-            Conv("branch7x7x3_4", 192, (3, 3), stride=2, padded=False),
-        ),
+        _row("3x3", (192,), (320, 3, 3), halves=True),
+        _row("7x7x3", (192,), (192, 1, 7), (192, 7, 1), (192, 3, 3), halves=True),
         Branch(pool="halve"),
     ),
     "mixed_7b": _block_8("average"),

@@ -127,6 +127,11 @@ class TrainConfig:
             raise ValueError(
                 f"the {terms} loss needs a teacher: pass teacher=FOLDER (converted), or loss.terms=task"
             )
+        if self.loss.bottleneck_losses and not self.student.transformers[-1]:
+            raise ValueError(
+                f"student.transformers is {self.student.transformers}; the gradient norm of a loss at the "
+                "bottleneck is taken at a transformer of the last level"
+            )
         for loss in self.loss.losses:
             loss.require_network()
 

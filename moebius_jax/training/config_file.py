@@ -1,6 +1,5 @@
 """Configuration files: Python files with `get_config()`, found by path or by a shipped one's name."""
 
-import importlib.util
 import sys
 import types
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import cloudpickle
 
 from moebius_jax.errors import UserError
+from moebius_jax.extensions import run_file
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.overrides import apply_overrides
 
@@ -77,13 +77,8 @@ def _module(path: Path) -> types.ModuleType:
     for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
         del sys.modules[name]  # of another folder
     sys.modules["configs"] = package
-    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    # What it defines, a data set say, is sent to grain's workers as it is: they could not import it.
-    cloudpickle.register_pickle_by_value(module)
-    spec.loader.exec_module(module)
-    return module
+    cloudpickle.register_pickle_by_value(package)  # the files it imports, as `run_file` does with this one
+    return run_file(path, f"configs.{path.stem}")
 
 
 def _renamed(override: str) -> str:

@@ -18,6 +18,7 @@ from moebius_jax.evaluation.report.html import Load, render_html
 from moebius_jax.evaluation.report.markdown import arrow, figure, metric_keys, render_markdown
 from moebius_jax.evaluation.report.table import render_csv
 from moebius_jax.files import remove_remains, replace_when_complete, require_writable
+from moebius_jax.schema import read_json
 
 PAGE = "report.html"
 _FILES = ("report.json", "report.md", PAGE, "scores.csv")
@@ -109,11 +110,10 @@ def claim_report(folder: Path, kind: str, inputs: Iterable[Path | None]) -> None
         if not (folder / name).exists():
             continue
         try:
-            before = json.loads((folder / "report.json").read_text())
-            ours = before["format"] == FORMAT and before["kind"] == kind
-        except (OSError, ValueError, LookupError, TypeError):
-            ours = False
-        if not ours:
+            before = read_json(folder / "report.json", dict[str, Any])
+        except (OSError, UserError):
+            before = {}
+        if (before.get("format"), before.get("kind")) != (FORMAT, kind):
             raise UserError(f"{folder / name}: is not from evaluate.py {kind}; choose another --output")
 
 
