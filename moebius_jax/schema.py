@@ -35,8 +35,7 @@ _EXPECTED = {
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     "string_type": "text",
-    "tuple_type": "a tuple (a list in JSON)",
-    "list_type": "a list",
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
     **dict.fromkeys(("dict_type", "dataclass_type"), "an object with fields"),
 }
 
@@ -53,12 +52,16 @@ def checked(cls: type[T]) -> type[T]:
     @functools.wraps(create)
     def __init__(self: Any, **values: Any) -> None:
         try:
-            create(self, **values)
+            create(self, **{name: _as_tuples(value) for name, value in values.items()})
         except pydantic.ValidationError as error:
             raise UserError(explain(error)) from None
 
     made.__init__ = __init__
     return made
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def one_of(known: Container[str] | Iterable[str]) -> AfterValidator:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moebius_jax.cli.pairing import plan_tasks
 from PIL import Image
 
 from moebius_jax.cli.sample import main
 from moebius_jax.errors import UserError
+from moebius_jax.inpaint.pairing import plan_tasks
 
 ROOT = Path(__file__).parents[1]
 

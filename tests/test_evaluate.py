@@ -21,6 +21,7 @@ from scipy import ndimage
 from test_metrics import pictures
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
+from moebius_jax.cli import evaluate as evaluation_program
 from moebius_jax.cli.evaluate import main
 from moebius_jax.cli.masks import main as draw_masks
 from moebius_jax.evaluation import paint, run
@@ -305,14 +306,16 @@ class TestBenchmark:
         said = report(tmp_path / "celebahq")["departures"]
         assert "size original, the protocol has 512" in said
 
-    def test_weights_that_say_what_they_are(self, evaluate, tiny_folder, tmp_path):
+    def test_weights_that_say_what_they_are(self, evaluate, loaded, tiny_folder, tmp_path, monkeypatch):
         """The variant recorded at conversion is compared with the protocol's, however the model is named."""
         model = tmp_path / "model"
         shutil.copytree(tiny_folder, model)
         config = json.loads((model / "unet/config.json").read_text())
         config["source"] = {**config.get("source", {}), "variant": "ft_places2"}
         (model / "unet/config.json").write_text(json.dumps(config))
-        evaluate("--count", 5, "--model", model, protocol="celebahq")
+        named = MoebiusInpaintPipeline.from_pretrained(model)
+        monkeypatch.setattr(loaded, "variant", named.variant)  # which has its programs compiled
+        evaluate("--count", 5, protocol="celebahq")
         assert "weights ft_places2, the protocol has ft_celebahq" in report(tmp_path / "out")["departures"]
 
     def test_sweeps(self, evaluate, tmp_path):
@@ -400,9 +403,9 @@ class TestBenchmarkErrors:
         self.one_line(evaluate("--process-id", 2), "--process-id is 2; expected 0 to 0")
         self.one_line(evaluate("--coordinator", "x:1"), "--coordinator is for --distributed")
         self.one_line(evaluate("--steps-sweep", "--strength", 0.1, quick=QUICK[:3]), "strength")
-        self.one_line(evaluate("--mask-kind", "blobs"), "mask kind 'blobs'")
-        self.one_line(evaluate("--mask-seed", -1), "mask seed -1")
-        self.one_line(evaluate("--mask-ratio", 0.5, 0.4), "mask ratio 0.5 to 0.4")
+        self.one_line(evaluate("--mask-kind", "blobs"), "mask_kind is 'blobs'")
+        self.one_line(evaluate("--mask-seed", -1), "mask_seed is -1; expected 0 or more")
+        self.one_line(evaluate("--mask-ratio", 0.5, 0.4), "ratio is 0.5 to 0.4")
         self.one_line(evaluate("--size", 20, "--metrics", "lpips"), "20 x 20 pixels; LPIPS needs 31")
         self.one_line(evaluate("--steps-sweep", 0, quick=QUICK[:3]), "num_inference_steps is 0")
         self.one_line(evaluate("--size", "original"), "--size original needs --masks")
@@ -469,7 +472,7 @@ class TestBenchmarkErrors:
             "masks.json: says white",
             "leave out --invert-masks",
         )
-        self.one_line(evaluate("--mask-kind", "blobs", output="x"), "mask kind 'blobs'; expected one of")
+        self.one_line(evaluate("--mask-kind", "blobs", output="x"), "mask_kind is 'blobs'; expected one of")
         self.one_line(evaluate("--invert-masks", output="x"), "are for --masks")
         self.one_line(evaluate("--masks", masks, "--mask-seed", 1, output="x"), "leave out --masks")
         self.one_line(evaluate("--masks", images, output="x"), "holds images and masks; give masks a folder")
@@ -499,7 +502,7 @@ class TestBenchmarkErrors:
 
     def test_what_fails_while_painting_is_listed(self, evaluate, images, tmp_path, monkeypatch):
         """A file that vanishes after the inputs were checked: the others are done, and kept."""
-        painting = benchmark.generate
+        painting = run.paint
 
         def lose_one(*arguments, **options):
             (images / "c.png").rename(tmp_path / "c.png")
@@ -540,15 +543,15 @@ class TestBenchmarkErrors:
 
     def test_another_run_begins_meanwhile(self, evaluate, monkeypatch):
         """Settings are claimed with the first result; who comes second is refused, and mixes in nothing."""
-        painting = benchmark.generate
+        painting = run.paint
 
         def be_second(*arguments, **options):
             monkeypatch.undo()
-            monkeypatch.setattr("moebius_jax.cli.evaluate.load_pipeline", first_pipeline)
+            monkeypatch.setattr(evaluation_program, "load_pipeline", first_pipeline)
             assert evaluate("--sample-only")[0] == 0
             return painting(*arguments, **options)
 
-        first_pipeline = benchmark.load_pipeline
+        first_pipeline = evaluation_program.load_pipeline
         monkeypatch.setattr(run, "paint", be_second)
         status, _, err = evaluate("--seed", 1)
         assert status == 1
@@ -570,9 +573,9 @@ class TestBenchmarkErrors:
         (tmp_path / "foreign/results").mkdir(parents=True)
         (tmp_path / "foreign/results/letter.txt").write_text("dear")
         self.one_line(evaluate(output="foreign"), "is not empty and not from an evaluation")
-        for text in ("{", "[]"):
+        for text, problem in (("{", "not JSON"), ("[]", "found []; expected an object")):
             (tmp_path / "out/results/run.json").write_text(text)
-            self.one_line(evaluate(), "run.json: damaged")
+            self.one_line(evaluate(), f"run.json: {problem}")
 
     def test_other_reports_are_not_replaced(self, evaluate, tmp_path):
         (tmp_path / "out").mkdir()
@@ -671,7 +674,7 @@ class TestScore:
         one_line(score(), "2.png: the result is 50 x 60 pixels and its image 96 x 96; they must agree")
         (pred / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])
         one_line(score(), "2.png: unreadable image")
-        one_line(score("--beside", "custom"), "--beside custom: expected one of places2_test")
+        one_line(score("--beside", "custom"), "beside is 'custom'; expected one of places2_test")
         one_line(score("--invert-masks"), "are for --masks, which is missing")
         one_line(score("--batch-size", 0), "--batch-size is 0")
         one_line(score("--output", pred / "out"), "is in the folder of inputs")

@@ -139,7 +139,7 @@ class TestRelease:
 
     def test_golden_run(self, pipe, monkeypatch):
         """The release's draws in place of ours give the release's pictures."""
-        from moebius_jax.sampling import sampler
+        from moebius_jax.inpaint import sampler
 
         vectors = synth.golden("pipeline_mini")
 
@@ -180,7 +180,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"mode": "stretch"}, "mode is 'stretch'; expected crop or release"),
+            ({"mode": "stretch"}, "mode is 'stretch'; expected 'crop' or 'release'"),
             ({"mask_blur": -1}, "mask_blur is -1"),
             ({"padding_mask_crop": -5}, "padding_mask_crop is -5"),
             ({"paste": False}, "needs mode='release'"),

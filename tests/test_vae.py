@@ -56,5 +56,5 @@ def test_no_deprecation_chatter(caplog):
 
 
 def test_bad_config_is_named():
-    with pytest.raises(ValueError, match="VAE config has fields"):
+    with pytest.raises(ValueError, match="shift: unknown field"):
         VAEConfig.from_dict({**TINY_VAE.to_dict(), "shift": 0})

@@ -14,7 +14,7 @@ from moebius_jax.evaluation.settings import ScoringSettings
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
-from moebius_jax.schema import AtLeastOne, Seed, checked, one_of
+from moebius_jax.schema import AtLeastOne, AtLeastZero, Seed, checked, one_of
 
 PAPER = {"num_inference_steps": 20, "scheduler": "ddim"}
 
@@ -44,7 +44,7 @@ class BenchmarkSettings(ScoringSettings):
     count: AtLeastOne | None = None
     mask_kind: Annotated[str, one_of(KINDS)] | None = None
     mask_ratio: tuple[float, float] | None = None
-    mask_seed: int = 0
+    mask_seed: AtLeastZero = 0
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     scheduler: str | None = None

@@ -11,7 +11,7 @@ def color_shift(
 ) -> Float[np.ndarray, " 3"]:
     """Δ = mean(original) - mean(result) per channel, over the ring around the hole.
 
-    The ring is what lies outside the hole but inside a box around it (spec "Inference", step 9). Zero where
+    The ring is what lies outside the hole but inside a box around it (docs/inference.md). Zero where
     there is no hole, or no such pixel.
     """
     if not hole.any():

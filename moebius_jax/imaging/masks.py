@@ -9,7 +9,7 @@ from scipy import ndimage
 Hole = Bool[np.ndarray, "H W"]
 
 
-THRESHOLD = 127  # grey levels above it are hole (spec "Inference", step 1: < 127.5 is not)
+THRESHOLD = 127  # grey levels above it are hole (the release: < 127.5 is not)
 
 
 class MaskWarning(UserWarning):
@@ -63,7 +63,7 @@ def dilate(hole: Hole, size: int) -> Hole:
 def warn_if_thin(hole: Hole, factor: int, scale: float, name: str) -> None:
     """Warns when most of a hole falls between the samples of the latent grid.
 
-    The network sees a mask at every `factor`-th pixel (spec "Inference", step 5), so a stroke thinner than
+    The network sees a mask at every `factor`-th pixel (docs/inference.md), so a stroke thinner than
     that may hardly exist for it.
 
     Args:

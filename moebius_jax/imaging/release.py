@@ -1,4 +1,4 @@
-"""The release's own preprocessing and pasting, to the bit (spec "What the release computes")."""
+"""The release's own preprocessing and pasting, to the bit (docs/inference.md)."""
 
 import numpy as np
 from jaxtyping import Bool, UInt8

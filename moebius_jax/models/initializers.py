@@ -1,4 +1,4 @@
-"""The release's initial distributions (spec "Initialisation used for training")."""
+"""The release's initial distributions (docs/model.md, "Initial weights")."""
 
 import itertools
 
