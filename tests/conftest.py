@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 # Tests spend their time compiling: half of it with LLVM's optimiser off and with XLA's older code generator,
 # which jax 0.11 has no more.
@@ -11,6 +12,11 @@ os.environ["FAST_COMPILE"] = "--xla_backend_optimization_level=0" + (
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {os.environ['FAST_COMPILE']}"
 )
+# What one test compiled, no other compiles again: neither a process beside it nor the next run (`make clean`).
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing downloads during tests; the Hub tests start their own server
 os.environ["USE_TORCH"] = "0"  # diffusers would import torch, for nothing
 

@@ -48,7 +48,7 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
     if order == "banded":
         # The bias meets every v alike, so it leaves the band and enters as one number per query.
         return _banded(q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
-    lambdas = (conv3d if order == "conv3d" else _toeplitz)(val, kernel)
+    lambdas = {"conv3d": conv3d, "toeplitz": _toeplitz}[order](val, kernel)
     return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas + bias)
 
 
