@@ -12,7 +12,7 @@ os.environ["FAST_COMPILE"] = "--xla_backend_optimization_level=0" + (
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {os.environ['FAST_COMPILE']}"
 )
-# What one test compiled, no other compiles again: neither a process beside it nor the next run (`make clean`).
+# What one test compiled is not compiled again, in a process beside it or in the next run (`make clean`).
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled")
 )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import synth
 
-from moebius_jax.models.config import PositionOrder
 from moebius_jax.models.mixers.position_term import choose_order, position_term
+from moebius_jax.models.parts import PositionOrder
 
 ORDERS = [order for order in get_args(PositionOrder) if order != "auto"]
 # A map wider than the window, one smaller than it, one that is not square.

@@ -13,8 +13,8 @@ from flax import nnx
 
 from moebius_jax import UNet, fold_batch_norm
 from moebius_jax.models import inference_copy
-from moebius_jax.models.config import PositionOrder
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.parts import PositionOrder
 from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
 TOLERANCE = 1e-4
@@ -179,6 +179,7 @@ def test_position_order_can_be_forced(student_mini):
     for order in set(get_args(PositionOrder)) - {"auto"}:
         network = abstract_network(student_mini.config.replace(position_order=order))
         network = fill(network, network_tensors(student_mini))
+        network.eval()
         graphdef, state = nnx.split(network)
         program = jax.jit(lambda s, *a, graphdef=graphdef: nnx.merge(graphdef, s)(*a).sample)
         programs.add(program.lower(state, *mini_arguments()).as_text())
