@@ -223,10 +223,14 @@ def photos(tmp_path):
 def test_photographs_cached_latents_and_pictures(train, photos, tmp_path):
     """The same few images directly and from a cache; grids and previews can be looked at."""
     task = ["loss.terms=task", "steps=2", "log.grid_every=2", "log.grid_images=2"]
+    held_out = [f"log.validation={photos}", "log.validate_every=1", "log.validation_samples=8"]
     status, _, err = finish(
-        train(TINY, "--workdir", tmp_path / "a", "data.kind=images", f"data.path={photos}", *task)
+        train(TINY, "--workdir", tmp_path / "a", "data.kind=images", f"data.path={photos}", *task, *held_out)
     )
     assert status == 0, err
+    measured = scalars(tmp_path / "a")["validation_loss_task"]
+    assert len(measured) == 2
+    assert np.isfinite(measured).all()
     grid = Image.open(tmp_path / "a" / "samples" / "step_0000002.png")
     assert grid.size == (3 * 64 + 16, 2 * 64 + 8)
     latents = tmp_path / "latents"

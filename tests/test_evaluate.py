@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import ndimage
 from test_metrics import pictures
 
+import moebius_jax
 from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.cli import evaluate as evaluation_program
 from moebius_jax.cli.evaluate import main
@@ -305,6 +306,23 @@ class TestBenchmark:
         evaluate("--size", "original", "--masks", masks, "--count", 5, protocol="celebahq", output="celebahq")
         said = report(tmp_path / "celebahq")["departures"]
         assert "size original, the protocol has 512" in said
+
+    def test_from_python(self, images, loaded, tmp_path):
+        """`moebius_jax.evaluate` gives the program's figures, and writes its files where it is told to."""
+        settings = {"size": SIZE, "num_inference_steps": 2, "metrics": ("psnr", "l1")}
+        result = moebius_jax.evaluate(loaded, images, **settings)
+        assert isinstance(result, moebius_jax.EvaluationReport)
+        assert result.summary["count"] == 5
+        page = result.write(tmp_path / "written")
+        assert page.stat().st_size > 10_000
+        assert report(tmp_path / "written")["runs"][0]["all"] == result.document["runs"][0]["all"]
+        kept = moebius_jax.evaluate(loaded, images, output=tmp_path / "out", **settings)
+        assert kept.summary == result.summary
+        assert len(results(tmp_path / "out/results")) == 5
+        with pytest.raises(UserError, match="protocol is 'ffhd'; expected one of places2_test"):
+            moebius_jax.evaluate(loaded, images, protocol="ffhd")
+        with pytest.raises(UserError, match="colour: unknown field"):
+            moebius_jax.evaluate(loaded, images, colour=1)
 
     def test_weights_that_say_what_they_are(self, evaluate, loaded, tiny_folder, tmp_path, monkeypatch):
         """The variant recorded at conversion is compared with the protocol's, however the model is named."""

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moebius_jax.errors import UserError
-from moebius_jax.files import remove_remains, replace_when_complete
+from moebius_jax.files import AlreadyThere, remove_remains, replace_when_complete
 
 _WRITE_AND_WAIT = """
 import sys, time
@@ -60,6 +61,21 @@ def test_replaces_only_when_told(tmp_path):
     ):
         pass
     assert [f.read_text() for f in tmp_path.iterdir()] == ["whole"]
+
+
+def test_who_comes_second_does_not_replace(tmp_path):
+    """What another process finished meanwhile stays."""
+
+    def write(dest, make):
+        with replace_when_complete(dest, overwrite=False) as partial:
+            make(partial)
+            make(dest)  # the other process
+            (tmp_path / "theirs").touch()
+
+    for name, make in (("a.txt", Path.touch), ("b", Path.mkdir)):
+        with pytest.raises(AlreadyThere, match=f"{name}: exists already"):
+            write(tmp_path / name, make)
+        assert sorted(f.name for f in tmp_path.iterdir()) == sorted({"a.txt", "theirs", name})
 
 
 def test_remains_of_a_killed_process_are_removed(writer):

@@ -1,5 +1,6 @@
 """`MoebiusInpaintPipeline`: what comes in, what comes out, and what must stay as it was."""
 
+import dataclasses
 import shutil
 import warnings
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import synth
+from conftest import TINY_UNET, TINY_VAE
 from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
@@ -174,6 +176,19 @@ class TestRelease:
     def test_other_sizes_are_squashed(self, tiny_pipeline, photo, mask):
         (out,) = tiny_pipeline(photo, mask, mode="release", **STEPS).images
         assert out.shape == (64, 64, 3)
+
+
+def test_context_and_latents_of_other_sizes(photo, mask):
+    """Eight tokens a category and eight channels; a VAE of other channels is refused."""
+    sizes = {"context_length": 8, "vocab_size": 16, "in_channels": 17, "out_channels": 8}
+    unet, vae = TINY_UNET.replace(**sizes), dataclasses.replace(TINY_VAE, latent_channels=8)
+    mesh = make_mesh(jax.devices()[:1])
+    pipe = MoebiusInpaintPipeline.untrained(unet, vae, mesh=mesh)
+    (result,) = pipe(photo, mask, **STEPS).images
+    assert result.shape == photo.shape
+    assert (result[mask > 0] != photo[mask > 0]).any()
+    with pytest.raises(UserError, match="latents have 8 channels, the VAE's 4"):
+        MoebiusInpaintPipeline.untrained(unet, TINY_VAE, mesh=mesh)
 
 
 class TestArguments:

@@ -7,23 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from conftest import TINY_VAE
 from flax import nnx
 
 from moebius_jax import save_unet
 from moebius_jax.data.datasets import Source, SyntheticDataset
 from moebius_jax.errors import UserError
-from moebius_jax.models import ELatentLPIPS, UNet
+from moebius_jax.models import VAE, ELatentLPIPS, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import make_mesh, tensor_sharding
-from moebius_jax.training.batches import abstract_batch, check_batch, to_devices
+from moebius_jax.training.batches import abstract_batch, check_batch, check_images, to_devices
+from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import first_bad_metric
 from moebius_jax.training.networks import load_frozen, load_initial_tensors
 from moebius_jax.training.optimizer import run_optimizer
-from moebius_jax.training.state import abstract_state, initial_state
+from moebius_jax.training.state import abstract_state, bare_student, initial_state
+from moebius_jax.training.validation import Validation
 from moebius_jax.weights.load import save_network
+from moebius_jax.weights.tensors import network_tensors
 from train import make_update
 
 
@@ -121,6 +125,63 @@ def test_batch_norm_per_group_is_the_layer_on_each_part():
 def _with_groups(layer, groups):
     layer.groups = groups
     return layer
+
+
+def test_context_and_latents_of_other_sizes():
+    """Eight tokens a category and eight channels, from the batch to the parameters after the step."""
+    config = tiny_run.get_config()
+    sizes = {"context_length": 8, "vocab_size": 16, "in_channels": 17, "out_channels": 8}
+    loss = dataclasses.replace(config.loss, terms=("coarse", "fine", "task"))
+    config = config.replace(
+        student=config.student.replace(**sizes), teacher=config.teacher.replace(**sizes), loss=loss
+    )
+    mesh = make_mesh(jax.devices()[:1])
+    networks = load_frozen(config, mesh, abstract=True)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    state = abstract_state(config, mesh, optimizer)
+    frozen = {name: network.tensors for name, network in networks.items()}
+    after, _ = jax.eval_shape(
+        make_update(config, mesh, networks, optimizer), state, frozen, abstract_batch(config, mesh)
+    )
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    batch = first_batch(config)
+    batch = batch._replace(samples=batch.samples._replace(task=np.arange(len(batch.index)) % 2))
+    keys = step_keys(0, jnp.int32(0), jnp.asarray(batch.index))
+    _, inputs = noised_inputs(config, keys, jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_array_equal(inputs.input_ids[:2], [range(8), range(8, 16)])
+    assert inputs.latents.shape[1:] == (8, 8, 17)
+
+
+def test_networks_and_encoders_of_different_channels_are_refused():
+    config = tiny_run.get_config()
+    config = config.replace(data=dataclasses.replace(config.data, kind="images"))
+    augment = dataclasses.replace(config.data.augment, image_size=64)
+    config = config.replace(data=dataclasses.replace(config.data, augment=augment))
+    vae = VAE(params={}, config=dataclasses.replace(TINY_VAE, latent_channels=8))
+    with pytest.raises(UserError, match="latents have 4 channels, the VAE's 8"):
+        check_images(config, vae)
+
+
+def test_validation_is_the_task_loss_of_the_same_noise():
+    """Of a network in evaluation mode, and the same figure for the same tensors."""
+    config = tiny_run.get_config()
+    config = config.replace(log=dataclasses.replace(config.log, validation_samples=16))
+    mesh = make_mesh(jax.devices()[:1])
+    dataset = SyntheticDataset(Source(latent_shape=config.student.latent_shape))
+    network = UNet(config.student, rngs=KeyStream(jax.random.key(7)))
+    tensors = network_tensors(network)
+    measure = Validation(config, mesh, bare_student(config, mesh), None, dataset)
+    found = measure(tensors)
+    assert measure(tensors) == found
+    network.eval()
+    losses = []
+    batches = first_batches(config, dataset, seed=config.seed + 1, size=8, count=2)
+    for number, batch in enumerate(jax.tree.map(jnp.asarray, each) for each in batches):
+        keys = step_keys(config.seed, jnp.int32(number), batch.index)
+        noised, inputs = noised_inputs(config, keys, batch)
+        predicted = network(inputs.latents, inputs.timesteps, inputs.input_ids).sample
+        losses.append(jnp.mean((predicted - noised.noise) ** 2, axis=(1, 2, 3)))
+    assert found == {"validation_loss_task": pytest.approx(float(jnp.concatenate(losses).mean()), rel=1e-4)}
 
 
 def test_a_bad_term_is_named():
