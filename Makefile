@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help sample test lint format clean
+.PHONY: help sample test test-fast lint format clean
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # Rebuilt when the dependencies change.
 $(VENV)/.installed: pyproject.toml
@@ -32,6 +32,9 @@ WORKERS ?= 2
 test: $(VENV)/.installed $(VENV)-aot/.installed  ## all tests, on the CPU, without network
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+test-fast: $(VENV)/.installed  ## the tests that compile little: a newcomer's inner loop
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
 lint: $(VENV)/.installed  ## ruff: errors and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,5 +43,5 @@ format: $(VENV)/.installed  ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:           ## remove the environment and outputs
-	rm -rf $(VENV) $(VENV)-aot outputs
+clean:           ## remove the environments, what tests compiled, and outputs
+	rm -rf $(VENV) $(VENV)-aot .pytest_cache outputs

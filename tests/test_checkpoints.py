@@ -37,6 +37,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
 
 
+@pytest.mark.slow
 def test_round_trip(unet, folder):
     loaded = load_unet(folder)
     assert loaded.config == TINY_UNET
@@ -44,6 +45,7 @@ def test_round_trip(unet, folder):
     assert json.loads((folder / "config.json").read_text())["kind"] == "unet"
 
 
+@pytest.mark.slow
 def test_restores_onto_eight_devices_in_parts(unet, folder):
     mesh = make_mesh(jax.devices("cpu"))
 
@@ -122,6 +124,7 @@ def test_damaged_configs_are_named(folder, tmp_path, change, message):
         load_unet(tmp_path / "f")
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "f")
     (tmp_path / "f/config.json").write_text("{")

@@ -14,6 +14,7 @@ from moebius_jax.cli.convert import main
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_convert_verify_export(student_mini_file, tmp_path, capsys):
     assert main([str(student_mini_file), str(tmp_path / "out"), "--verify"]) == 0
     out = capsys.readouterr().out
@@ -26,6 +27,7 @@ def test_convert_verify_export(student_mini_file, tmp_path, capsys):
         np.testing.assert_array_equal(back[name], value)
 
 
+@pytest.mark.slow
 def test_damaged_weights_are_one_line(student_mini_file, tmp_path):
     main([str(student_mini_file), str(tmp_path / "out")])
     for data in (tmp_path / "out/weights").rglob("d/*"):
@@ -49,6 +51,7 @@ def test_damaged_weights_are_one_line(student_mini_file, tmp_path):
     assert not (tmp_path / "f.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_a_report_and_status_1(tmp_path):
     state = synth.state_dict("vae_mini")
     del state["quant_conv.bias"]

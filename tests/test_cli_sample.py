@@ -55,6 +55,7 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_folder_in_folder_out(sample, files):
     status, out, _ = sample("--grid")
     assert status == 0
@@ -70,6 +71,7 @@ def test_folder_in_folder_out(sample, files):
         assert (result[35:45, 45:60] != image[35:45, 45:60]).any()
 
 
+@pytest.mark.slow
 def test_a_picture_comes_out_the_same_alone(sample, files):
     sample("--batch-size", "8", "--seed", "5")
     sample(
@@ -78,6 +80,7 @@ def test_a_picture_comes_out_the_same_alone(sample, files):
     np.testing.assert_array_equal(Image.open(files / "alone.png"), Image.open(files / "out/b.png"))
 
 
+@pytest.mark.slow
 def test_one_mask_serves_all_and_existing_results_are_kept(sample, files):
     sample(image="images/a.png", mask="masks/a.png", output="out/a.png")
     before = (files / "out/a.png").stat().st_mtime_ns
@@ -93,6 +96,7 @@ def test_one_mask_serves_all_and_existing_results_are_kept(sample, files):
     assert "3 of 3 results exist already" in out
 
 
+@pytest.mark.slow
 def test_samples_have_seeds_of_their_own(sample, files):
     status, _, _ = sample("--num-samples", "2", "--seed", "9", image="images/a.png", mask="masks/a.png")
     assert status == 0
@@ -103,6 +107,7 @@ def test_samples_have_seeds_of_their_own(sample, files):
     assert (second != np.asarray(Image.open(files / "out/a_0.png"))).any()
 
 
+@pytest.mark.slow
 def test_failures_are_listed_and_the_rest_is_done(sample, files, photo):
     (files / "images/broken.png").write_bytes(b"not a picture")
     Image.fromarray(np.full((80, 112), 255, np.uint8)).save(files / "masks/broken.png")
@@ -125,6 +130,7 @@ def test_failures_are_listed_and_the_rest_is_done(sample, files, photo):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_masks_that_look_wrong_warn(sample, files):
     Image.fromarray(np.zeros((80, 112), np.uint8)).save(files / "masks/a.png")
     status, _, err = sample(image="images/a.png", mask="masks/a.png", output="o.png")
@@ -191,6 +197,7 @@ def test_untrained_only_when_allowed(files, monkeypatch, capsys):
     assert (files / "o.png").exists()
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_files(files, tiny_folder):
     def start(i):
         return subprocess.Popen(
@@ -229,6 +236,7 @@ def test_help_teaches(capsys):
     assert "--mask-dilation" in out
 
 
+@pytest.mark.slow
 def test_grids_of_earlier_results_are_made_without_the_model(sample, files):
     sample(image="images/a.png", mask="masks/a.png", output="out")
     status, _, _ = sample(
@@ -238,6 +246,7 @@ def test_grids_of_earlier_results_are_made_without_the_model(sample, files):
     assert names(files / "out") == ["a.png", "a_grid.png"]
 
 
+@pytest.mark.slow
 def test_transparency_and_jpeg_do_not_go_together(sample, files, photo):
     Image.fromarray(np.dstack([photo, photo[..., 0]])).save(files / "images/a.png")
     status, out, err = sample(image="images/a.png", mask="masks/a.png", output="o.jpg")

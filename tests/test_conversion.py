@@ -180,6 +180,7 @@ class TestBijection:
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["student_mini", "teacher_mini", "vae_mini", "elatentlpips_sdxl"])
     def test_bit_for_bit(self, name, tmp_path):
         state = synth.state_dict(name)
@@ -231,6 +232,7 @@ class TestTorchFiles:
         convert_file(tmp_path / "f.pth", tmp_path / "out")
         verify_folder(student_mini_file, tmp_path / "out")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "numpy"), [(torch.float16, np.float16), (torch.bfloat16, ml_dtypes.bfloat16)]
     )
@@ -291,6 +293,7 @@ class TestEma:
         torch.save({"ema_buffers": buffers, "ema_name_map": short}, tmp_path / "m_EMA.bin")
         return tmp_path / "m_EMA.bin"
 
+    @pytest.mark.slow
     def test_base_completes_it(self, state, ema_file, student_mini_file, tmp_path):
         convert_file(ema_file, tmp_path / "out", base=student_mini_file)
         stored = load_numpy(tmp_path / "out")

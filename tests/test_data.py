@@ -34,6 +34,7 @@ def images(tmp_path):
 
 
 class TestRandomMasks:
+    @pytest.mark.slow
     @pytest.mark.parametrize("preset", sorted(STATISTICS))
     def test_holes_are_distributed_as_the_releases(self, preset):
         expected, draws = STATISTICS[preset], 1000
@@ -198,6 +199,7 @@ class TestLoader:
         rest = self.batches(images, count=2, first_batch=4)
         same(whole[4:], rest)
 
+    @pytest.mark.slow
     def test_workers_change_nothing(self, images):
         same(self.batches(images, count=4), self.batches(images, count=4, workers=2))
 

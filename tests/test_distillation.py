@@ -110,9 +110,10 @@ def form(request):
 @pytest.fixture(scope="module")
 def step(form, problem):
     config = LossConfig(balance=form, perceptual=Perceptual(augment=False))
-    return run(problem, config, all_norms=True)
+    return run(problem, config, all_norms=form == "paper")  # as many passes more: in one form
 
 
+@pytest.mark.slow
 class TestGoldenStep:
     def test_losses_and_total(self, form, step, vectors):
         losses = step[2].losses
@@ -126,6 +127,8 @@ class TestGoldenStep:
         expected |= {f"theta_c/{t}": f"thetaC_{t}" for t in ("coarse", "task", "fine", "perceptual")}
         if form == "paper":
             expected["theta_c/output"] = "thetaC_Lout_paper"
+        else:  # those that its weights are made of
+            del expected["theta_c/fine"], expected["theta_c/perceptual"]
         assert set(norms) == set(expected)
         for ours, theirs in expected.items():
             assert norms[ours] == pytest.approx(vectors[f"gnorm_{theirs}"], rel=GRADIENT), ours
@@ -196,6 +199,7 @@ def small():
     return SmallProblem()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_total(small):
     """All of them, not only the four on file: autodiff through the whole network with the weights held."""
     gradients, statistics, balanced = small.step(LossConfig(terms=WITHOUT_METRIC))(*small.tensors)
@@ -217,6 +221,7 @@ def test_gradients_are_those_of_the_total(small):
         assert not np.array_equal(theirs, small.tensors[1][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("terms", "balance"), [(("coarse",), "paper"), (("coarse", "fine"), "paper"), (("task",), "release")]
 )
@@ -237,6 +242,7 @@ def test_subsets_of_the_terms(small, terms, balance):
         assert balanced.weights == {"task": 1.0}
 
 
+@pytest.mark.slow
 def test_the_cut_costs_no_extra_pass(small):
     """Compiled FLOPs of the balanced step over those of a plain forward and backward pass."""
 
@@ -255,7 +261,7 @@ def test_the_cut_costs_no_extra_pass(small):
         ({"terms": ()}, "expected some of coarse"),
         ({"terms": ("task", "tusk")}, "expected some of coarse"),
         ({"terms": ("task", "task")}, "each once"),
-        ({"balance": "papers"}, "expected one of paper"),
+        ({"balance": "papers"}, "balance is 'papers'; expected 'paper'"),
     ],
 )
 def test_wrong_loss_configs_are_refused(changes, message):
@@ -264,7 +270,7 @@ def test_wrong_loss_configs_are_refused(changes, message):
 
 
 def test_a_scale_of_zero_is_refused():
-    with pytest.raises(ValueError, match=r"scale is 0\.0; expected a number above 0"):
+    with pytest.raises(ValueError, match=r"scale is 0\.0; expected more than 0"):
         Perceptual(scale=0.0)
 
 

@@ -72,6 +72,7 @@ class TestMultiplyAdds:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_the_papers_columns(name):
     """Parameters to the million (the paper rounds or cuts), multiply-adds with weights to 0.1 %."""
@@ -80,6 +81,7 @@ def test_the_papers_columns(name):
     assert multiply_adds(network.config).with_weights / 1e9 == pytest.approx(network.gflops, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_measure_runs_the_network():
     found = measure(TINY_UNET, repeats=1)
     assert found.pass_ms > 0
@@ -89,6 +91,7 @@ def test_measure_runs_the_network():
     assert found.xla_flops == pytest.approx(multiply_adds(TINY_UNET).flops, rel=0.5)
 
 
+@pytest.mark.slow
 def test_command(capsys, tmp_path):
     file = tmp_path / "out.json"
     assert main(["--count-only", "--networks", "student", "exp8", "--output", str(file)]) == 0

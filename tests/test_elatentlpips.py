@@ -10,6 +10,7 @@ from moebius_jax.distillation.blitting import Draws, inverse_map, transform
 from moebius_jax.distillation.perceptual import Perceptual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 def test_distance_per_tap(normalize):
     vectors = synth.golden("elatentlpips")
@@ -29,6 +30,7 @@ def golden_inputs():
     )
 
 
+@pytest.mark.slow
 def test_value_and_gradient():
     vectors = synth.golden("elatentlpips")
     network = network_from_synth("elatentlpips_sdxl")

@@ -89,6 +89,7 @@ def results(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
+@pytest.mark.slow
 class TestBenchmark:
     def test_from_images_to_report(self, evaluate, images, tiny_pipeline, tmp_path, inception_folder):
         out = tmp_path / "out"
@@ -390,6 +391,7 @@ class TestBenchmark:
         assert "| PixelHacker, published | 4.75 | 0.115 | Tables 1 and 4 |" in text
 
 
+@pytest.mark.slow
 class TestBenchmarkErrors:
     """One line that names what is wrong, exit status 1, nothing lost."""
 

@@ -77,6 +77,7 @@ def pictures(tmp_path, photo, mask) -> list[str]:
     return ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
 
 
+@pytest.mark.slow
 def test_a_mixer_converts_there_and_back_and_samples(files, tmp_path, pictures):
     extension = ["--extension", str(files / "window_mean.py")]
     load_extension(files / "window_mean.py")
@@ -122,6 +123,7 @@ def test_muon_leaves_alone_what_a_module_says(files):
     }
 
 
+@pytest.mark.slow
 def test_a_run_with_a_mixer_a_loss_and_a_data_set(files, tmp_path, capfd):
     """Two steps of train.py, samples from a worker process, and the result is of the new architecture."""
     (files / "mine.py").write_text(CONFIG)
@@ -147,6 +149,7 @@ def test_a_run_with_a_mixer_a_loss_and_a_data_set(files, tmp_path, capfd):
     assert "error: nothing.npy: no array of images" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_solver(files, tmp_path, tiny_pipeline, tiny_folder, photo, mask, pictures, capsys):
     extension = files / "trailing.py"
     solver = load_extension(extension).TrailingDDIM()

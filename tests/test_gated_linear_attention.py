@@ -36,6 +36,7 @@ def test_scan_is_the_recurrence(N, strength):
     assert synth.relative_error(ours, recurrence(*arrays)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunk_size_changes_nothing(chunk):
     arrays = tuple(map(jnp.asarray, operands(50, 0.5)))
@@ -43,6 +44,7 @@ def test_chunk_size_changes_nothing(chunk):
     assert synth.relative_error(gated_linear_attention(*arrays, chunk=chunk), reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradient_is_finite_under_strong_decay():
     arrays = tuple(map(jnp.asarray, operands(50, 60.0)))
     for gradient in jax.grad(lambda *a: gated_linear_attention(*a).sum(), argnums=(0, 1, 2, 3))(*arrays):

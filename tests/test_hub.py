@@ -65,6 +65,7 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("hf_home")
 
 
+@pytest.mark.slow
 def test_fetched_and_converted_once(server, home):
     endpoint, log = server
     first = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, endpoint)
@@ -80,6 +81,7 @@ def test_fetched_and_converted_once(server, home):
     assert (folder / "config.json").stat().st_mtime_ns == written, "converted twice"
 
 
+@pytest.mark.slow
 def test_offline_uses_the_cache(server, home):
     fetched = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, server[0])
     assert fetched.returncode == 0, fetched.stderr
@@ -87,6 +89,7 @@ def test_offline_uses_the_cache(server, home):
     assert last_line(offline.stdout) == last_line(fetched.stdout)
 
 
+@pytest.mark.slow
 def test_a_pipeline_from_the_hub(server, home):
     code = (
         "from moebius_jax import MoebiusInpaintPipeline as P; import numpy as np;"
@@ -110,6 +113,7 @@ def pictures(photo, mask, tmp_path):
     return [argument.format(tmp_path) for argument in SAMPLE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "changes", "expected"),
     [
@@ -148,6 +152,7 @@ def test_offline_message_says_what_to_fetch_and_where_to_put_it(home, pictures):
     assert "convert_weights.py FILE DEST" in line
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_hubs_layout_converts_whole(repositories, tmp_path):
     save_file(
         synth.state_dict("student_mini"),

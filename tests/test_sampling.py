@@ -41,6 +41,7 @@ def run(vae_mini):
     return vectors, conditions, start_latents(conditions.image_latents, noise, steps), steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [lambda u: u, inference_copy], ids=["as released", "folded"])
 def test_trajectory_and_images(run, prepare, student_mini, vae_mini):
     vectors, conditions, latents, steps = run
@@ -67,6 +68,7 @@ def test_trajectory_and_images(run, prepare, student_mini, vae_mini):
         assert (difference == 0).mean() >= 0.999
 
 
+@pytest.mark.slow
 def test_scan_is_the_steps(run, student_mini):
     vectors, conditions, latents, steps = run
     graphdef, params = nnx.split(student_mini)
@@ -145,6 +147,7 @@ def batch(n):
     return images, holes, np.array([(5, i, 0) for i in range(n)])
 
 
+@pytest.mark.slow
 def test_item_in_batch_is_item_alone(sampler):
     images, holes, seeds = batch(4)
     options = SamplingOptions(num_inference_steps=3)
@@ -159,6 +162,7 @@ def test_item_in_batch_is_item_alone(sampler):
         assert np.abs(alone[0].astype(int) - together[i]).max() <= 1
 
 
+@pytest.mark.slow
 def test_seed_and_index_change_the_result(sampler):
     images, holes, _ = batch(1)
     options = SamplingOptions(num_inference_steps=3)
@@ -171,6 +175,7 @@ def test_seed_and_index_change_the_result(sampler):
             assert (results[i] != results[j]).any()
 
 
+@pytest.mark.slow
 def test_guidance_seed_and_start_do_not_recompile(sampler):
     images, holes, seeds = batch(2)
     sampler(images, holes, seeds, SamplingOptions(num_inference_steps=4, strength=0.75))
@@ -187,6 +192,7 @@ def test_guidance_seed_and_start_do_not_recompile(sampler):
     assert inpaint_latents._cache_size() == compiled + 1
 
 
+@pytest.mark.slow
 def test_callback_sees_and_changes_latents(sampler):
     images, holes, seeds = batch(1)
     options = SamplingOptions(num_inference_steps=4)
@@ -214,6 +220,7 @@ def test_nan_is_reported_per_item(sampler):
     np.testing.assert_array_equal(finite, [True, False])
 
 
+@pytest.mark.slow
 def test_sharded_is_unsharded(tiny_pipeline):
     images, holes, seeds = batch(8)
     options = SamplingOptions(num_inference_steps=3)

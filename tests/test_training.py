@@ -56,6 +56,7 @@ def alone():
     return one_step(config, jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8, 4], ids=["data 8", "fsdp 8", "data 2 x fsdp 4"])
 def test_sharded_is_unsharded(fsdp, alone):
     """Losses, norms and weights of the global batch, and the parameters after the step."""
@@ -90,6 +91,7 @@ def test_optimizer_state_lies_as_its_parameters():
     assert any(".ema" in n for n in names)
 
 
+@pytest.mark.slow
 def test_accumulation_of_equal_parts_is_one_part():
     """A batch whose two halves are the same, in two parts, gives the step of one half."""
     config = tiny_run.get_config().replace(
@@ -127,6 +129,7 @@ def _with_groups(layer, groups):
     return layer
 
 
+@pytest.mark.slow
 def test_context_and_latents_of_other_sizes():
     """Eight tokens a category and eight channels, from the batch to the parameters after the step."""
     config = tiny_run.get_config()
@@ -162,6 +165,7 @@ def test_networks_and_encoders_of_different_channels_are_refused():
         check_images(config, vae)
 
 
+@pytest.mark.slow
 def test_validation_is_the_task_loss_of_the_same_noise():
     """Of a network in evaluation mode, and the same figure for the same tensors."""
     config = tiny_run.get_config()
@@ -208,6 +212,7 @@ def test_teachers_that_do_not_fit_are_refused():
         load_frozen(config.replace(teacher=wrong), make_mesh(), abstract=True)
 
 
+@pytest.mark.slow
 def test_networks_in_folders_are_the_same_networks(tmp_path):
     """Teacher and metric from converted folders, cut over a mesh, predict what the drawn ones do."""
     config = tiny_run.get_config()

@@ -67,6 +67,7 @@ def check_full(out, vectors):
             assert synth.relative_error(std, vectors[f"block{i}_std"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_student_full_in_fp32_and_bf16():
     vectors = synth.golden("student_full")
     args = arguments("student_full.x", (2, 9, 64, 64), vectors)
@@ -74,12 +75,14 @@ def test_student_full_in_fp32_and_bf16():
     out = jitted(network)(*args)
     check_full(out, vectors)
     half = network_from_synth("student", dtype=jnp.bfloat16)
+    expected = out.sample[:1]
     for variant in (half, inference_copy(half)):
-        noise = np.asarray(jitted(variant)(*args).sample)
+        noise = np.asarray(jitted(variant)(*(a[:1] for a in args)).sample)
         assert noise.dtype == np.float32
-        assert np.linalg.norm(noise - out.sample) / np.linalg.norm(out.sample) <= 0.02
+        assert np.linalg.norm(noise - expected) / np.linalg.norm(expected) <= 0.02
 
 
+@pytest.mark.slow
 def test_teacher_full():
     gc.collect()  # 3.4 GB of weights
     vectors = synth.golden("teacher_full")
@@ -111,6 +114,7 @@ def step():
     return vectors, value, out, statistics, gradients
 
 
+@pytest.mark.slow
 class TestTraining:
     """The small student in training mode: batch statistics, gradients, running statistics."""
 
@@ -151,6 +155,7 @@ class TestTraining:
             assert synth.relative_error(ours, vectors[key]) < TOLERANCE, key
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
     """Neither gradients nor the running statistics a step leaves behind."""
     latents = jnp.asarray(synth.inputs("x", (2, 8, 8, 9)))
@@ -174,6 +179,7 @@ def test_rematerialisation_changes_nothing():
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_position_order_can_be_forced(student_mini):
     vectors, programs = synth.golden("student_mini_eval"), set()
     for order in set(get_args(PositionOrder)) - {"auto"}:
@@ -188,6 +194,7 @@ def test_position_order_can_be_forced(student_mini):
     assert len(programs) == 3
 
 
+@pytest.mark.slow
 def test_folded_network_is_the_same_function(student_mini):
     folded = fold_batch_norm(student_mini)
     reference = jitted(student_mini)(*mini_arguments()).sample
@@ -196,6 +203,7 @@ def test_folded_network_is_the_same_function(student_mini):
     assert jax.tree.leaves(nnx.state(student_mini, nnx.BatchStat)), "the original was changed"
 
 
+@pytest.mark.slow
 def test_folding_a_network_without_batch_norm_changes_nothing(teacher_mini):
     reference = jitted(teacher_mini)(*mini_arguments()).sample
     np.testing.assert_array_equal(jitted(fold_batch_norm(teacher_mini))(*mini_arguments()).sample, reference)

@@ -13,6 +13,7 @@ from moebius_jax.models import VAE, VAEConfig
 from moebius_jax.models import vae as vae_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pixels"), [("vae_mini", 64), ("vae", 128)])
 def test_posterior_and_decoder(name, pixels):
     vectors = synth.golden(name)
@@ -39,6 +40,7 @@ def test_defaults_are_the_released_vae():
     assert network_from_synth("vae").config == VAEConfig()
 
 
+@pytest.mark.slow
 def test_own_dtype(vae_mini):
     half = vae_mini.replace(dtype=jnp.bfloat16)
     z = jnp.asarray(synth.nhwc(synth.inputs("vae.z", (1, 4, 8, 8))))

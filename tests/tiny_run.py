@@ -18,7 +18,7 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-3, schedule="constant", newton_schulz_dtype="float32", eps=1e-4
         ),
-        checkpoint=CheckpointConfig(every=15, keep=3, keep_every=None),
-        log=LogConfig(every=5, grid_every=0),
-        steps=60,
+        checkpoint=CheckpointConfig(every=6, keep=3, keep_every=None),
+        log=LogConfig(every=4, grid_every=0),
+        steps=24,
     )

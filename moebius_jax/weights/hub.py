@@ -18,6 +18,7 @@ class HubUnreachable(UserError):
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("pretrained", "ft_places2", "ft_celebahq", "ft_ffhq")
 VAE_REPOSITORY = "hustvl/PixelHacker"
+_PROBE_S = 3.0  # seconds the Hub has to answer in
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
@@ -111,7 +112,7 @@ def _download(repository: str, filename: str) -> Path:
     what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        return Path(hf_hub_download(repository, filename))
+        return Path(hf_hub_download(repository, filename, local_files_only=not _is_reachable(endpoint)))
     except LocalEntryNotFoundError:
         raise HubUnreachable(
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
@@ -132,3 +133,14 @@ def _download(repository: str, filename: str) -> Path:
         raise HubUnreachable(
             f"{repository}: fetching {filename} from {endpoint} failed ({first_line(error)})"
         ) from None
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Whether anybody answers there: without, huggingface_hub would try again for half a minute."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=_PROBE_S)
+    except Exception:  # the HTTP client's own errors are of no common type
+        return False
+    return True
