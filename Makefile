@@ -27,13 +27,15 @@ $(VENV)-aot/.installed: pyproject.toml
 
 # Two processes of up to 10 GB; each test file runs in one of them. `make test WORKERS=1` for less memory.
 WORKERS ?= 2
+# Files as the tests' conftest.py orders them: the long ones first.
+SPREAD := --dist loadfile --no-loadscope-reorder
 
 # On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
 test: $(VENV)/.installed $(VENV)-aot/.installed  ## all tests, on the CPU, without network
-	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD)
 
 test-fast: $(VENV)/.installed  ## the tests that compile little: a newcomer's inner loop
-	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) -m "not slow"
 
 lint: $(VENV)/.installed  ## ruff: errors and formatting
 	$(BIN)/ruff check .

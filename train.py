@@ -45,7 +45,7 @@ from moebius_jax.hardware import peak_flops
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.sharding import make_mesh, replicated, tree_shardings
 from moebius_jax.training.aot import report_aot
-from moebius_jax.training.batches import abstract_batch, check_batch, check_images, encoded, to_devices
+from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, encoded, to_devices
 from moebius_jax.training.checkpointing import RunCheckpoints, first_batch, write_run_config
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.config_file import load_config
@@ -192,7 +192,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
     if not args.no_compilation_cache:
         enable_compilation_cache()
     vae = load_image_codec(config, mesh)
-    check_images(config, vae)
+    check_encoder(config, vae, dataset)
     networks = load_frozen(config, mesh)
     frozen = {name: network.tensors for name, network in networks.items()}
     student = bare_student(config, mesh)
@@ -220,7 +220,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
     )
     started = time.perf_counter()
     update = make_update(config, mesh, networks, optimizer)
-    update = update.lower(state, frozen, abstract_batch(config, mesh)).compile()
+    update = update.lower(state, frozen, abstract_batch(config, mesh, dataset)).compile()
     say(f"compiled in {time.perf_counter() - started:.0f} s")
     validation = grids = None
     if held_out and config.log.validate_every:
@@ -298,7 +298,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
         trace.close()
         progress.close()
         log.close()
-    loader.close()
+        loader.close()
     if done < config.steps:
         say(f"stopped at step {done}, the same command goes on from there")
         return 0

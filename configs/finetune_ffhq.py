@@ -2,17 +2,24 @@
 
     python train.py configs/finetune_ffhq.py data.path=ffhq/
 
-Starts from the released weights, converted to converted/pretrained; init=FOLDER takes others.
+Starts from the released weights, converted to converted/pretrained; init=FOLDER
+takes others. Needs converted/vae too. The paper does not say how the learning rate falls: here at the same
+shares of the run as in distill.py.
 
 Hardware: the paper took 4 RTX 3090 for 117k steps of batch 88 on 60 k images. Time: not measured by us yet.
 """
 
 from configs.distill import get_config as distill
 from moebius_jax.distillation.config import LossConfig
+from moebius_jax.inpaint.model_folder import PORTRAIT_GUIDANCE
 from moebius_jax.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
     return distill().replace(
-        init="converted/pretrained", loss=LossConfig(terms=("task",)), batch_size=88, steps=117_000
+        init="converted/pretrained",
+        loss=LossConfig(terms=("task",)),
+        batch_size=88,
+        steps=117_000,
+        guidance_scale=PORTRAIT_GUIDANCE,
     )

@@ -2,7 +2,9 @@
 
     python train.py configs/finetune_places2.py data.path=places2/
 
-Starts from the released weights, converted to converted/pretrained; init=FOLDER takes others.
+Starts from the released weights, converted to converted/pretrained; init=FOLDER
+takes others. Needs converted/vae too. The paper does not say how the learning rate falls: here at the same
+shares of the run as in distill.py.
 
 Hardware: the paper took 4 RTX 3090 for 51k steps of batch 88 on 1.8 M images. Time: not measured by us yet.
 """

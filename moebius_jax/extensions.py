@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import cloudpickle
@@ -30,6 +31,7 @@ def load_extension(path: Path) -> types.ModuleType:
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"{path}: {'expected a Python file' if path.exists() else 'no such file'}")
     try:
-        return run_file(path, f"extension_{path.stem}")
+        own = zlib.crc32(str(path.resolve()).encode())  # there may be a file of this name in another folder
+        return run_file(path, f"extension_{path.stem}_{own:08x}")
     except Exception as error:  # whatever a Python file can do
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None

@@ -48,7 +48,11 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
         if dest.is_dir():
             old = partial.with_suffix(".old")
             dest.rename(old)
-            partial.rename(dest)
+            try:
+                partial.rename(dest)
+            except OSError:
+                old.rename(dest)
+                raise
             _remove(old)
         elif overwrite or partial.is_dir():
             partial.replace(dest)

@@ -20,6 +20,7 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+File = Annotated[Path, BeforeValidator(lambda x: Path(x) if isinstance(x, str) else x)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 
 # Types are as declared: no text for a number, no number for a text, neither infinity nor NaN.
@@ -29,6 +30,8 @@ _EXPECTED = {
     "greater_than": "more than {gt}",
     "less_than_equal": "{le} or less",
     "less_than": "less than {lt}",
+    "too_short": "{min_length} or more of them",
+    "is_instance_of": "a {class}",
     "literal_error": "{expected}",
     "finite_number": "a finite number",
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
@@ -128,7 +131,10 @@ def explain(error: pydantic.ValidationError, path: str = "") -> str:
         if not said.startswith("expected "):  # it names the field itself
             return ".".join(filter(None, (path, said)))
     else:
-        said = f"expected {_EXPECTED.get(kind, problem['msg']).format(**context)}"
+        bounds = {
+            name: int(x) if isinstance(x, float) and x.is_integer() else x for name, x in context.items()
+        }
+        said = f"expected {_EXPECTED.get(kind, problem['msg']).format(**bounds)}"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else f"{found[:79]}…"
     return f"{path} is {found}; {said}" if path else f"found {found}; {said}"

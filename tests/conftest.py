@@ -1,5 +1,6 @@
 """Eight simulated devices, full fp32 precision, and small networks every test can use."""
 
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -129,3 +130,9 @@ def mask() -> np.ndarray:
     grey = np.zeros((80, 112), np.uint8)
     grey[30:50, 40:64] = 255
     return grey
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no process is left with a long one at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: a file's tests stay together and in order

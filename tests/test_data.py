@@ -165,7 +165,7 @@ class TestSamples:
         ("changes", "message"),
         [
             ({"masks": ("thick",)}, "expected one of"),
-            ({"flip": 2.0}, "flip is 2.0; expected 1.0 or less"),
+            ({"flip": 2.0}, "flip is 2.0; expected 1 or less"),
             ({"image_size": 1}, "8 or"),
         ],
     )
@@ -297,6 +297,22 @@ class TestLatentCache:
         (cache[0] / "latents.json").write_text("{}")
         with pytest.raises(UserError, match=r"latents\.json: samples: missing field"):
             LatentCache(cache[0])
+
+    def test_damaged_arrays(self, cache):
+        with pytest.raises(UserError, match=r"hole\.npy: not a folder of cached latents"):
+            LatentCache(cache[0] / "hole.npy")
+        np.save(cache[0] / "hole.npy", np.zeros((3, 4, 5), bool))
+        with pytest.raises(UserError, match=r"damaged cache of latents \(hole is bool\[3, 4, 5\]\)"):
+            LatentCache(cache[0])
+        (cache[0] / "hole.npy").write_bytes(b"")
+        with pytest.raises(UserError, match="damaged cache of latents"):
+            LatentCache(cache[0])
+
+
+def test_hidden_files_and_folders_called_like_pictures_are_none(images):
+    (images / ".partial-1-2-3.png").write_bytes(b"half")
+    (images / "album.png").mkdir()
+    assert len(read_records(images)) == 12
 
 
 def test_no_data_is_said_so():

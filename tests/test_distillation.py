@@ -16,6 +16,7 @@ from moebius_jax.diffusion.noising import Noised, draw_timesteps
 from moebius_jax.diffusion.schedule import add_noise
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.gradients import Inputs, balanced_gradients, teacher_bottleneck
+from moebius_jax.distillation.imitation import Task
 from moebius_jax.distillation.loss import Context, mean_square
 from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.models import UNet, UNetOutput
@@ -255,12 +256,18 @@ def test_the_cut_costs_no_extra_pass(small):
     assert flops(small.step(LossConfig(terms=WITHOUT_METRIC, balance="release"))) < 1.32 * reference
 
 
+def named(name, logged_as="loss_mine"):
+    return type("Own", (Task,), {"name": name, "logged_as": logged_as})()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"terms": ()}, "expected some of coarse"),
         ({"terms": ("task", "tusk")}, "expected some of coarse"),
         ({"terms": ("task", "task")}, "each once"),
+        ({"terms": ("task", named("teacher"))}, "a loss called teacher"),
+        ({"terms": ("task", named("mine", "loss_task"))}, "expected different names"),
         ({"balance": "papers"}, "balance is 'papers'; expected 'paper'"),
     ],
 )

@@ -73,6 +73,11 @@ def test_values(override, key, expected):
         ("optimizer.weight_decay=-1", "weight_decay is '-1'"),
         ("optimizer.newton_schulz_dtype=float33", "is 'float33'; expected 'bfloat16' or 'float32'"),
         ("student.num_heads=5", "multiple"),
+        ("loss.task.network=folder", r"^loss\.task\.network is 'folder'; this loss has no network"),
+        ("optimizer.warmup_steps=999999999", r"^optimizer\.warmup_steps is 999999999; expected no more than"),
+        ("optimizer.decay_at=0.5,0.5", r"^optimizer\.decay_at is \(0.5, 0.5\); expected rising"),
+        ("noise_offset=-1", r"^noise_offset is '-1'; expected 0 or more"),
+        ("loss.perceptual.network.groups=", r"network\.groups .*expected 1 or more of them"),
     ],
 )
 def test_errors(override, message):
@@ -83,6 +88,8 @@ def test_errors(override, message):
 def test_a_group_and_its_field_cannot_both_be_set():
     with pytest.raises(UserError, match="set one or the other"):
         load("debug", "teacher=folder", "teacher.platform=cpu")
+    with pytest.raises(UserError, match="set one or the other"):
+        load("debug", "teacher.platform=cpu", "teacher=folder")
 
 
 def test_fields_that_depend_on_each_other_change_together():
@@ -105,9 +112,9 @@ def test_every_configuration_loads(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("table2:16", r"table2\.py:16: ValueError: experiment is 16; Table 2 has rows 1 to 15"),
-        ("table2:one", r"table2\.py:one: ValueError: row is 'one'; expected a number"),
-        ("table5:5", r"table5\.py:5: ValueError: row is '5'; Table 5 has rows 1 to 4"),
+        ("table2:16", r"table2\.py:16: experiment is 16; Table 2 has rows 1 to 15"),
+        ("table2:one", r"table2\.py:one: row is 'one'; expected a number"),
+        ("table5:5", r"table5\.py:5: row is '5'; Table 5 has rows 1 to 4"),
         ("debug:3", r"debug\.py:3: TypeError"),
     ],
 )

@@ -1,6 +1,7 @@
 """The training step: sharded as unsharded, accumulated, BatchNorm per device, numbers gone wrong."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from flax import nnx
 
 from moebius_jax import save_unet
 from moebius_jax.data.datasets import Source, SyntheticDataset
+from moebius_jax.data.samples import LatentSample, PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.models import VAE, ELatentLPIPS, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import make_mesh, tensor_sharding
-from moebius_jax.training.batches import abstract_batch, check_batch, check_images, to_devices
+from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, to_devices
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import first_bad_metric
@@ -27,7 +29,7 @@ from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
 from moebius_jax.training.validation import Validation
 from moebius_jax.weights.load import save_network
-from moebius_jax.weights.tensors import network_tensors
+from moebius_jax.weights.tensors import digest, network_tensors
 from train import make_update
 
 
@@ -157,12 +159,31 @@ def test_context_and_latents_of_other_sizes():
 
 def test_networks_and_encoders_of_different_channels_are_refused():
     config = tiny_run.get_config()
-    config = config.replace(data=dataclasses.replace(config.data, kind="images"))
-    augment = dataclasses.replace(config.data.augment, image_size=64)
-    config = config.replace(data=dataclasses.replace(config.data, augment=augment))
     vae = VAE(params={}, config=dataclasses.replace(TINY_VAE, latent_channels=8))
+    pictures = SimpleNamespace(blank=PixelSample.blank(64))
     with pytest.raises(UserError, match="latents have 4 channels, the VAE's 8"):
-        check_images(config, vae)
+        check_encoder(config, vae, pictures)
+    with pytest.raises(UserError, match="pictures of side 32; expected 64"):
+        check_encoder(config, vae, SimpleNamespace(blank=PixelSample.blank(32)))
+    with pytest.raises(UserError, match="pass vae=FOLDER"):
+        check_encoder(config, None, pictures)
+
+
+def test_cached_latents_of_another_encoder_are_refused():
+    config = tiny_run.get_config()
+    vae = VAE(params={"a": {"kernel": jnp.ones(3)}}, config=TINY_VAE)
+    blank = LatentSample.blank(config.student.latent_shape)
+    check_encoder(config, vae, SimpleNamespace(blank=blank, encoder=digest(vae)))
+    check_encoder(config, None, SimpleNamespace(blank=blank, encoder="another"))
+    with pytest.raises(UserError, match="latents of another encoder"):
+        check_encoder(config, vae, SimpleNamespace(blank=blank, encoder="another"))
+
+
+def test_batches_are_compiled_for_what_the_data_hold():
+    config, mesh = tiny_run.get_config(), make_mesh(jax.devices()[:1])
+    for dtype in (np.float16, np.float32):
+        data = SimpleNamespace(blank=LatentSample.blank(config.student.latent_shape, dtype))
+        assert abstract_batch(config, mesh, data).samples.moments.dtype == dtype
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     parser.add_argument(
         "--sample-only",
         action="store_true",
-        help="paint and stop: for all processes but the last that scores",
+        help="paint and stop; score afterwards, with the same command in one process",
     )
     parser.add_argument("--no-compilation-cache", action="store_true", help="do not keep compiled programs")
 

@@ -50,6 +50,7 @@ class Dataset:
         SAMPLE: what its samples are: pixels, which are encoded on the way to the step, or latents.
         names: of its items, for messages; one per item.
         blank: a sample that holds nothing, for its shapes and dtypes.
+        encoder: digest of what latents were made with, where that is known.
 
     Raises:
         UserError: nothing there, or not of this network's latents.
@@ -58,6 +59,7 @@ class Dataset:
     SAMPLE: ClassVar[type[Sample]]
     names: Sequence[str]
     blank: Sample
+    encoder: str | None = None
 
     def __init__(self, source: Source) -> None:
         raise NotImplementedError
@@ -101,7 +103,7 @@ class LatentDataset(Dataset):
         self.names = [f"{folder} (sample {i})" for i in range(len(self._cache))]
         if not self.names:
             raise UserError(f"{folder}: holds no samples")
-        self.blank = LatentSample(*map(np.zeros_like, self._cache[0]))
+        self.blank, self.encoder = LatentSample(*map(np.zeros_like, self._cache[0])), self._cache.info.vae
         side, channels = source.latent_shape[0], source.latent_shape[-1]
         if self._cache.info.side != side:
             raise UserError(

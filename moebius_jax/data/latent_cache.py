@@ -27,8 +27,8 @@ class CacheInfo:
         format: of the folder.
         samples: in it.
         side: of the latent map.
-        vae: digest of the encoder's weights, to tell latents of different encoders apart.
-        made_of: images, draws per image, seed and augmentation; for the reader.
+        vae: digest of the encoder; a run with another one is refused.
+        made_of: images, draws per image, seed and configuration of the data; for the reader.
     """
 
     format: Literal["moebius-jax latents 1"] = "moebius-jax latents 1"
@@ -81,16 +81,22 @@ class LatentCache:
         try:
             self.info = read_json(folder / INDEX, CacheInfo)
             self._arrays = LatentSample(*(np.load(folder / file, mmap_mode="r") for file in FILES))
-            if any(len(a) != self.info.samples for a in self._arrays):
-                raise ValueError("its arrays differ in length")
-        except FileNotFoundError as error:
+            self._check()
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"{folder}: not a folder of cached latents ({error.filename} is missing)"
             ) from None
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{folder}: damaged cache of latents ({error})") from None
+
+    def _check(self) -> None:
+        channels = self._arrays.moments.shape[-1] // 2
+        expected = LatentSample.blank((self.info.side, self.info.side, channels))
+        for name, array, one in zip(LatentSample._fields, self._arrays, expected, strict=True):
+            if array.shape != (self.info.samples, *one.shape) or array.dtype.kind != one.dtype.kind:
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
 
     def __getstate__(self) -> Path:
         return self._folder  # not the arrays: a worker that is sent a mapped file is sent its contents

@@ -27,8 +27,8 @@ class LoaderConfig:
 
     Attributes:
         workers: processes that prepare samples; 0 prepares them in threads of this one.
-        threads: per worker.
-        prefetch: batches kept ready; with workers, by each of them.
+        threads: that prepare samples where there are no workers; each worker has one.
+        prefetch: batches kept ready, by all workers together.
         max_bad_fraction: of the items may be missing or corrupt (one, in a small set; 0 allows none). Each is
             named once, and another one drawn at random takes its place; beyond this share the run stops.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,12 @@ def read_records(path: Path, root: Path | None = None) -> list[Record]:
         UserError: nothing there, or a line that cannot be understood.
     """
     if path.is_dir():
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        images = sorted(
+            Path(folder, name)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        )
         if not images:
             raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
         return [Record(image=image) for image in images]

@@ -43,6 +43,11 @@ class LossConfig:
                 f"terms is {self.terms!r}; expected some of {', '.join(known)}, or losses of your own, "
                 "each once"
             )
+        if taken := {"teacher", "total", "output", "cross"} & set(self.names):
+            raise ValueError(f"terms has a loss called {min(taken)}; the step calls something else so")
+        logged = [loss.logged_as for loss in self.losses]
+        if len(set(logged)) < len(logged):
+            raise ValueError(f"terms are logged as {', '.join(logged)}; expected different names")
 
     @property
     def names(self) -> tuple[str, ...]:

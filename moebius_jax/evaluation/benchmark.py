@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from moebius_jax.diffusion.solvers import SOLVERS
@@ -14,7 +13,7 @@ from moebius_jax.evaluation.settings import ScoringSettings
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
-from moebius_jax.schema import AtLeastOne, AtLeastZero, Seed, checked, one_of
+from moebius_jax.schema import AtLeastOne, AtLeastZero, File, Seed, checked, one_of
 
 PAPER = {"num_inference_steps": 20, "scheduler": "ddim"}
 
@@ -39,8 +38,8 @@ class BenchmarkSettings(ScoringSettings):
     """
 
     protocol: Protocol
-    images: Path
-    output: Path
+    images: File
+    output: File
     count: AtLeastOne | None = None
     mask_kind: Annotated[str, one_of(KINDS)] | None = None
     mask_ratio: tuple[float, float] | None = None
@@ -70,6 +69,8 @@ class BenchmarkSettings(ScoringSettings):
             raise UserError(
                 "--mask-kind, --mask-ratio and --mask-seed are for drawing masks; leave out --masks"
             )
+        if sum((self.guidance_sweep is not None, self.steps_sweep is not None, self.scheduler_sweep)) > 1:
+            raise UserError("guidance_sweep, steps_sweep and scheduler_sweep are one at a time")
         if self.sweep and getattr(self, self.sweep) is not None:
             raise UserError(f"--{self.sweep.replace('_', '-')} has no place in a sweep over it; leave it out")
         self.variations(self.protocol.guidance_scale or DEFAULT_GUIDANCE)  # whether they can be run

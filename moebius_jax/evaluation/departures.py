@@ -102,7 +102,8 @@ def _mask_departures(spec: MaskSpec, masks: dict[str, Any], ratios: Float[np.nda
 
 def _model_departures(protocol: Protocol, model: dict[str, Any], network: UNetConfig) -> list[str]:
     lines = []
-    if network not in (UNetConfig.student(), UNetConfig.teacher()):
+    published = [named.to_dict() for named in (UNetConfig.student(), UNetConfig.teacher())]
+    if network.to_dict() not in published:
         lines.append(
             f"the network is neither Moebius nor PixelHacker ({model['parameters']:,} parameters, latents of "
             f"{network.latent_size} x {network.latent_size})"

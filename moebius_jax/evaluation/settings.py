@@ -1,9 +1,9 @@
 """What is scored, and how: the settings that painting and scoring share. Names as on the command line."""
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+from pydantic import Field
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import PairBy
@@ -12,7 +12,7 @@ from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, IN
 from moebius_jax.evaluation.metrics.lpips import require_size
 from moebius_jax.evaluation.metrics.scorer import Scorer
 from moebius_jax.evaluation.metrics.scores import METRICS, NEEDS_INCEPTION, Metric
-from moebius_jax.schema import AtLeastOne, checked
+from moebius_jax.schema import AtLeastOne, File, checked
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights.folder import read_config
 from moebius_jax.weights.load import load_inception
@@ -36,11 +36,11 @@ class ScoringSettings:
         UserError: a value is out of range.
     """
 
-    metrics: tuple[Metric, ...] = METRICS
-    inception: Path | None = None
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
+    inception: File | None = None
     small_fid: bool = False
     size: AtLeastOne | None = None
-    masks: Path | None = None
+    masks: File | None = None
     invert_masks: bool = False
     pair_by: PairBy = "name"
     batch_size: AtLeastOne = 8

@@ -121,7 +121,7 @@ class UNetConfig(Architecture, Sizes):
 
     @property
     def category_ids(self) -> Int[np.ndarray, "2 L"]:
-        """Rows of the embedding table by category: [0] background (0..9), [1] foreground (10..19).
+        """Rows of the embedding table by category: [0] background (0..9 of ten tokens), [1] foreground.
 
         In guidance background is the condition and foreground the unconditional branch.
         """

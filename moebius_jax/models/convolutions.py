@@ -62,8 +62,8 @@ class DepthwiseConv(nnx.Module):
 class DepthwiseSeparableConv(nnx.Module):
     """depthwise 3x3 → BatchNorm → ReLU → pointwise 1x1 → BatchNorm, + x where widths agree.
 
-    See docs/model.md, "Residual block". After `fold_batch_norm` the two norms are None and live on as
-    weights and biases of the convolutions before them.
+    See docs/model.md, "One U-Net, four switches". After `fold_batch_norm` the two norms are None and live on
+    as weights and biases of the convolutions before them.
     """
 
     RELEASED: ClassVar[Table] = {

@@ -1,7 +1,7 @@
 """The network of E-LatentLPIPS: VGG16-BN features of 4-channel latents and one linear head per tap."""
 
 import re
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.convolutions import Conv3x3
@@ -20,6 +21,9 @@ from moebius_jax.schema import AtLeastOne, checked
 POOLED_GROUPS = (3, 4)  # VGG16 pools after all five groups; the metric drops the first three pools
 
 
+Group = Annotated[tuple[AtLeastOne, ...], Field(min_length=1)]
+
+
 @checked
 class ELatentLPIPSConfig(Architecture):
     """Widths of the convolutions of each of the five groups; the defaults are the released network."""
@@ -27,7 +31,7 @@ class ELatentLPIPSConfig(Architecture):
     NOUN: ClassVar[str] = "E-LatentLPIPS network"
 
     in_channels: AtLeastOne = 4
-    groups: tuple[tuple[AtLeastOne, ...], ...] = (
+    groups: Annotated[tuple[Group, ...], Field(min_length=1)] = (
         (64, 64),
         (128, 128),
         (256, 256, 256),

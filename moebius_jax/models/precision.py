@@ -16,7 +16,7 @@ class Precision:
     of the feed-forward, of the residual blocks' and resampling convolutions, of the teacher's mixers and of
     the products with Local-λ's lambdas. What lies between them, and the *thin* products that feed the
     residual stream everywhere (projections in and around the student's mixers, shortcuts, first and last
-    convolution, time and context), is in `stream_dtype`. That ends at 1.8 % (benchmarks/RESULTS.md).
+    convolution, time and context), is in `stream_dtype`. That ends at 1.7 % (benchmarks/RESULTS.md).
 
     Attributes:
         dtype: of the bulk's operands; sums are accumulated in fp32.

@@ -218,16 +218,16 @@ class UNet(nnx.Module):
 
     def __call__(
         self,
-        latents: Float[Array, "B H W 9"],
+        latents: Float[Array, "B H W c"],
         timesteps: Shaped[Array, " B"],
-        input_ids: Int[Array, "B 10"],
+        input_ids: Int[Array, "B L"],
     ) -> UNetOutput:
         """Predicts the noise in `latents`.
 
         Args:
             latents: [noisy latents 4, mask 1 (1 = hole), masked-image latents 4] on the last axis.
             timesteps: 0 to 999, one per item.
-            input_ids: rows of the category table; 0..9 is the condition, 10..19 the unconditional branch.
+            input_ids: rows of the category table; see `UNetConfig.category_ids`.
 
         Raises:
             ValueError: the map cannot be halved once per level, or Interactive-λ was trained at another size.
@@ -238,9 +238,9 @@ class UNet(nnx.Module):
 
     def down(
         self,
-        latents: Float[Array, "B H W 9"],
+        latents: Float[Array, "B H W c"],
         timesteps: Shaped[Array, " B"],
-        input_ids: Int[Array, "B 10"],
+        input_ids: Int[Array, "B L"],
     ) -> tuple[Halfway, DownTaps]:
         """Everything up to the bottleneck; arguments as for a call."""
         _check_map(latents.shape, self.config)

@@ -6,13 +6,14 @@ diffusers is imported on first use: it takes seconds, and it loads torch where t
 import functools
 import logging
 import re
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.released import CONV, LINEAR, SAME, Released
@@ -34,7 +35,7 @@ class VAEConfig(Architecture):
 
     NOUN: ClassVar[str] = "VAE"
 
-    channels: tuple[AtLeastOne, ...] = (128, 256, 512, 512)
+    channels: Annotated[tuple[AtLeastOne, ...], Field(min_length=1)] = (128, 256, 512, 512)
     layers_per_block: AtLeastOne = 2
     latent_channels: AtLeastOne = 4
     scaling_factor: Above0 = 0.13025

@@ -104,10 +104,12 @@ def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
     """Published architectures for folders that are not here."""
     notes, changes, perceptual = [], {"init": None}, config.loss.perceptual
     missing = "{}: {} is not here; the published one's shapes are taken"
-    if isinstance(config.teacher, str) and not Path(config.teacher).exists():
+    needs_teacher = config.loss.needs_teacher
+    if needs_teacher and isinstance(config.teacher, str) and not Path(config.teacher).exists():
         notes.append(missing.format("teacher", config.teacher))
         changes["teacher"] = UNetConfig.teacher()
-    if isinstance(perceptual.network, str) and not Path(perceptual.network).exists():
+    is_used = perceptual in config.loss.losses
+    if is_used and isinstance(perceptual.network, str) and not Path(perceptual.network).exists():
         notes.append(missing.format("loss.perceptual.network", perceptual.network))
         perceptual = dataclasses.replace(perceptual, network=perceptual.NETWORK())
         changes["loss"] = dataclasses.replace(config.loss, perceptual=perceptual)

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moebius_jax.data.datasets import DATASETS
+from moebius_jax.data.datasets import DATASETS, Dataset
 from moebius_jax.data.samples import Batch, LatentSample, PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import encode_moments
 from moebius_jax.models import VAE
 from moebius_jax.sharding import batch_sharding
 from moebius_jax.training.config import TrainConfig
+from moebius_jax.weights.tensors import digest
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
@@ -33,9 +34,11 @@ def encoded(batch: Batch, vae: VAE | None) -> Batch:
     return batch._replace(samples=LatentSample(*encode_moments(vae, image, hole), task))
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Shapes and places of an encoded batch."""
+def abstract_batch(config: TrainConfig, mesh: Mesh, dataset: Dataset | None = None) -> Batch:
+    """Shapes and places of an encoded batch; of latents in half precision where no data are at hand."""
     dtype = np.float32 if DATASETS[config.data.kind].SAMPLE is PixelSample else np.float16
+    if dataset is not None and isinstance(dataset.blank, LatentSample):
+        dtype = dataset.blank.moments.dtype
     one = Batch(samples=LatentSample.blank(config.student.latent_shape, dtype), index=np.int32(0))
     place = batch_sharding(mesh)
     return jax.tree.map(
@@ -52,17 +55,23 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def check_images(config: TrainConfig, vae: VAE | None) -> None:
-    """Raises UserError unless a run on pictures has an encoder, and they come out at the student's size."""
-    if DATASETS[config.data.kind].SAMPLE is not PixelSample:
+def check_encoder(config: TrainConfig, vae: VAE | None, dataset: Dataset) -> None:
+    """Raises UserError unless pictures come out of the encoder at the student's size, and cached latents
+    come from the encoder the run names."""
+    if not isinstance(dataset.blank, PixelSample):
+        if vae is not None and dataset.encoder not in (None, digest(vae)):
+            raise UserError(f"{config.data.path}: latents of another encoder than vae={config.vae}")
         return
     if vae is None:
         raise UserError("training on images needs their encoder: pass vae=FOLDER, or cache latents first")
-    size, side = config.data.augment.image_size, config.student.latent_size
+    size, side = dataset.blank.image.shape[0], config.student.latent_size
     if size != side * vae.config.factor:
+        what = "pictures of side"
+        if size == config.data.augment.image_size:
+            what = "data.augment.image_size is"
         raise UserError(
-            f"data.augment.image_size is {size}; expected {side * vae.config.factor}: the student is trained "
-            f"at latents of {side}, and the VAE makes one of {vae.config.factor} pixels"
+            f"{what} {size}; expected {side * vae.config.factor}: the student is trained at latents of "
+            f"{side}, and the VAE makes one of {vae.config.factor} pixels"
         )
     if config.student.out_channels != vae.config.latent_channels:
         raise UserError(

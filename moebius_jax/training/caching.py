@@ -1,6 +1,5 @@
 """Encoding the samples of a configuration into a folder of latents, so that training need not."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from moebius_jax.data.latent_cache import FILES, INDEX, CacheInfo, CacheWriter
 from moebius_jax.data.loader import Loader
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.files import replace_when_complete
-from moebius_jax.models import VAE
 from moebius_jax.sharding import make_mesh
-from moebius_jax.training.batches import check_images, encoded, to_devices
+from moebius_jax.training.batches import check_encoder, encoded, to_devices
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.networks import load_image_codec
 from moebius_jax.training.overrides import describe
+from moebius_jax.weights.tensors import digest
 
 
 def cache_latents(
@@ -47,16 +46,21 @@ def cache_latents(
     """
     mesh = make_mesh()
     vae = load_image_codec(config, mesh)
-    check_images(config, vae)
     dataset = open_dataset(config.data, config.student.latent_shape)
+    check_encoder(config, vae, dataset)
     batch_size = -(-batch_size // mesh.size) * mesh.size
     samples = len(dataset.names) * draws
     loader = Loader(dataset, config.data.loader, seed=config.seed, global_batch=batch_size, warn=warn)
     info = CacheInfo(
         samples=samples,
         side=config.student.latent_size,
-        vae=_digest(vae),
-        made_of={"images": len(dataset.names), "draws": draws, **describe(config.data, "data.")},
+        vae=digest(vae),
+        made_of={
+            "images": len(dataset.names),
+            "draws": draws,
+            "seed": config.seed,
+            **describe(config.data, "data."),
+        },
     )
     blank = LatentSample.blank(config.student.latent_shape)
     with replace_when_complete(folder, overwrite=overwrite, ours=(INDEX, *FILES)) as partial:
@@ -69,10 +73,3 @@ def cache_latents(
         writer.close()
     loader.close()
     return info
-
-
-def _digest(vae: VAE) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(vae.params)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

@@ -9,8 +9,9 @@ from pydantic import Field
 from moebius_jax.data.config import DataConfig
 from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
+from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE
 from moebius_jax.models import UNetConfig, VAEConfig
-from moebius_jax.schema import AtLeastOne, AtLeastZero, Below1, Seed, checked
+from moebius_jax.schema import AtLeast0, AtLeastOne, AtLeastZero, Below1, Seed, checked
 from moebius_jax.training.optimizer import OptimizerConfig
 
 Compute = Literal["bfloat16", "float32"]
@@ -89,6 +90,7 @@ class TrainConfig:
         stream_dtype: see `moebius_jax.models.precision`.
         vae_dtype: compute dtype of the VAE.
         fsdp: devices that share one copy of weights and optimiser state; the other axis is `data`.
+        guidance_scale: the finished model's default; 1 where all data are background samples.
         checkpoint, log: see there.
 
     Raises:
@@ -107,13 +109,14 @@ class TrainConfig:
     steps: AtLeastOne = 138_000
     seed: Seed = 0
     ema_decay: Below1 = 0.9999
-    noise_offset: float = 0.0357
+    noise_offset: AtLeast0 = 0.0357
     timestep_sampling: TimestepSampling = "logit_normal"
     batch_norm: Literal["global", "device"] = "global"
     dtype: Compute = "bfloat16"
     stream_dtype: Compute = "float32"
     vae_dtype: Compute = "bfloat16"
     fsdp: AtLeastOne = 1
+    guidance_scale: AtLeast0 = DEFAULT_GUIDANCE
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -131,6 +134,11 @@ class TrainConfig:
             raise ValueError(
                 f"student.transformers is {self.student.transformers}; the gradient norm of a loss at the "
                 "bottleneck is taken at a transformer of the last level"
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; expected no more than steps = "
+                f"{self.steps}"
             )
         for loss in self.loss.losses:
             loss.require_network()

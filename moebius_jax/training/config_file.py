@@ -41,6 +41,8 @@ def load_config(name: str | Path, overrides: Sequence[str]) -> TrainConfig:
     except UserError:
         raise
     except Exception as error:  # whatever a Python file can do
+        if isinstance(error, ValueError):
+            raise UserError(f"{where}: {error}") from None
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"{where}: get_config() gave {type(config).__name__}, expected a TrainConfig")

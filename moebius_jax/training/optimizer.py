@@ -58,7 +58,7 @@ class OptimizerConfig:
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if list(self.decay_at) != sorted(self.decay_at):
+        if list(self.decay_at) != sorted(set(self.decay_at)):
             raise ValueError(f"decay_at is {self.decay_at}; expected rising fractions of the run")
 
 

@@ -41,6 +41,8 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
             raise UserError(
                 f"{key}: is a group; set one of its fields, {key}.{_fields(getattr(node, last))[0]}=…"
             )
+        if isinstance(branch.get(last), dict):
+            raise UserError(f"{key}: its fields are set as well; set one or the other")
         branch[last] = _parse(text, hint, key)
     return _rebuild(config, changes)
 

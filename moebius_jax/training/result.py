@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moebius_jax.inpaint import model_folder
-from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, write_model_folder
+from moebius_jax.inpaint.model_folder import write_model_folder
 from moebius_jax.models import VAE
 from moebius_jax.sharding import replicated
 from moebius_jax.training.config import TrainConfig
@@ -32,7 +32,7 @@ def write_model(workdir: Path, config: TrainConfig, state: TrainState, vae: VAE 
     if jax.process_index() == 0:
         source = {"trained_by": "train.py", "step": int(state.step), "config": describe(config)}
         source = json.loads(json.dumps(source, default=str))  # what JSON does not know, as text
-        with write_model_folder(folder, guidance_scale=DEFAULT_GUIDANCE, overwrite=True) as partial:
+        with write_model_folder(folder, guidance_scale=config.guidance_scale, overwrite=True) as partial:
             save(partial / model_folder.UNET, config.student, tensors, dtype="float32", source=source)
             if vae is not None:
                 save_network(partial / model_folder.VAE, jax.tree.map(np.asarray, vae))

@@ -102,6 +102,7 @@ def _download(repository: str, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -118,6 +119,11 @@ def _download(repository: str, filename: str) -> Path:
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
             f"{endpoint}/{repository}/resolve/main/{filename} on a machine that can, convert it with "
             f"python convert_weights.py FILE DEST, and pass DEST as the {what}"
+        ) from None
+    except GatedRepoError:
+        raise UserError(
+            f"{repository}: its owner asks you to accept terms at {endpoint}/{repository}, and to log in "
+            "(hf auth login)"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{repository}: no such repository at {endpoint}, and no such folder here") from None
