@@ -10,25 +10,19 @@ and compile time. Weights are random: speed does not depend on them.
 """
 
 import argparse
-import os
 import sys
 from typing import Any
-
-if "--aot" in sys.argv:  # before jax starts its devices: there is no TPU here, nor a cloud to ask for one
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
 from moebius_jax import UNet, UNetConfig
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step
 from moebius_jax.diffusion.solvers import solver_steps
-from moebius_jax.hardware import PEAKS
+from moebius_jax.hardware import PEAKS, slice_devices
 from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models import vae as vae_model
@@ -158,7 +152,7 @@ def main() -> int:
     cases = [(dtype, batch) for dtype in args.dtypes for batch in args.batch_sizes]
     if not args.aot:
         return report(told(time_batch(args, *case) for case in cases), args)
-    mesh = make_mesh(list(topologies.get_topology_desc(platform="tpu", topology_name=args.aot).devices))
+    mesh = make_mesh(slice_devices(args.aot))
     rows = told(compile_for(mesh, args, *case) for case in cases)
     return report(rows, args, device=f"compiled for {args.aot}")
 

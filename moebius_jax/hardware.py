@@ -1,12 +1,14 @@
-"""What devices could do at best, and their way of saying that something was too much."""
+"""Devices: what they could do at best, how they say that something was too much, those of a TPU slice."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 
 # Dense bfloat16 FLOP/s and bytes/s of device kinds, as jax names them.
 PEAKS = {
@@ -35,3 +37,27 @@ def memory_errors(what: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"{what} does not fit in the device's memory; use a smaller batch size") from None
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+    """The devices of a TPU slice, to compile for on a machine without one.
+
+    The process must not have started jax's devices yet.
+
+    Args:
+        topology: as libtpu names it, "v5e:4x8".
+
+    Raises:
+        UserError: no libtpu, or no such slice.
+    """
+    # Any accelerator type will do; libtpu wants one, and would ask the cloud for it, and look for a TPU here.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu missing, or whatever it makes of the name
+        raise UserError(
+            f'--aot {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a slice '
+            "such as v5e:4x8, v4:2x2x4 or v6e:4x4"
+        ) from None

@@ -1,7 +1,6 @@
 """Compiling a run's step for a TPU slice on a machine without one: what it needs, before anybody books it."""
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable
@@ -9,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 from moebius_jax.data.datasets import DATASETS
 from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError, first_line
+from moebius_jax.hardware import slice_devices
 from moebius_jax.models import UNetConfig
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import abstract_batch, check_batch
@@ -40,17 +39,7 @@ def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., An
     Raises:
         UserError: no libtpu, no such topology, or the program does not fit the device.
     """
-    # Any accelerator type will do; libtpu wants one, and would ask the cloud for it, and look for a TPU here.
-    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # libtpu missing, or whatever it makes of the name
-        raise UserError(
-            f'--aot {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a slice '
-            "such as v5e:4x8, v4:2x2x4 or v6e:4x4"
-        ) from None
+    devices = slice_devices(topology)
     notes, config = _stand_ins(config)
     config = config.replace(student=config.student.replace(platform="tpu"))
     mesh = make_mesh(devices, fsdp=config.fsdp)
