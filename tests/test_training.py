@@ -1,6 +1,7 @@
 """The training step: sharded as unsharded, accumulated, BatchNorm per device, numbers gone wrong."""
 
 import dataclasses
+import hashlib
 from types import SimpleNamespace
 
 import jax
@@ -20,7 +21,13 @@ from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import make_mesh, tensor_sharding
-from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, to_devices
+from moebius_jax.training.batches import (
+    abstract_batch,
+    check_batch,
+    check_encoder,
+    encoder_digest,
+    to_devices,
+)
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import first_bad_metric
@@ -29,7 +36,7 @@ from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
 from moebius_jax.training.validation import Validation
 from moebius_jax.weights.load import save_network
-from moebius_jax.weights.tensors import digest, network_tensors
+from moebius_jax.weights.tensors import network_tensors
 from train import make_update
 
 
@@ -173,7 +180,8 @@ def test_cached_latents_of_another_encoder_are_refused():
     config = tiny_run.get_config()
     vae = VAE(params={"a": {"kernel": jnp.ones(3)}}, config=TINY_VAE)
     blank = LatentSample.blank(config.student.latent_shape)
-    check_encoder(config, vae, SimpleNamespace(blank=blank, encoder=digest(vae)))
+    assert encoder_digest(vae) == hashlib.sha256(np.ones(3, np.float32).tobytes()).hexdigest()[:16]
+    check_encoder(config, vae, SimpleNamespace(blank=blank, encoder=encoder_digest(vae)))
     check_encoder(config, None, SimpleNamespace(blank=blank, encoder="another"))
     with pytest.raises(UserError, match="latents of another encoder"):
         check_encoder(config, vae, SimpleNamespace(blank=blank, encoder="another"))

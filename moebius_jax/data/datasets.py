@@ -82,7 +82,7 @@ class ImageDataset(Dataset):
         self._records = read_records(source.require_path(), source.root)
         self._augment = source.augment
         self.names = [str(r.image) for r in self._records]
-        # The latents' size is the encoder's business: see `training.batches.check_images`.
+        # The latents' size is the encoder's business: see `training.batches.check_encoder`.
         self.blank = PixelSample.blank(source.augment.image_size)
         self._foreground: list[Path] = []
         if source.augment.foreground_masks:

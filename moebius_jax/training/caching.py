@@ -13,11 +13,10 @@ from moebius_jax.data.loader import Loader
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.files import replace_when_complete
 from moebius_jax.sharding import make_mesh
-from moebius_jax.training.batches import check_encoder, encoded, to_devices
+from moebius_jax.training.batches import check_encoder, encoded, encoder_digest, to_devices
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.networks import load_image_codec
 from moebius_jax.training.overrides import describe
-from moebius_jax.weights.tensors import digest
 
 
 def cache_latents(
@@ -54,7 +53,7 @@ def cache_latents(
     info = CacheInfo(
         samples=samples,
         side=config.student.latent_size,
-        vae=digest(vae),
+        vae=encoder_digest(vae),
         made_of={
             "images": len(dataset.names),
             "draws": draws,
