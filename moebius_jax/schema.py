@@ -13,15 +13,15 @@ from moebius_jax.errors import UserError
 
 T = TypeVar("T")
 
-Whole = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, np.integer) else x)]
-AtLeastZero = Annotated[Whole, Field(ge=0)]
-AtLeastOne = Annotated[Whole, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 File = Annotated[Path, BeforeValidator(lambda x: Path(x) if isinstance(x, str) else x)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # Types are as declared: no text for a number, no number for a text, neither infinity nor NaN.
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid")
@@ -55,7 +55,7 @@ def checked(cls: type[T]) -> type[T]:
     @functools.wraps(create)
     def __init__(self: Any, **values: Any) -> None:
         try:
-            create(self, **{name: _as_tuples(value) for name, value in values.items()})
+            create(self, **{name: _plain(value) for name, value in values.items()})
         except pydantic.ValidationError as error:
             raise UserError(explain(error)) from None
 
@@ -63,8 +63,11 @@ def checked(cls: type[T]) -> type[T]:
     return made
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+def _plain(value: Any) -> Any:
+    """Lists as tuples, which are as frozen as the rest, and NumPy's numbers as Python's."""
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def one_of(known: Container[str] | Iterable[str]) -> AfterValidator:
@@ -106,11 +109,15 @@ def read_json(file: Path, kind: type[T]) -> T:
     """A JSON file as a checked dataclass.
 
     Raises:
-        OSError: it cannot be read.
-        UserError: it is none; names the file and the field.
+        FileNotFoundError, NotADirectoryError: there is none.
+        UserError: it cannot be read, or is none; names the file and the field.
     """
     try:
         return parse_json(file.read_bytes(), kind)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -596,6 +596,9 @@ class TestBenchmarkErrors:
         for text, problem in (("{", "not JSON"), ("[]", "found []; expected an object")):
             (tmp_path / "out/results/run.json").write_text(text)
             self.one_line(evaluate(), f"run.json: {problem}")
+        (tmp_path / "out/results/run.json").unlink()
+        (tmp_path / "out/results/run.json").mkdir()
+        self.one_line(evaluate(), "run.json: cannot be read")
 
     def test_other_reports_are_not_replaced(self, evaluate, tmp_path):
         (tmp_path / "out").mkdir()

@@ -13,6 +13,8 @@ from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.imaging import masks
+from moebius_jax.inpaint.sampler import SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions
 from moebius_jax.sharding import make_mesh
 
 STEPS = {"num_inference_steps": 2, "output_type": "np"}
@@ -221,6 +223,11 @@ class TestArguments:
     def test_bad_values_are_named(self, tiny_pipeline, photo, mask, options, message):
         with pytest.raises(UserError, match=message):
             tiny_pipeline(photo, mask, **options)
+
+    def test_numbers_may_be_numpys(self):
+        options = SamplingOptions(guidance_scale=np.float32(2.5), num_inference_steps=np.int64(4))
+        assert (options.guidance_scale, options.num_inference_steps) == (2.5, 4)
+        assert InpaintOptions(mask_blur=np.int64(3), mask_dilation=np.uint8(2)).mask_dilation == 2
 
     def test_bad_images_are_named(self, tiny_pipeline, photo, mask):
         with pytest.raises(UserError, match="mask 0: the mask is 64 x 80 pixels and image 0 is 112 x 80"):

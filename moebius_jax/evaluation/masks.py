@@ -15,7 +15,7 @@ from pydantic import Field
 from moebius_jax.data.random_masks import mask_generator
 from moebius_jax.errors import UserError
 from moebius_jax.files import AlreadyThere, remove_remains, replace_when_complete
-from moebius_jax.schema import AtLeastOne, AtLeastZero, Probability, Whole, checked, one_of, read_json
+from moebius_jax.schema import AtLeastOne, AtLeastZero, Probability, checked, one_of, read_json
 
 Hole = Bool[np.ndarray, "S S"]
 
@@ -63,7 +63,7 @@ class MaskSpec:
     """
 
     kind: Annotated[str, one_of(KINDS)]
-    size: Annotated[Whole, Field(ge=64)] = 512
+    size: Annotated[int, Field(ge=64)] = 512
     seed: AtLeastZero = 0
     min_ratio: Probability = 0.0
     max_ratio: Probability = 1.0

@@ -16,7 +16,7 @@ from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, tim
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
-from moebius_jax.schema import Whole, checked
+from moebius_jax.schema import checked
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
 # step index, timestep, latents → latents to go on with
@@ -39,7 +39,7 @@ class SamplingOptions:
         UserError: a value is out of range.
     """
 
-    num_inference_steps: Whole = 20
+    num_inference_steps: int = 20
     guidance_scale: float = 2.5
     strength: float = 0.99
     scheduler: str | Solver = "ddim"

@@ -40,9 +40,9 @@ def load_config(name: str | Path, overrides: Sequence[str]) -> TrainConfig:
         config = module.get_config(*([argument] if argument else []))
     except UserError:
         raise
-    except Exception as error:  # whatever a Python file can do
-        if isinstance(error, ValueError):
-            raise UserError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # whatever else a Python file can do
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"{where}: get_config() gave {type(config).__name__}, expected a TrainConfig")

@@ -1,17 +1,16 @@
 """The optimiser of a run: Muon or AdamW, schedule, clipping; and the moving average of the weights."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
-from pydantic import Field
 
 from moebius_jax.models import UNetConfig
-from moebius_jax.schema import Above0, AtLeastZero, Below1, checked
+from moebius_jax.schema import Above0, AtLeast0, AtLeastZero, Below1, Share, checked
 from moebius_jax.sharding import batch_sharding
 from moebius_jax.training.muon import orthogonalize
 from moebius_jax.weights.names import Counterpart, counterparts
@@ -47,9 +46,9 @@ class OptimizerConfig:
     learning_rate: Above0 = 2e-4
     schedule: Schedule = "step"
     warmup_steps: AtLeastZero = 0
-    decay_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (111 / 138, 129 / 138)
-    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    decay_at: tuple[Share, ...] = (111 / 138, 129 / 138)
+    decay_factor: Share = 0.1
+    weight_decay: AtLeast0 = 0.1
     momentum: Below1 = 0.95
     b1: Below1 = 0.9
     b2: Below1 = 0.95
