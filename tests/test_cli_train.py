@@ -267,11 +267,11 @@ def test_photographs_cached_latents_and_pictures(photos, tmp_path, in_process, c
         ([TINY, "teacher=nowhere", "vae=none"], "nowhere: no such folder"),
         ([TINY, "metric=none"], "CC-BY-NC"),
         ([TINY, "init=nowhere", "loss.terms=task", "vae=none"], "nowhere: no such folder"),
-        ([TINY, "data.kind=images", "data.path=docs", "data.augment.image_size=32"], "no images"),
+        ([TINY, "data.kind=images", "data.path=configs", "data.augment.image_size=32"], "no images"),
         ([TINY, "fsdp=3"], "divisor of the 8 devices"),
         ([TINY, "batch_size=12"], "multiple of the 8 devices"),
         ([TINY, "--coordinator", "x:1"], "go together"),
-        ([TINY, "vae=none", "data.kind=images", "data.path=docs"], "no images"),
+        ([TINY, "vae=none", "data.kind=images", "data.path=configs"], "no images"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path, capsys):
