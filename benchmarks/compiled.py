@@ -1,0 +1,255 @@
+"""What a program costs on an accelerator, counted without one: kernels, bytes, FLOPs and a modelled time.
+
+    python -m benchmarks.compiled --target h200                  # one guided step of one image
+    python -m benchmarks.compiled --target v5e --batch-size 8
+    python -m benchmarks.compiled --target h200 --vae            # encoder and decoder
+    python -m benchmarks.compiled --target h200 --save           # make this the table to compare with
+
+NVIDIA's and Google's compilers run on a plain x86 Linux machine. The program is compiled for a described device and
+its optimised form is read. Times are a model, not a measurement: on an H200 each kernel takes max(2 us, bytes /
+4.3 TB/s, FLOPs / 60 % of peak), on TPUs the compiler's own estimate of cycles. On an H200 the model was 2 to 4
+times faster than what was measured, so it ranks changes and is no speed.
+
+Needs an environment with `jax[cuda12]` (h200) or `libtpu` (v5e, v6e): see benchmarks/README.md.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from benchmarks import hlo
+from moebius_jax import UNet, UNetConfig
+from moebius_jax.diffusion.denoise import inpaint_latents
+from moebius_jax.diffusion.solvers import solver_steps
+from moebius_jax.hardware import slice_devices
+from moebius_jax.inpaint.latents import decode, encode
+from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models import vae as vae_model
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sharding import replicated
+
+HERE = Path(__file__).parent
+TABLE = HERE / "compiled.json"
+PLATFORM = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu", "cpu": "cpu"}
+SLICES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+HALF = {"h200": "float16", "v5e": "bfloat16", "v6e": "bfloat16", "cpu": "float32"}
+
+LAUNCH = 2e-6  # seconds a kernel takes however little it does
+BANDWIDTH = 4.3e12  # measured on an H200, as is the 790 TFLOP/s of half precision
+FLOP_RATES = {"f16": 0.6 * 790e12, "bf16": 0.6 * 790e12, "tf32": 0.6 * 395e12}
+SLOW_FLOPS = 0.7 * 60e12  # fp32 multiply-adds
+TPU_CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9}
+
+Group = dict[str, float]
+
+
+def parse() -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--target", choices=list(PLATFORM), required=True)
+    add("--batch-size", type=int, default=1, help="images; guidance makes two network inputs of each")
+    add("--dtype", help="of the network; by default the target's half precision")
+    add("--stream-dtype", help="by default as --dtype")
+    add("--vae", action="store_true", help="encoder and decoder instead of the denoising loop")
+    add("--hlo", type=Path, metavar="FILE", help="also write the compiled program here")
+    add("--largest", type=int, default=0, metavar="N", help="also list the N longest kernels")
+    add("--save", action="store_true", help=f"put the result into {TABLE.name}")
+    return options.parse_args()
+
+
+def device_for(target: str) -> jax.Device:
+    """A device that can be compiled for and not run on."""
+    if target == "cpu":
+        return jax.devices("cpu")[0]
+    if target in SLICES:
+        return slice_devices(SLICES[target])[0]
+    description = (HERE / "targets" / f"{target}.txtpb").read_text()
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=description).devices[
+        0
+    ]
+
+
+@contextlib.contextmanager
+def named_modules(kinds: Iterable[type[nnx.Module]]) -> Iterator[frozenset[str]]:
+    """While it lasts, what a module of these classes traces carries its class's name."""
+    names = frozenset(kind.__name__ for kind in kinds)
+    originals = {kind: kind.__call__ for kind in kinds if "__call__" in kind.__dict__}
+
+    def named(kind: type[nnx.Module]) -> Any:
+        @functools.wraps(originals[kind])
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            with jax.named_scope(type(self).__name__):
+                return originals[kind](self, *args, **kwargs)
+
+        return call
+
+    try:
+        for kind in originals:
+            kind.__call__ = named(kind)
+        yield names
+    finally:
+        for kind, original in originals.items():
+            kind.__call__ = original
+
+
+def module_classes(unet: UNet) -> set[type[nnx.Module]]:
+    """Every class in a network, with the bases that define its call."""
+    found = {type(module) for _, module in nnx.iter_modules(unet)} - {UNet}
+    return {base for kind in found for base in kind.__mro__ if issubclass(base, nnx.Module)}
+
+
+def loop_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, set[type[nnx.Module]]]:
+    """The denoising loop of the full student, lowered when called."""
+    config = UNetConfig.student(platform=PLATFORM[args.target])
+    dtype = jnp.dtype(args.dtype)
+    stream = jnp.dtype(args.stream_dtype or args.dtype)
+
+    def build() -> UNet:
+        unet = UNet(config, dtype=dtype, stream_dtype=stream, rngs=KeyStream(jax.random.key(0)))
+        return inference_copy(unet)
+
+    unet = nnx.eval_shape(build)
+    graphdef, params = nnx.split(unet)
+    latents = jax.ShapeDtypeStruct((args.batch_size, *config.latent_shape), jnp.float32)
+    mask = jax.ShapeDtypeStruct((args.batch_size, *config.latent_shape[:2], 1), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.batch_size))
+    steps = jax.eval_shape(lambda: solver_steps("ddim", 20, 1.0))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    inputs = placed((params, latents, mask, latents, keys, steps, number, number), mesh)
+    return lambda: inpaint_latents.lower(graphdef, *inputs, guided=True), module_classes(unet)
+
+
+def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+    """Encoder and decoder of 512 px images, lowered when called."""
+    config = VAEConfig()
+    params = jax.eval_shape(functools.partial(vae_model.init_params, config), jax.random.key(0))
+    vae = VAE(params=placed(params, mesh), config=config, dtype=jnp.dtype(args.dtype))
+    B, shape = args.batch_size, jax.ShapeDtypeStruct
+    noise, images, holes = placed(
+        (
+            shape((B, 64, 64, 4), jnp.float32),
+            shape((B, 512, 512, 3), jnp.uint8),
+            shape((B, 512, 512), bool),
+        ),
+        mesh,
+    )
+    return {
+        "encode": lambda: encode.lower(vae, images, holes, noise, noise),
+        "decode": lambda: decode.lower(vae, noise, truncate=False),
+    }
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree, on the mesh's device."""
+    place = replicated(mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+def seconds(kernel: hlo.Kernel, target: str) -> float:
+    """Modelled time of one kernel."""
+    if target in TPU_CLOCK:
+        return kernel.cycles / TPU_CLOCK[target]
+    arithmetic = sum(count / FLOP_RATES.get(unit, SLOW_FLOPS) for unit, count in kernel.flops.items())
+    return max(LAUNCH, (kernel.read + kernel.written) / BANDWIDTH, arithmetic)
+
+
+def grouped(kernels: list[hlo.Kernel], modules: frozenset[str], target: str) -> dict[str, Group]:
+    """Figures by module, "total" first and then from the longest down."""
+    groups: dict[str, Group] = collections.defaultdict(
+        lambda: {"kernels": 0, "gb": 0.0, "gflop": 0.0, "ms": 0.0}
+    )
+    for kernel in kernels:
+        for name in ("total", hlo.module_of(kernel.instruction.scope, modules)):
+            group = groups[name]
+            group["kernels"] += 1
+            group["gb"] += (kernel.read + kernel.written) / 1e9
+            group["gflop"] += sum(kernel.flops.values()) / 1e9
+            group["ms"] += 1e3 * seconds(kernel, target)
+    return dict(sorted(groups.items(), key=lambda item: (item[0] != "total", -item[1]["ms"])))
+
+
+def counted(
+    name: str, lowered: Any, modules: frozenset[str], args: argparse.Namespace
+) -> dict[str, dict[str, Group]]:
+    """Compiles a program and counts what it does at every turn of its loop, and once."""
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    if args.hlo:
+        args.hlo.write_text(text)
+    kernels = hlo.kernels(text)
+    for kernel in sorted(kernels, key=lambda k: -seconds(k, args.target))[: args.largest]:
+        made, moved = kernel.instruction, kernel.read + kernel.written
+        print(
+            f"{1e6 * seconds(kernel, args.target):8.1f} us {moved / 1e6:7.1f} MB "
+            f"{sum(kernel.flops.values()) / 1e9:6.1f} GF {'x' if kernel.in_loop else ' '} {made.op:11s} "
+            f"{hlo.module_of(made.scope, modules):40s} {made.scope[-60:]}"
+        )
+    memory = compiled.memory_analysis().temp_size_in_bytes / 1e9
+    units = collections.Counter()
+    for kernel in kernels:
+        units.update(kernel.flops)
+    print(
+        f"{name}: temporaries {memory:.2f} GB, GFLOP " + str({u: round(n / 1e9, 1) for u, n in units.items()})
+    )
+    parts = {
+        f"{name}, each step": [k for k in kernels if k.in_loop],
+        f"{name}, once": [k for k in kernels if not k.in_loop],
+    }
+    return {part: grouped(list_, modules, args.target) for part, list_ in parts.items() if list_}
+
+
+def show(title: str, groups: dict[str, Group], before: dict[str, Group]) -> None:
+    """A table, each figure with the committed one behind it where they differ."""
+    print(f"\n{title}\n\n| module | kernels | GB | GFLOP | ms |\n|---|---|---|---|---|")
+    for name, group in groups.items():
+        cells = []
+        for key, digits in (("kernels", 0), ("gb", 3), ("gflop", 1), ("ms", 3)):
+            now = f"{group[key]:.{digits}f}"
+            then = f"{before.get(name, {}).get(key, 0):.{digits}f}"
+            cells.append(now if now == then or not before else f"{now} (was {then})")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def main() -> int:
+    args = parse()
+    args.dtype = args.dtype or HALF[args.target]
+    mesh = Mesh(np.array([device_for(args.target)]), ("data",))
+    results: dict[str, dict[str, Group]] = {}
+    if args.vae:
+        for name, lower in vae_programs(args, mesh).items():
+            results |= counted(name, lower(), frozenset(), args)
+    else:
+        lower, classes = loop_program(args, mesh)
+        with named_modules(classes) as modules:
+            results |= counted("denoising", lower(), modules, args)
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    dtypes = args.dtype if args.stream_dtype in (None, args.dtype) else f"{args.dtype}+{args.stream_dtype}"
+    for part, groups in results.items():
+        key = f"{args.target}, {args.batch_size} images, {dtypes}: {part}"
+        show(key, groups, committed.get(key, {}))
+        committed[key] = {n: {k: round(v, 4) for k, v in g.items()} for n, g in groups.items()}
+    if args.save:
+        TABLE.write_text(json.dumps(dict(sorted(committed.items())), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

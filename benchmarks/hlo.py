@@ -1,0 +1,265 @@
+"""Reads a compiled program: its kernels, the bytes each moves, the FLOPs it does and the module it belongs to.
+
+The input is XLA's optimised HLO as text (`jax.stages.Compiled.as_text()`), for CUDA, TPU or CPU. A kernel is an
+instruction of the entry computation, or of a loop's body (counted once), that does something at run time.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
+BITS |= {
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+}
+# Change names or places of values, not values.
+FREE = frozenset(
+    "parameter constant bitcast get-tuple-element tuple after-all partition-id opt-barrier".split()
+)
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ON_CHIP = "S(1)"  # TPU: in vector memory, not in HBM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Array:
+    """One array of a type: dtype, dimensions and layout as written."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        """In the device's main memory."""
+        return 0 if _ON_CHIP in self.layout else math.prod(self.dims) * BITS.get(self.dtype, 0) // 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One line of HLO.
+
+    Attributes:
+        name, op: `%fusion.3`, "fusion".
+        arrays: of its result.
+        operands: names; of a parameter, its number.
+        attributes: the rest of the line.
+        is_root: of its computation.
+    """
+
+    name: str
+    op: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def scope(self) -> str:
+        """Where in the program it was traced, as jax named it."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def called(self, *keys: str) -> str | None:
+        """The computation an attribute names."""
+        found = re.search(rf"(?:{'|'.join(keys)})=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel of a program.
+
+    Attributes:
+        instruction: the line it comes from.
+        read, written: bytes of main memory.
+        flops: of matrix products and convolutions, by how they are multiplied: "f16", "bf16", "tf32", "f32", …
+        cycles: the TPU compiler's estimate, or 0.
+        in_loop: whether it runs at every turn of a loop.
+    """
+
+    instruction: Instruction
+    read: int
+    written: int
+    flops: dict[str, float]
+    cycles: int
+    in_loop: bool
+
+
+def kernels(text: str) -> list[Kernel]:
+    """All kernels of a program, in order."""
+    computations, entry = parse(text)
+    return list(_walk(computations, entry))
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Computations by name, and the entry's name."""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        if line[:1].strip() and line.endswith("{") and "->" in line:
+            found = re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)
+            if found:
+                current = computations.setdefault(found[2], {})
+                entry = found[2] if found[1] else entry
+        elif (found := _INSTRUCTION.match(line)) and (made := _instruction(found)):
+            current[made.name] = made
+    return computations, entry
+
+
+def _instruction(found: re.Match[str]) -> Instruction | None:
+    root, name, rest = found.groups()
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opened = re.match(r"([\w\-]+)\(", rest)
+    if not opened:
+        return None
+    end = _closing(rest, opened.end() - 1)
+    inside = rest[opened.end() : end - 1]
+    op = opened[1]
+    return Instruction(
+        name=name,
+        op=op,
+        arrays=tuple(_arrays(kind)),
+        operands=(inside,) if op == "parameter" else tuple(re.findall(r"%([\w.\-]+)", inside)),
+        attributes=rest[end:],
+        is_root=bool(root),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The place after the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _arrays(kind: str) -> Iterator[Array]:
+    for dtype, dims, layout in _SHAPE.findall(kind):
+        if dtype in BITS:
+            yield Array(dtype=dtype, dims=tuple(int(n) for n in dims.split(",") if n), layout=layout)
+
+
+def _walk(computations: dict[str, Computation], name: str, in_loop: bool = False) -> Iterator[Kernel]:
+    for made in computations[name].values():
+        inner = (
+            made.called("body", "to_apply", "calls") if made.op in ("while", "call", "async-start") else None
+        )
+        if inner in computations:
+            yield from _walk(computations, inner, in_loop or made.op == "while")
+        elif made.op not in FREE and not made.op.endswith("-done"):
+            read, written = _traffic(computations, computations[name], made)
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', made.attributes)
+            yield Kernel(
+                instruction=made,
+                read=read,
+                written=written,
+                flops=dict(_flops(computations, computations[name], made)),
+                # The compiler writes an absurd number where it has no estimate.
+                cycles=int(cycles[1]) if cycles and len(cycles[1]) < 12 else 0,
+                in_loop=in_loop,
+            )
+
+
+def _traffic(computations: dict[str, Computation], inside: Computation, made: Instruction) -> tuple[int, int]:
+    """Bytes read and written, where slices of large arrays count as what they are."""
+    read = [inside[name].nbytes if name in inside else 0 for name in made.operands]
+    if made.op in ("slice", "dynamic-slice", "gather"):
+        return made.nbytes, made.nbytes
+    if made.op == "dynamic-update-slice":
+        return read[1], read[1]
+    body = computations.get(made.called("calls") or "", {}) if made.op == "fusion" else {}
+    touched = _touched(body)
+    read = [min(n, touched.get(i, n)) for i, n in enumerate(read)]
+    root = next((i for i in body.values() if i.is_root), None)
+    if root and root.op == "dynamic-update-slice":
+        return sum(read), body[root.operands[1]].nbytes
+    return sum(read), made.nbytes
+
+
+def _touched(body: Computation) -> dict[int, int]:
+    """Bytes that a fusion reads of each parameter it only slices."""
+    users = collections.defaultdict(list)
+    for made in body.values():
+        for name in made.operands:
+            users[name].append(made)
+    found = {}
+    for parameter in (i for i in body.values() if i.op == "parameter"):
+        names, total = [parameter.name], 0
+        for name in names:
+            for user in users[name]:
+                if user.op == "bitcast":
+                    names.append(user.name)
+                elif user.op in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
+                    total += user.nbytes
+                elif not (user.op == "dynamic-update-slice" and user.operands[0] == name):
+                    total = math.inf
+        if total < math.inf:
+            found[int(parameter.operands[0])] = total
+    return found
+
+
+def _flops(
+    computations: dict[str, Computation], inside: Computation, made: Instruction
+) -> collections.Counter[str]:
+    found: collections.Counter[str] = collections.Counter()
+    if made.op == "fusion":
+        body = computations.get(made.called("calls") or "", {})
+        for part in body.values():
+            found += _flops(computations, body, part)
+    elif made.op == "dot":
+        left = inside[made.operands[0]].arrays[0]
+        summed = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", made.attributes)
+        length = math.prod(left.dims[int(i)] for i in (summed[1] if summed else "").split(",") if i)
+        found[_unit(left.dtype, made)] += 2 * math.prod(made.arrays[0].dims) * length
+    elif made.op == "convolution" or "__cudnn$conv" in made.attributes:
+        kernel = inside[made.operands[1]].arrays[0]
+        out = made.arrays[0].dims
+        # Every element of the kernel meets every position of the result.
+        features = _output_features(made, kernel)
+        found[_unit(kernel.dtype, made)] += 2 * math.prod(out) * math.prod(kernel.dims) / features
+    elif "flops=" in made.scope:  # our own kernels say so in their names
+        unit, count = re.findall(r"flops=(\w+):(\d+)", made.scope)[-1]
+        found[unit] += int(count)
+    return found
+
+
+def _output_features(made: Instruction, kernel: Array) -> int:
+    labels = re.search(r"dim_labels=\w+_(\w+)->", made.attributes)
+    return kernel.dims[labels[1].index("o")] if labels else kernel.dims[-1]
+
+
+def _unit(dtype: str, made: Instruction) -> str:
+    """How accelerators multiply it: fp32 in tensor-float-32 unless more is asked for."""
+    if dtype != "f32":
+        return dtype
+    is_precise = re.search(r"operand_precision=\{(high|highest)|algorithm=dot_f32_f32_f32", made.attributes)
+    return "f32" if is_precise else "tf32"
+
+
+def module_of(scope: str, modules: frozenset[str]) -> str:
+    """The two innermost of these modules in a scope, joined; a scope outside of them all is "other"."""
+    path = [part for part, _ in itertools.groupby(scope.split("/")) if part in modules]
+    return "/".join(path[-2:]) or "other"
