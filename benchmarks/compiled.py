@@ -5,10 +5,10 @@
     python -m benchmarks.compiled --target h200 --vae            # encoder and decoder
     python -m benchmarks.compiled --target h200 --save           # make this the table to compare with
 
-NVIDIA's and Google's compilers run on a plain x86 Linux machine. The program is compiled for a described device and
-its optimised form is read. Times are a model, not a measurement: on an H200 each kernel takes max(2 us, bytes /
-4.3 TB/s, FLOPs / 60 % of peak), on TPUs the compiler's own estimate of cycles. On an H200 the model was 2 to 4
-times faster than what was measured, so it ranks changes and is no speed.
+NVIDIA's and Google's compilers run on a plain x86 Linux machine. The program is compiled for a described
+device and its optimised form is read. Times are a model, not a measurement: on an H200 each kernel takes
+max(2 us, bytes / 4.3 TB/s, FLOPs / 60 % of peak), on TPUs what the compiler estimates. On an H200 the
+model was 2 to 4 times faster than what was measured, so it ranks changes and is no speed.
 
 Needs an environment with `jax[cuda12]` (h200) or `libtpu` (v5e, v6e): see benchmarks/README.md.
 """

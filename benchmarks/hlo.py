@@ -1,7 +1,7 @@
-"""Reads a compiled program: its kernels, the bytes each moves, the FLOPs it does and the module it belongs to.
+"""Reads a compiled program: its kernels, and each one's bytes, FLOPs and module.
 
-The input is XLA's optimised HLO as text (`jax.stages.Compiled.as_text()`), for CUDA, TPU or CPU. A kernel is an
-instruction of the entry computation, or of a loop's body (counted once), that does something at run time.
+The input is XLA's optimised HLO as text (`jax.stages.Compiled.as_text()`), for CUDA, TPU or CPU. A kernel is
+an instruction of the entry computation, or of a loop's body (counted once), that does something at run time.
 """
 
 import collections
@@ -25,7 +25,16 @@ BITS |= {
 }
 # Change names or places of values, not values.
 FREE = frozenset(
-    "parameter constant bitcast get-tuple-element tuple after-all partition-id opt-barrier".split()
+    [
+        "parameter",
+        "constant",
+        "bitcast",
+        "get-tuple-element",
+        "tuple",
+        "after-all",
+        "partition-id",
+        "opt-barrier",
+    ]
 )
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -91,7 +100,7 @@ class Kernel:
     Attributes:
         instruction: the line it comes from.
         read, written: bytes of main memory.
-        flops: of matrix products and convolutions, by how they are multiplied: "f16", "bf16", "tf32", "f32", …
+        flops: of products and convolutions, by how they are multiplied: "f16", "bf16", "tf32", "f32", …
         cycles: the TPU compiler's estimate, or 0.
         in_loop: whether it runs at every turn of a loop.
     """

@@ -9,12 +9,13 @@ from flax import nnx
 
 from moebius_jax import UserError
 from moebius_jax.diffusion.denoise import (
+    branch_categories,
     denoise,
     guided_noise,
     inpaint_latents,
     single_step,
     start_latents,
-    unet_predict,
+    unet_network,
 )
 from moebius_jax.diffusion.draws import draw_noise, sample_keys
 from moebius_jax.diffusion.solvers import solver_steps
@@ -75,16 +76,16 @@ def test_scan_is_the_steps(run, student_mini):
 
     @jax.jit
     def loop(params, latents):
-        predict = unet_predict(graphdef, params)
-        return denoise(predict, latents, conditions.mask, conditions.masked_latents, steps, jnp.float32(2.0))
+        network = unet_network(nnx.merge(graphdef, params))
+        return denoise(network, latents, conditions.mask, conditions.masked_latents, steps, jnp.float32(2.0))
 
     assert synth.relative_error(loop(params, latents), synth.nhwc(vectors["latents"][-1])) < 1e-4
 
 
-def toy_predict(calls):
+def toy_predict(categories, calls):
     """A network whose noise depends on everything it is given; notes the batch it was called with."""
 
-    def predict(inputs, _, categories):
+    def predict(inputs):
         calls.append(inputs.shape[0])
         return (
             jnp.tanh(inputs[..., :4] + inputs[..., 5:]) * inputs[..., 4:5]
@@ -98,9 +99,8 @@ class TestGuidance:
     def noise(self, scale, guided, calls):
         latents, masked = (jnp.asarray(synth.inputs(n, (3, 8, 8, 4))) for n in ("a", "b"))
         mask = jnp.ones((3, 8, 8, 1))
-        return guided_noise(
-            toy_predict(calls), latents, mask, masked, jnp.int32(5), jnp.float32(scale), guided=guided
-        )
+        predict = toy_predict(branch_categories(3, guided=guided), calls)
+        return guided_noise(predict, latents, mask, masked, jnp.float32(scale), guided=guided)
 
     def test_formula(self):
         calls = []

@@ -69,11 +69,10 @@ def test_dpmpp_is_diffusers(count):
 def exact_noise(spread):
     """The noise a perfect network predicts when the data are N(0, spread²)."""
 
-    def predict(model_input, timesteps, _):
-        ᾱ = jnp.asarray(alphas_cumprod(), jnp.float32)[timesteps][:, None, None, None]
+    def predict(model_input, ᾱ):
         return model_input[..., :4] * jnp.sqrt(1 - ᾱ) / (ᾱ * spread**2 + 1 - ᾱ)
 
-    return predict
+    return lambda timesteps, _: (jnp.asarray(alphas_cumprod(), jnp.float32)[timesteps], predict)
 
 
 def solution_error(solver, count):

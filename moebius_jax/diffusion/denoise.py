@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,14 @@ from moebius_jax.models import UNet
 Latents = Float[Array, "B h w c"]
 Mask = Float[Array, "B h w 1"]
 Inputs = Float[Array, "N h w d"]  # d = 2c + 1
-# Noise in the network's input at these timesteps, of these categories (0 background, 1 foreground).
-Predict = Callable[[Inputs, Int[Array, " N"], Int[Array, " N"]], Float[Array, "N h w c"]]
+# Noise in the network's input.
+Predict = Callable[[Inputs], Float[Array, "N h w c"]]
+# A network for a run: given the timesteps of its S steps and the N items' categories (0 background, 1
+# foreground), what changes from step to step (a pytree with a first axis of S), and the noise in an input at
+# the step whose part of that is given. What depends on neither input nor step is worked out once.
+Network = Callable[
+    [Int[Array, " S"], Int[Array, " N"]], tuple[Any, Callable[[Inputs, Any], Float[Array, "N h w c"]]]
+]
 
 CONDITIONAL, UNCONDITIONAL = 0, 1  # guidance: repaint as background, away from foreground
 
@@ -32,28 +39,32 @@ def start_latents(image_latents: Latents, noise: Latents, steps: SolverSteps) ->
     return steps.start_alpha * image_latents + steps.start_sigma * noise
 
 
+def branch_categories(batch: int, *, guided: bool) -> Int[Array, " N"]:
+    """Categories of the network's batch.
+
+    The two branches of an image lie next to each other in one batch of 2B, so a batch that is sharded over
+    devices stays where it is.
+    """
+    return jnp.tile(jnp.array([UNCONDITIONAL, CONDITIONAL] if guided else [CONDITIONAL]), batch)
+
+
 def guided_noise(
     predict: Predict,
     latents: Latents,
     mask: Mask,
     masked_latents: Latents,
-    timestep: Int[Array, ""],
     guidance_scale: Float[Array, ""],
     *,
     guided: bool,
 ) -> Latents:
     """ε_uncond + s·(ε_cond - ε_uncond); without guidance one pass gives ε_cond.
 
-    The two branches of an image lie next to each other in one batch of 2B, so a batch that is sharded over
-    devices stays where it is.
+    `predict` is called with a batch of `branch_categories`.
     """
     inputs = network_input(latents, mask, masked_latents)
-    branches = jnp.array([UNCONDITIONAL, CONDITIONAL] if guided else [CONDITIONAL])
-    n, B = len(branches), len(latents)
+    B, n = len(latents), 2 if guided else 1
     repeated = jnp.broadcast_to(inputs[:, None], (B, n, *inputs.shape[1:]))
-    noise = predict(
-        repeated.reshape(B * n, *inputs.shape[1:]), jnp.full(B * n, timestep), jnp.tile(branches, B)
-    ).reshape(B, n, *latents.shape[1:])
+    noise = predict(repeated.reshape(B * n, *inputs.shape[1:])).reshape(B, n, *latents.shape[1:])
     if not guided:
         return noise[:, 0]
     return noise[:, 0] + guidance_scale * (noise[:, 1] - noise[:, 0])
@@ -69,7 +80,7 @@ def solver_step(
 
 
 def denoise(
-    predict: Predict,
+    network: Network,
     latents: Latents,
     mask: Mask,
     masked_latents: Latents,
@@ -81,7 +92,7 @@ def denoise(
     """Runs all steps as one `lax.scan`.
 
     Args:
-        predict: the network.
+        network: see `Network`.
         latents: where to start, see `start_latents`.
         mask: 1 = hole.
         masked_latents: scaled latents of the image with its hole grey.
@@ -89,27 +100,35 @@ def denoise(
         guidance_scale: traced; a new value compiles nothing.
         guided: False leaves the unconditional pass out, for a guidance scale of exactly 1.
     """
+    rows, predict = network(steps.timesteps, branch_categories(len(latents), guided=guided))
 
-    def body(carry: tuple[Latents, Latents], step: SolverSteps) -> tuple[tuple[Latents, Latents], None]:
-        latents, before = carry
+    def body(
+        carry: tuple[Latents, Latents], turn: tuple[SolverSteps, Any]
+    ) -> tuple[tuple[Latents, Latents], None]:
+        (latents, before), (step, row) = carry, turn
         noise = guided_noise(
-            predict, latents, mask, masked_latents, step.timesteps, guidance_scale, guided=guided
+            lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale, guided=guided
         )
         return solver_step(latents, noise, before, step), None
 
-    (latents, _), _ = lax.scan(body, (latents, jnp.zeros_like(latents)), steps.repeated())
+    (latents, _), _ = lax.scan(body, (latents, jnp.zeros_like(latents)), (steps.repeated(), rows))
     return latents
 
 
-def unet_predict(graphdef: nnx.GraphDef, params: nnx.State) -> Predict:
-    """`Predict` of a split U-Net."""
-    return network_predict(nnx.merge(graphdef, params))
+def unet_network(unet: UNet) -> Network:
+    """A U-Net as a `Network`."""
 
+    def network(timesteps: Array, categories: Array) -> tuple[Any, Callable[[Inputs, Any], Array]]:
+        ids = jnp.asarray(unet.config.category_ids)[categories]
+        halves = unet.conditions(timesteps, ids)
 
-def network_predict(unet: UNet) -> Predict:
-    """`Predict` of a U-Net."""
-    ids = jnp.asarray(unet.config.category_ids)
-    return lambda inputs, timesteps, categories: unet(inputs, timesteps, ids[categories]).sample
+        def predict(inputs: Inputs, shifts: list[Array]) -> Array:
+            now = [half.replace(shifts=row[None]) for half, row in zip(halves, shifts, strict=True)]
+            return unet.predict(inputs, now).sample
+
+        return [half.shifts for half in halves], predict
+
+    return network
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "guided"))
@@ -140,7 +159,7 @@ def inpaint_latents(
     """
     noise = draw_noise(keys, image_latents.shape[1:], noise_offset)
     return denoise(
-        unet_predict(graphdef, params),
+        unet_network(nnx.merge(graphdef, params)),
         start_latents(image_latents, noise, steps),
         mask,
         masked_latents,
@@ -164,13 +183,10 @@ def single_step(
     guided: bool,
 ) -> tuple[Latents, Latents]:
     """One step of the loop by itself, for callers that look at or change latents between steps."""
+    network = unet_network(nnx.merge(graphdef, params))
+    rows, predict = network(step.timesteps[None], branch_categories(len(latents), guided=guided))
+    row = jax.tree.map(lambda leaf: leaf[0], rows)
     noise = guided_noise(
-        unet_predict(graphdef, params),
-        latents,
-        mask,
-        masked_latents,
-        step.timesteps,
-        guidance_scale,
-        guided=guided,
+        lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale, guided=guided
     )
     return solver_step(latents, noise, before, step)

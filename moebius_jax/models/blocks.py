@@ -1,6 +1,6 @@
 """What the U-Net's levels are built from: residual block, transformer, down- and upsampling."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,23 @@ class ResidualBlock(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Map, time: Float[Array, "B D"]) -> Map:
+    def __call__(self, x: Map, shift: Float[Array, "B C"]) -> Map:
+        """`shift` comes from `shift()`; of length 1 it is that of all items."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        y = y + shift[:, None, None, :]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
+    def shift(self, time: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        """What the timestep adds between the convolutions."""
+        return self.time_emb_proj(jax.nn.silu(time))
+
 
 class TransformerBlock(nnx.Module):
-    """x += self(LN x); x += cross(LN x, context); x += ff(LN x). The switches choose the three."""
+    """x += self(LN x); x += cross(LN x, context); x += ff(LN x). The switches choose the three.
+
+    `context` is what the cross mixer's `prepare` made of the context tokens.
+    """
 
     RELEASED: ClassVar[Table] = {"self_mixer": "attn1", "cross_mixer": "attn2", "feed_forward": "ff"}
 
@@ -73,7 +81,7 @@ class TransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(channels, **common)
         self.feed_forward = FEED_FORWARDS[config.feed_forward](sizes, **common)
 
-    def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+    def __call__(self, x: Map, context: Any) -> Map:
         x = x + self.self_mixer(self.norm1(x))
         x = x + self.cross_mixer(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
@@ -100,19 +108,23 @@ class Transformer(nnx.Module):
         self.proj_out = PointwiseConv(channels, channels, use_bias=True, thin=True, **common)
         self.remat = config.remat
 
-    def __call__(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+    def __call__(self, x: Map, context: Any) -> Map:
         call = nnx.remat(Transformer._apply) if self.remat else Transformer._apply
         return call(self, x, context)
 
-    def hidden(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+    def prepare(self, context: Float[Array, "B L D"]) -> Any:
+        """What a call takes of the context tokens."""
+        return self.block.cross_mixer.prepare(context)
+
+    def hidden(self, x: Map, context: Any) -> Map:
         """What `proj_out` multiplies: a call is x + proj_out(hidden(x, context))."""
         call = nnx.remat(Transformer._hidden) if self.remat else Transformer._hidden
         return call(self, x, context)
 
-    def _hidden(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+    def _hidden(self, x: Map, context: Any) -> Map:
         return self.block(self.proj_in(self.norm(x)), context)
 
-    def _apply(self, x: Map, context: Float[Array, "B L D"]) -> Map:
+    def _apply(self, x: Map, context: Any) -> Map:
         return x + self.proj_out(self._hidden(x, context))
 
 

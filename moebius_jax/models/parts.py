@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from flax import nnx
+from jaxtyping import Array, Float
 
 from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
@@ -58,7 +59,8 @@ class Part(nnx.Module):
     """A mixer or a feed-forward layer, built as `Part(sizes, precision=…, rngs=…)`.
 
     A self mixer and a feed-forward layer are called with the map [B, H, W, C], a cross mixer with the map and
-    the context [B, L, D]; they return a map of the same shape. To add one: docs/extending.md.
+    what its `prepare` made of the context; they return a map of the same shape. To add one:
+    docs/extending.md.
 
     Attributes:
         RELEASED: how the release calls and lays out what is in it.
@@ -69,6 +71,10 @@ class Part(nnx.Module):
     RELEASED: ClassVar[Table] = {}
     FOLDS: ClassVar[dict[str, str]] = {}
     LANDMARK: ClassVar[str]
+
+    def prepare(self, context: Float[Array, "B L D"]) -> Any:
+        """Of a cross mixer: what it needs of the context tokens, worked out once for all calls with them."""
+        return context
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The latent U-Net: teacher, student and every ablation, told apart by a `UNetConfig`."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Shaped
@@ -41,13 +43,34 @@ class Halfway:
     Attributes:
         x: the last down level's output, also the last skip connection.
         skips: the other skip connections, oldest first.
-        time, context: embeddings both halves use.
+        embeddings: of the call's timesteps and category tokens.
     """
 
     x: Map
     skips: tuple[Map, ...]
+    embeddings: "Embeddings"
+
+
+@struct.dataclass
+class Embeddings:
+    """Of timesteps and of category tokens."""
+
     time: Float[Array, "B D"]
     context: Float[Array, "B L D"]
+
+
+@struct.dataclass
+class Conditions:
+    """What the blocks of one half take beside the map. It does not depend on the latents.
+
+    Attributes:
+        shifts: of all residual blocks, one after the other on the last axis; of length 1 on the first they
+            are those of all items.
+        contexts: what each transformer's cross mixer made of the context.
+    """
+
+    shifts: Float[Array, "B S"]
+    contexts: tuple[Any, ...]
 
 
 @struct.dataclass
@@ -89,10 +112,10 @@ class Level(nnx.Module):
         self.attentions = nnx.List(transformers)
         self.resample = None if is_last else self.RESAMPLE(widths[-1][1], **common)
 
-    def unit(self, index: int, x: Map, time: Array, context: Array) -> Map:
+    def unit(self, index: int, x: Map, conditions: "_HandedOut") -> Map:
         """Residual block `index` and its transformer."""
-        x = self.resnets[index](x, time)
-        return self.attentions[index](x, context) if self.attentions else x
+        x = self.resnets[index](x, next(conditions.shifts))
+        return self.attentions[index](x, next(conditions.contexts)) if self.attentions else x
 
 
 class DownLevel(Level):
@@ -125,9 +148,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(channels, channels, config, **common) for _ in range(2)])
         self.attentions = nnx.List([Transformer(channels, map_size, config, **common)])
 
-    def __call__(self, x: Map, time: Array, context: Array) -> Map:
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+    def __call__(self, x: Map, conditions: "_HandedOut") -> Map:
+        x = self.attentions[0](self.resnets[0](x, next(conditions.shifts)), next(conditions.contexts))
+        return self.resnets[1](x, next(conditions.shifts))
 
 
 class Embedding(nnx.Embed):
@@ -232,8 +255,23 @@ class UNet(nnx.Module):
         Raises:
             ValueError: the map cannot be halved once per level, or Interactive-λ was trained at another size.
         """
-        halfway, taps = self.down(latents, timesteps, input_ids)
-        x, features = self.up(halfway)
+        return self.predict(latents, self.conditions(timesteps, input_ids))
+
+    def conditions(
+        self, timesteps: Shaped[Array, " T"], input_ids: Int[Array, "B L"]
+    ) -> tuple[Conditions, Conditions]:
+        """What both halves take of the timesteps and categories, for `predict`.
+
+        A sampler works it out once, for all T of its timesteps, and hands over a row of shifts at each step.
+        """
+        embeddings = self._embeddings(timesteps, input_ids)
+        return _conditions(self._lower, embeddings), _conditions(self._upper, embeddings)
+
+    def predict(self, latents: Float[Array, "B H W c"], conditions: Sequence[Conditions]) -> UNetOutput:
+        """A call whose `conditions` are there already."""
+        lower, upper = conditions
+        x, skips, taps = self._down(latents, lower)
+        x, features = self._up(x, skips, upper)
         return UNetOutput(sample=self.head(x), features=(*taps.features, *features))
 
     def down(
@@ -243,37 +281,59 @@ class UNet(nnx.Module):
         input_ids: Int[Array, "B L"],
     ) -> tuple[Halfway, DownTaps]:
         """Everything up to the bottleneck; arguments as for a call."""
-        _check_map(latents.shape, self.config)
-        time = self.time_embedding(timesteps)
+        embeddings = self._embeddings(timesteps, input_ids)
+        x, skips, taps = self._down(latents, _conditions(self._lower, embeddings))
+        return Halfway(x=x, skips=skips, embeddings=embeddings), taps
+
+    def up(self, halfway: Halfway) -> tuple[Map, tuple[Map, ...]]:
+        """From the bottleneck to the last map before the head; with the mid block's and levels' outputs."""
+        return self._up(halfway.x, halfway.skips, _conditions(self._upper, halfway.embeddings))
+
+    @property
+    def _lower(self) -> list[Level]:
+        return list(self.down_blocks)
+
+    @property
+    def _upper(self) -> list[Level | MidBlock]:
+        return [*([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
+
+    def _embeddings(self, timesteps: Shaped[Array, " T"], input_ids: Int[Array, "B L"]) -> Embeddings:
         context = self.encoder_hid_proj(self.embedding(input_ids))
+        return Embeddings(time=self.time_embedding(timesteps), context=context)
+
+    def _down(
+        self, latents: Float[Array, "B H W c"], conditions: Conditions
+    ) -> tuple[Map, tuple[Map, ...], DownTaps]:
+        _check_map(latents.shape, self.config)
+        handed = _HandedOut(conditions, self._lower)
         x = self.conv_in(latents.astype(self.precision.stream_dtype))
         skips, features, hidden = [x], [], None
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
                 if level is self.down_blocks[-1] and level.attentions and i == len(level.resnets) - 1:
-                    x = level.resnets[i](x, time)
-                    hidden = level.attentions[i].hidden(x, context)
+                    x = level.resnets[i](x, next(handed.shifts))
+                    hidden = level.attentions[i].hidden(x, next(handed.contexts))
                     x = x + level.attentions[i].proj_out(hidden)
                 else:
-                    x = level.unit(i, x, time, context)
+                    x = level.unit(i, x, handed)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
             features.append(x)
-        halfway = Halfway(x=x, skips=tuple(skips[:-1]), time=time, context=context)
-        return halfway, DownTaps(features=tuple(features), bottleneck_input=hidden)
+        return x, tuple(skips[:-1]), DownTaps(features=tuple(features), bottleneck_input=hidden)
 
-    def up(self, halfway: Halfway) -> tuple[Map, tuple[Map, ...]]:
-        """From the bottleneck to the last map before the head; with the mid block's and levels' outputs."""
-        x, time, context = halfway.x, halfway.time, halfway.context
-        skips, features = [*halfway.skips, x], []
+    def _up(
+        self, x: Map, older_skips: tuple[Map, ...], conditions: Conditions
+    ) -> tuple[Map, tuple[Map, ...]]:
+        handed = _HandedOut(conditions, self._upper)
+        skips, features = [*older_skips, x], []
         if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
+            x = self.mid_block(x, handed)
             features.append(x)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.unit(i, jnp.concatenate([x, skips.pop()], axis=-1), time, context)
+                x = level.unit(i, jnp.concatenate([x, skips.pop()], axis=-1), handed)
             if level.resample is not None:
                 x = level.resample(x)
             features.append(x)
@@ -282,6 +342,22 @@ class UNet(nnx.Module):
     def head(self, x: Map) -> Float[Array, "B H W 4"]:
         """The predicted noise, fp32, of the last map."""
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+
+
+class _HandedOut:
+    """The conditions of one half, each taken when its block's turn comes."""
+
+    def __init__(self, conditions: Conditions, levels: list[Level | MidBlock]) -> None:
+        ends = np.cumsum([block.time_emb_proj.out_features for level in levels for block in level.resnets])
+        self.shifts = iter(jnp.split(conditions.shifts, ends[:-1], axis=-1))
+        self.contexts = iter(conditions.contexts)
+
+
+def _conditions(levels: list[Level | MidBlock], embeddings: Embeddings) -> Conditions:
+    """For these levels, in the order their blocks run."""
+    shifts = [block.shift(embeddings.time) for level in levels for block in level.resnets]
+    contexts = [block.prepare(embeddings.context) for level in levels for block in level.attentions]
+    return Conditions(shifts=jnp.concatenate(shifts, axis=-1), contexts=tuple(contexts))
 
 
 def _level_widths(config: UNetConfig) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:

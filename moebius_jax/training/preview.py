@@ -11,7 +11,7 @@ from PIL import Image
 
 from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch, PixelSample
-from moebius_jax.diffusion.denoise import denoise, network_predict, start_latents
+from moebius_jax.diffusion.denoise import denoise, start_latents, unet_network
 from moebius_jax.diffusion.draws import draw_noise, sample_keys
 from moebius_jax.diffusion.solvers import SolverSteps, solver_steps
 from moebius_jax.errors import UserError
@@ -100,7 +100,7 @@ def _inpaint(
     keys = sample_keys(jnp.stack([jnp.zeros_like(batch.index), batch.index], -1).astype(jnp.uint32))
     noise = draw_noise(keys, latents.shape[1:], noise_offset)
     return denoise(
-        network_predict(unet),
+        unet_network(unet),
         start_latents(latents, noise, steps),
         samples.hole.astype(jnp.float32)[..., None],
         _means(samples.masked_moments),

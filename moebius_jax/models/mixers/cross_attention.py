@@ -12,6 +12,8 @@ from moebius_jax.models.parts import BlockSizes, Part
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
 
+Tokens = tuple[Float[Array, "B L h d"], Float[Array, "B L h d"]]
+
 
 class CrossAttention(Part):
     """Multi-head attention, scale (C/h)^-½; only the output projection has a bias."""
@@ -28,13 +30,19 @@ class CrossAttention(Part):
         self.num_heads = sizes.num_heads
         self.dtype = precision.dtype
 
-    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+    def prepare(self, context: Float[Array, "B L D"]) -> Tokens:
+        """Keys and values."""
+        key, val = (
+            y.astype(self.dtype).reshape(*y.shape[:2], self.num_heads, -1)
+            for y in (self.to_k(context), self.to_v(context))
+        )
+        return key, val
+
+    def __call__(self, x: Float[Array, "B H W C"], tokens: Tokens) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         h, depth = self.num_heads, C // self.num_heads
-        q, key, val = (
-            y.astype(self.dtype).reshape(B, -1, h, depth)
-            for y in (self.to_q(x) * depth**-0.5, self.to_k(context), self.to_v(context))
-        )
+        key, val = tokens
+        q = (self.to_q(x) * depth**-0.5).astype(self.dtype).reshape(B, -1, h, depth)
         logits = jnp.einsum("bnhd,blhd->bhnl", q, key).astype(jnp.float32)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         return self.to_out(jnp.einsum("bhnl,blhd->bnhd", weights, val).reshape(B, H, W, C))

@@ -15,6 +15,8 @@ from moebius_jax.models.parts import BlockSizes, Part
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Layout, Released, Shapes, Table
 
+Tokens = tuple[Float[Array, "B L k"], Float[Array, "B L v"]]
+
 POSITION_TABLE = Layout(ones=(3,))  # [N, L, k] ↔ [N, L, k, u=1]
 
 
@@ -45,20 +47,27 @@ class InteractiveLambda(Part):
         self.num_heads = sizes.num_heads
         self.dtype, self.precision = precision.operands(thin=True)
 
-    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+    def prepare(self, context: Float[Array, "B L D"]) -> Tokens:
+        """Keys, normalised over the tokens, and values."""
+        key, val = self.to_k(context), self.to_v(context)
+        if self.norm_v is not None:
+            val = self.norm_v(val)
+        return jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype), val
+
+    def __call__(self, x: Float[Array, "B H W C"], tokens: Tokens) -> Float[Array, "B H W C"]:
         """Raises ValueError when the map or the context is not of the trained size."""
         B, H, W, C = x.shape
-        L = context.shape[1]
+        key, val = tokens
+        L = key.shape[1]
         if self.position_table.shape[:2] != (H * W, L):
             raise ValueError(
                 f"a {H} x {W} map with {L} context tokens: the position table was trained for "
                 f"{self.position_table.shape[0]} positions and {self.position_table.shape[1]} tokens"
             )
-        q, key, val = self.to_q(x), self.to_k(context), self.to_v(context)
+        q = self.to_q(x)
         if self.norm_q is not None:
-            q, val = self.norm_q(q), self.norm_v(val)
+            q = self.norm_q(q)
         q = q.reshape(B, H * W, self.num_heads, -1)
-        key = jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype)
         table = self.position_table[...].astype(self.dtype)
         einsum = functools.partial(jnp.einsum, precision=self.precision)
         scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
