@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
+from moebius_jax.models.forms import position_order
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
-from moebius_jax.models.mixers.position_term import choose_order, position_term
+from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
 
 LEVELS = ((64, 40), (32, 80), (16, 160))  # side of the map, depth k = v, of the released levels
@@ -49,7 +50,7 @@ def main() -> int:
         kernel, bias = draw(2, WINDOW, WINDOW, v)[0] / WINDOW, draw(3, v)[0]
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
-        return f"**{found}**" if choose_order(side) == name else found
+        return f"**{found}**" if position_order(side, None) == name else found
 
     titles = [f"{side}², k={v}, ms" for side, v in LEVELS]
     rows = ({"": name} | {t: cell(name, *level) for t, level in zip(titles, LEVELS, strict=True)}

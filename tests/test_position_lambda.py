@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import synth
 
-from moebius_jax.models.mixers.position_term import choose_order, position_term
+from moebius_jax.models.forms import position_order
+from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
 
 ORDERS = [order for order in get_args(PositionOrder) if order != "auto"]
@@ -54,8 +55,8 @@ def test_gradients_agree(order):
 
 
 def test_auto_chooses_by_size_and_platform():
-    assert choose_order(64, "gpu") == "toeplitz"
-    assert choose_order(32, "gpu") == "banded"
-    assert choose_order(32, "tpu") == "toeplitz"
-    assert choose_order(16, "tpu") == "banded"
-    assert choose_order(64) == choose_order(64, jax.default_backend())
+    assert position_order(64, "gpu") == "toeplitz"
+    assert position_order(32, "gpu") == "banded"
+    assert position_order(32, "tpu") == "toeplitz"
+    assert position_order(16, "tpu") == "banded"
+    assert position_order(64, None) == position_order(64, jax.default_backend())

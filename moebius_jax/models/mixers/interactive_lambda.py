@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moebius_jax.models.forms import sums_over_depth
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part
@@ -45,6 +46,7 @@ class InteractiveLambda(Part):
         self.norm_v = BatchNorm(depth, precision=precision)
         self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
         self.num_heads = sizes.num_heads
+        self.platform = sizes.platform
         self.dtype, self.precision = precision.operands(thin=True)
 
     def prepare(self, context: Float[Array, "B L D"]) -> Tokens:
@@ -70,7 +72,12 @@ class InteractiveLambda(Part):
         q = q.reshape(B, H * W, self.num_heads, -1)
         table = self.position_table[...].astype(self.dtype)
         einsum = functools.partial(jnp.einsum, precision=self.precision)
-        scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
+        if sums_over_depth(self.platform):
+            wide_q, wide_key, wide_table = (a.astype(jnp.float32) for a in (q, key, table))
+            keys = (wide_key[:, None] + wide_table)[:, :, None]  # [B, N, 1, L, k]
+            scores = jnp.sum(wide_q[..., None, :] * keys, axis=-1).astype(self.dtype)
+        else:
+            scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
         return einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
 
     @classmethod

@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from moebius_jax.models.forms import position_order
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.linear import PointwiseConv
-from moebius_jax.models.mixers.position_term import choose_order, position_term
+from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part
 from moebius_jax.models.precision import Precision
@@ -66,7 +67,7 @@ class LocalLambda(Part):
         key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2))
         kernel, bias = self.position.kernel[...], self.position.bias[...]
         q, key, val, kernel, bias = (a.astype(self.dtype) for a in (q, key, val, kernel, bias))
-        order = choose_order(W, self.platform) if self.order == "auto" else self.order
+        order = position_order(W, self.platform) if self.order == "auto" else self.order
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
         y = content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
         return y.reshape(B, H, W, C)

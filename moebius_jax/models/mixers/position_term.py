@@ -17,7 +17,6 @@ measured too and did not pay (benchmarks/RESULTS.md).
 Maps are [B, H, W, ...]; N = H·W, n = (y, x).
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -40,7 +39,7 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
         val: values [B, H, W, v], one for all heads.
         kernel: window weights w [p, p, k], first axis rows; cross-correlation, p odd.
         bias: b [k].
-        order: one of the names in the module's docstring (not "auto": see `choose_order`).
+        order: one of the names in the module's docstring (not "auto": see `forms.position_order`).
 
     Returns:
         [B, H, W, h, v] in the dtype of `q`.
@@ -50,20 +49,6 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
         return _banded(q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
     lambdas = {"conv3d": conv3d, "toeplitz": _toeplitz}[order](val, kernel)
     return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas + bias)
-
-
-def choose_order(width: int, platform: str | None = None) -> PositionOrder:
-    """The order "auto" stands for.
-
-    Args:
-        width: of the map, in positions.
-        platform: "cpu", "gpu" or "tpu"; None is the running one.
-    """
-    platform = platform or jax.default_backend()
-    # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
-    # positions a side (benchmarks/RESULTS.md). On TPUs memory traffic decides, and by the compiler's
-    # count they cross between 16 and 32.
-    return "toeplitz" if width > (16 if platform == "tpu" else 32) else "banded"
 
 
 def conv3d(val: Value, kernel: Kernel) -> Lambdas:
