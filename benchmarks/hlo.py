@@ -249,10 +249,27 @@ def _flops(
         # Every element of the kernel meets every position of the result.
         features = _output_features(made, kernel)
         found[_unit(kernel.dtype, made)] += 2 * math.prod(out) * math.prod(kernel.dims) / features
-    elif "flops=" in made.scope:  # our own kernels say so in their names
-        unit, count = re.findall(r"flops=(\w+):(\d+)", made.scope)[-1]
-        found[unit] += int(count)
+    elif made.op == "custom-call" and made.scope.endswith("/pallas_call"):
+        operands = [inside[name].arrays[0] for name in made.operands]
+        count = OWN_KERNELS.get(made.scope.split("/")[-2], lambda _: 0)(operands)
+        found[operands[0].dtype] += count
     return found
+
+
+def _local_lambda_flops(operands: list[Array]) -> int:
+    """Of `moebius_jax.models.kernels.local_lambda`'s products, padding included."""
+    on_window, q, val, _ = (array.dims for array in operands)
+    B, H, W, h, p, _ = on_window
+    tiles = B * H * -(-W // 16) * -(-val[-1] // 64)
+    return tiles * 2 * (16 * h) * 64 * (32 * p + 32 * -(-q[-1] // 32))
+
+
+def _product_flops(operands: list[Array]) -> int:
+    rows, kernel, *_ = (array.dims for array in operands)
+    return 2 * rows[0] * math.prod(kernel)
+
+
+OWN_KERNELS = {"local_lambda": _local_lambda_flops, "product": _product_flops}
 
 
 def _output_features(made: Instruction, kernel: Array) -> int:

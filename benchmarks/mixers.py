@@ -50,7 +50,7 @@ def main() -> int:
         kernel, bias = draw(2, WINDOW, WINDOW, v)[0] / WINDOW, draw(3, v)[0]
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
-        return f"**{found}**" if position_order(side, None) == name else found
+        return f"**{found}**" if position_order(side, 8, jnp.float32, None) == name else found
 
     titles = [f"{side}², k={v}, ms" for side, v in LEVELS]
     rows = ({"": name} | {t: cell(name, *level) for t, level in zip(titles, LEVELS, strict=True)}

@@ -50,8 +50,11 @@ TINY_UNET = UNetConfig.student(
 TINY_VAE = VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1)
 
 
-def network_from_synth(name: str, **options) -> UNet:
-    """The network of a manifest with its synthetic weights, in evaluation mode."""
+def network_from_synth(name: str, *, execution: dict | None = None, **options) -> UNet:
+    """The network of a manifest with its synthetic weights, in evaluation mode.
+
+    `execution` holds choices of how to compute it, `options` its dtypes.
+    """
     shapes = {key: tuple(shape) for key, shape in synth.manifest(name).items()}
     architecture = detect_architecture(shapes, name)
     draw = synth.metric_tensor if name.startswith("elatentlpips") else synth.tensor
@@ -61,7 +64,7 @@ def network_from_synth(name: str, **options) -> UNet:
     }
     if isinstance(architecture, VAEConfig):
         return VAE(params=nest(tensors), config=architecture)
-    network = abstract_network(architecture, **options)
+    network = abstract_network(architecture.replace(**(execution or {})), **options)
     network = fill(network, {k: jax.numpy.asarray(v) for k, v in tensors.items()})
     network.eval()
     return network

@@ -18,7 +18,10 @@ TOLERANCE = 3e-5
 
 @contextlib.contextmanager
 def recorded(network):
-    """Collects the output of the first call of every submodule, by our dotted path."""
+    """Collects the output of the first call of every submodule, by our dotted path.
+
+    Of a module that is also told what follows it (`then`, `add`), the output without that.
+    """
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(network)}
     outputs = {}
     classes = {type(module) for _, module in nnx.iter_modules(network) if callable(module)}
@@ -27,7 +30,8 @@ def recorded(network):
     def wrap(cls):
         def call(self, *args, **kwargs):
             out = originals[cls](self, *args, **kwargs)
-            outputs.setdefault(paths.get(id(self)), out)
+            followed = kwargs.keys() & {"then", "add"}
+            outputs.setdefault(paths.get(id(self)), originals[cls](self, *args) if followed else out)
             return out
 
         return call

@@ -12,7 +12,7 @@ from moebius_jax.models.forms import position_order
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
 
-ORDERS = [order for order in get_args(PositionOrder) if order != "auto"]
+ORDERS = [order for order in get_args(PositionOrder) if order not in ("auto", "fused")]
 # A map wider than the window, one smaller than it, one that is not square.
 SHAPES = [(2, 18, 18, 2, 4, 15), (1, 6, 6, 3, 5, 15), (2, 5, 9, 2, 3, 7)]
 
@@ -55,8 +55,13 @@ def test_gradients_agree(order):
 
 
 def test_auto_chooses_by_size_and_platform():
-    assert position_order(64, "gpu") == "toeplitz"
-    assert position_order(32, "gpu") == "banded"
-    assert position_order(32, "tpu") == "toeplitz"
-    assert position_order(16, "tpu") == "banded"
-    assert position_order(64, None) == position_order(64, jax.default_backend())
+    def order(width, platform, dtype=jnp.float32, heads=8):
+        return position_order(width, heads, dtype, platform)
+
+    assert order(64, "gpu") == "toeplitz"
+    assert order(32, "gpu") == "banded"
+    assert order(64, "gpu", jnp.float16) == order(16, "gpu", jnp.bfloat16) == "fused"
+    assert order(64, "gpu", jnp.float16, heads=6) == "toeplitz"
+    assert order(32, "tpu") == "toeplitz"
+    assert order(16, "tpu", jnp.bfloat16) == "banded"
+    assert order(64, None) == order(64, jax.default_backend())

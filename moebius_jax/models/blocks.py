@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import Conv3x3
+from moebius_jax.models.forms import upsampling_in_phases
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
@@ -45,9 +46,9 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Map, shift: Float[Array, "B C"]) -> Map:
         """`shift` comes from `shift()`; of length 1 it is that of all items."""
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv1(self.norm1(x, then=jax.nn.silu))
         y = y + shift[:, None, None, :]
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y, then=jax.nn.silu))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def shift(self, time: Float[Array, "B D"]) -> Float[Array, "B C"]:
@@ -125,7 +126,7 @@ class Transformer(nnx.Module):
         return self.block(self.proj_in(self.norm(x)), context)
 
     def _apply(self, x: Map, context: Any) -> Map:
-        return x + self.proj_out(self._hidden(x, context))
+        return self.proj_out(self._hidden(x, context), add=x)
 
 
 class Downsample(nnx.Module):
@@ -139,12 +140,52 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest x2, then a 3x3 convolution."""
+    """Nearest x2, then a 3x3 convolution.
+
+    A 3x3 window over doubled pixels sees two distinct rows and columns, which ones depends on whether the
+    position's row and column are even or odd. So the four phases are 2x2 convolutions of the map itself, with
+    sums of the kernel's rows and columns: 4/9 of the multiplications (`forms.upsampling_in_phases`).
+    """
 
     def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
         self.conv = Conv3x3(channels, channels, precision=precision, rngs=rngs)
+        self.platform = precision.platform
+        self.phases = None  # the four kernels, once frozen
+
+    def freeze(self) -> None:
+        """For inference: the phases' kernels."""
+        if upsampling_in_phases(self.platform):
+            self.phases = nnx.data(nnx.Param(_phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)))
 
     def __call__(self, x: Map) -> Map:
+        if self.phases is not None:
+            return self._in_phases(x)
         B, H, W, C = x.shape
         doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
         return self.conv(doubled)
+
+    def _in_phases(self, x: Map) -> Map:
+        B, H, W, _ = x.shape
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.conv.dtype),
+            self.phases[...],
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        # Row i of the doubled map's odd rows lies between rows i and i+1, of its even ones between i-1 and i.
+        y = y.reshape(B, H + 1, W + 1, 2, 2, -1)
+        rows = [jnp.stack([y[:, i : i + H, j : j + W, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
+        doubled = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)
+        return (doubled + self.conv.bias[...].astype(doubled.dtype)).astype(self.conv.stream_dtype)
+
+
+def _phase_kernels(kernel: Float[Array, "3 3 C D"]) -> Float[Array, "2 2 C 4D"]:
+    """For each parity of row and column, the 2x2 kernel that a 3x3 one is on doubled pixels."""
+
+    def joined(kernel: Array, axis: int, parity: int) -> Array:
+        first, second, third = jnp.split(kernel.astype(jnp.float32), 3, axis)
+        parts = [first + second, third] if parity else [first, second + third]
+        return jnp.concatenate(parts, axis)
+
+    return jnp.concatenate([joined(joined(kernel, 0, i), 1, j) for i in (0, 1) for j in (0, 1)], axis=-1)

@@ -52,7 +52,7 @@ class MixFFN(Part):
 
     def __call__(self, x: Map) -> Map:
         # The widest maps of the network: what is kept of them is in the bulk's dtype.
-        hidden = jax.nn.silu(self.inverted_conv(x)).astype(self.dtype)
+        hidden = self.inverted_conv(x, then=jax.nn.silu).astype(self.dtype)
         x, gate = jnp.split(self.depth_conv(hidden), 2, axis=-1)
         return self.point_conv(x * jax.nn.silu(gate))
 

@@ -37,12 +37,17 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
 
 
 def inference_copy(unet: UNet) -> UNet:
-    """`unet` with BatchNorm folded and every matrix in the dtype it is multiplied in.
+    """`unet` with BatchNorm folded, and with all done to its weights that is done at every call otherwise.
 
-    Casting once gives what casting at every use gives, without reading fp32 weights at every step.
+    Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
     unet = fold_batch_norm(unet)
+    for _, module in list(nnx.iter_modules(unet)):
+        if freeze := getattr(module, "freeze", None):
+            freeze()
     for _, module in nnx.iter_modules(unet):
         if isinstance(module, nnx.Linear | nnx.Conv):
             module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
+            if module.bias is not None:
+                module.bias = nnx.Param(module.bias[...].astype(module.dtype))
     return unet

@@ -5,15 +5,41 @@ running one.
 """
 
 import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
 
 from moebius_jax.models.parts import PositionOrder
 
 
-def position_order(width: int, platform: str | None) -> PositionOrder:
-    """Order of Local-λ's position term on a map `width` positions wide."""
+def kernels_interpreted(platform: str | None) -> bool:
+    """Whether our kernels are interpreted, for tests: this is not the platform they are written for."""
+    return _or_running(platform) != "gpu"
+
+
+def position_order(width: int, heads: int, dtype: Dtype, platform: str | None) -> PositionOrder:
+    """Order of Local-λ's position term, on a map `width` positions wide."""
+    # One kernel with the content term; it needs a power of two of heads.
+    if _has_kernels(dtype, platform) and heads & (heads - 1) == 0:
+        return "fused"
+    return unfused_position_order(width, platform)
+
+
+def unfused_position_order(width: int, platform: str | None) -> PositionOrder:
+    """The best of XLA's."""
     # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
     # positions a side. On TPUs memory traffic decides: by the compiler's count they cross between 16 and 32.
     return "toeplitz" if width > (16 if _or_running(platform) == "tpu" else 32) else "banded"
+
+
+def fused_products(dtype: Dtype, platform: str | None) -> bool:
+    """Whether products over the channels take bias, activation and sum into their kernel at inference."""
+    # XLA's own fuse a whole map that is there already, but neither a bias nor a sum just computed.
+    return _has_kernels(dtype, platform)
+
+
+def fused_group_norm(dtype: Dtype, platform: str | None) -> bool:
+    """Whether GroupNorm is two kernels of ours at inference rather than four or five of XLA's."""
+    return _has_kernels(dtype, platform)
 
 
 def sums_over_depth(platform: str | None) -> bool:
@@ -26,6 +52,11 @@ def upsampling_in_phases(platform: str | None) -> bool:
     """Whether a doubled map's 3x3 convolution is done as four 2x2 convolutions of the map itself."""
     # 4/9 of the multiplications; on TPUs interleaving the results costs more than that.
     return _or_running(platform) == "gpu"
+
+
+def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
+    """Our kernels are for half precision: they would multiply fp32 in fewer bits than asked for."""
+    return _or_running(platform) == "gpu" and jnp.dtype(dtype).itemsize == 2
 
 
 def _or_running(platform: str | None) -> str:

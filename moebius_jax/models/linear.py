@@ -6,9 +6,12 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
+from moebius_jax.models.kernels.product import Elementwise, product
+from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import LINEAR, POINTWISE, Released, Table
 
@@ -50,6 +53,40 @@ class Linear(nnx.Linear):
             rngs=rngs,
             **{"kernel_init": nnx.initializers.xavier_uniform(), **options},
         )
+        self.platform = precision.platform
+        self.is_frozen = False
+
+    def freeze(self) -> None:
+        """For inference: takes a kernel that has no gradient."""
+        self.is_frozen = True
+
+    def __call__(
+        self,
+        x: Float[Array, "*m K"],
+        *,
+        then: Elementwise | None = None,
+        add: Float[Array, "*m N"] | None = None,
+    ) -> Float[Array, "*m N"]:
+        """then(x·W + b) + add."""
+        if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
+            return self._fused(x, then, add)
+        y = super().__call__(x)
+        y = y if then is None else then(y)
+        return y if add is None else add + y
+
+    def _fused(
+        self, x: Float[Array, "*m K"], then: Elementwise | None, add: Float[Array, "*m N"] | None
+    ) -> Float[Array, "*m N"]:
+        kernel = self.kernel[...]
+        bias = jnp.zeros(kernel.shape[-1], kernel.dtype) if self.bias is None else self.bias[...]
+        run = functools.partial(
+            product,
+            then=then,
+            dtype=self.preferred_element_type,
+            interpret=forms.kernels_interpreted(self.platform),
+        )
+        arguments = [x.astype(kernel.dtype), kernel, bias, *([] if add is None else [add])]
+        return split_over_batch(run, batched=(True, False, False, True)[: len(arguments)])(*arguments)
 
 
 class PointwiseConv(Linear):

@@ -1,5 +1,6 @@
 """Normalisation layers: statistics and arithmetic in fp32 whatever the dtypes, results in `stream_dtype`."""
 
+import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -7,6 +8,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from moebius_jax.models import forms
+from moebius_jax.models.kernels.group_norm import Elementwise, group_norm
+from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
 
@@ -42,12 +46,28 @@ class GroupNorm(nnx.GroupNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
+        self.platform = precision.platform
+        self.is_frozen = False
+
+    def freeze(self) -> None:
+        """For inference: takes kernels that have no gradient."""
+        self.is_frozen = True
+
+    def __call__(
+        self, x: Float[Array, "B *n C"], *, then: Elementwise | None = None
+    ) -> Float[Array, "B *n C"]:
+        """The norm, then an activation."""
+        if self.is_frozen and forms.fused_group_norm(self.dtype, self.platform):
+            interpret = forms.kernels_interpreted(self.platform)
+            options = {"groups": GROUPS, "eps": self.epsilon, "then": then, "dtype": self.dtype}
+            run = functools.partial(group_norm, **options, interpret=interpret)
+            return split_over_batch(run, batched=(True, False, False))(x, self.scale[...], self.bias[...])
         grouped = x.reshape(*x.shape[:-1], GROUPS, -1)
         mean, var = moments(grouped, (*range(1, x.ndim - 1), x.ndim))
         scale, bias = (p[...].astype(jnp.float32).reshape(GROUPS, -1) for p in (self.scale, self.bias))
         y = (grouped.astype(jnp.float32) - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-        return y.reshape(x.shape).astype(self.dtype)
+        y = y.reshape(x.shape).astype(self.dtype)
+        return y if then is None else then(y)
 
 
 class LayerNorm(nnx.LayerNorm):

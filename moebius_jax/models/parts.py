@@ -10,7 +10,7 @@ from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
 from moebius_jax.schema import Above0, AtLeastOne, checked
 
-PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded"]
+PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "fused"]
 
 
 @checked
@@ -22,8 +22,9 @@ class Sizes:
         context_dim, context_length: width and number of the context tokens.
         window: side of Local-λ's position window, odd.
         ffn_ratio: Mix-FFN's hidden width is int(ffn_ratio · C).
-        position_order: evaluation order of Local-λ's position term; "auto" picks by map size and platform.
-            Never changes the function.
+        position_order: evaluation order of Local-λ's position term; "auto" picks by map size, dtype and
+            platform. Never changes the function. "fused", content and position term in one kernel, is for
+            GPUs; elsewhere it is interpreted, very slowly.
         platform: the platform "auto" picks for; None is the running one. Needed only when compiling for
             another machine.
     """

@@ -23,12 +23,14 @@ class Precision:
         stream_dtype: of everything else. Equal to `dtype` it gives the fastest and roughest network.
         param_dtype: what parameters are kept in.
         all_thin: whether this part of the network is thin throughout.
+        platform: whose form of a computation is run, see `models.forms`; None is the running platform's.
     """
 
     dtype: Dtype = jnp.float32
     stream_dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     all_thin: bool = False
+    platform: str | None = None
 
     def operands(self, thin: bool = False) -> tuple[Dtype, lax.Precision | None]:
         """Dtype of a product's operands and how it is multiplied.

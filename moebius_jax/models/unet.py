@@ -200,7 +200,9 @@ class UNet(nnx.Module):
         stream_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        precision = Precision(dtype=dtype, stream_dtype=stream_dtype, param_dtype=param_dtype)
+        precision = Precision(
+            dtype=dtype, stream_dtype=stream_dtype, param_dtype=param_dtype, platform=config.platform
+        )
         common = {"precision": precision, "rngs": rngs}
         thin = {"precision": precision.thin(), "rngs": rngs}
         conv = RESIDUAL_CONVS[config.residual_conv]
@@ -313,7 +315,7 @@ class UNet(nnx.Module):
                 if level is self.down_blocks[-1] and level.attentions and i == len(level.resnets) - 1:
                     x = level.resnets[i](x, next(handed.shifts))
                     hidden = level.attentions[i].hidden(x, next(handed.contexts))
-                    x = x + level.attentions[i].proj_out(hidden)
+                    x = level.attentions[i].proj_out(hidden, add=x)
                 else:
                     x = level.unit(i, x, handed)
                 skips.append(x)
@@ -341,7 +343,7 @@ class UNet(nnx.Module):
 
     def head(self, x: Map) -> Float[Array, "B H W 4"]:
         """The predicted noise, fp32, of the last map."""
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        return self.conv_out(self.conv_norm_out(x, then=jax.nn.silu)).astype(jnp.float32)
 
 
 class _HandedOut:

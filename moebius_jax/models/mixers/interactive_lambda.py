@@ -46,7 +46,7 @@ class InteractiveLambda(Part):
         self.norm_v = BatchNorm(depth, precision=precision)
         self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
         self.num_heads = sizes.num_heads
-        self.platform = sizes.platform
+        self.platform = precision.platform
         self.dtype, self.precision = precision.operands(thin=True)
 
     def prepare(self, context: Float[Array, "B L D"]) -> Tokens:

@@ -1,5 +1,6 @@
 """Local-λ, the student's self mixer: lambda functions of the whole map and of a 15x15 window."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -8,12 +9,14 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from moebius_jax.models.forms import position_order
+from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
+from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
+from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
 from moebius_jax.models.linear import PointwiseConv
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.norms import BatchNorm
-from moebius_jax.models.parts import BlockSizes, Part
+from moebius_jax.models.parts import BlockSizes, Part, PositionOrder
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Layout, Released, Shapes, Table
 
@@ -54,9 +57,10 @@ class LocalLambda(Part):
         self.position = PositionConv(depth, sizes.window, param_dtype=precision.param_dtype, rngs=rngs)
         self.num_heads = sizes.num_heads
         self.order = sizes.position_order
-        self.platform = sizes.platform
+        self.platform = precision.platform
         self.dtype = precision.dtype
         self.stream_dtype = precision.stream_dtype
+        self.padded_window = None  # of the fused kernel, once frozen
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
@@ -64,13 +68,43 @@ class LocalLambda(Part):
         if self.norm_q is not None:
             q, val = self.norm_q(q), self.norm_v(val)
         q = q.reshape(B, H, W, self.num_heads, -1)
-        key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2))
         kernel, bias = self.position.kernel[...], self.position.bias[...]
-        q, key, val, kernel, bias = (a.astype(self.dtype) for a in (q, key, val, kernel, bias))
-        order = position_order(W, self.platform) if self.order == "auto" else self.order
+        q, val, kernel, bias = (a.astype(self.dtype) for a in (q, val, kernel, bias))
+        order = self.order
+        if order == "auto":
+            order = forms.position_order(W, self.num_heads, self.dtype, self.platform)
+        terms = self._fused if order == "fused" else functools.partial(self._sum, order=order)
+        return terms(q, key, val, kernel, bias).reshape(B, H, W, C)
+
+    def _sum(
+        self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
+    ) -> Float[Array, "B H W h v"]:
+        """Content and position term, one after the other."""
+        key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2)).astype(self.dtype)
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
-        y = content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
-        return y.reshape(B, H, W, C)
+        return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
+
+    def _fused(
+        self, q: Array, key: Array, val: Array, kernel: Array, bias: Array
+    ) -> Float[Array, "B H W h v"]:
+        """Both in one kernel, differentiated as `_sum` is."""
+        run = functools.partial(
+            local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
+        )
+        run = split_over_batch(run, batched=(True, True, True, False, False))
+        if self.padded_window is not None:
+            return run(q, key, val, self.padded_window[...], bias)
+        plain = functools.partial(self._sum, order=forms.unfused_position_order(q.shape[2], self.platform))
+
+        def padded(q: Array, key: Array, val: Array, kernel: Array, bias: Array) -> Array:
+            return run(q, key, val, padded_window(kernel), bias)
+
+        return with_gradient_of(plain, padded)(q, key, val, kernel, bias)
+
+    def freeze(self) -> None:
+        """For inference: the window as the fused kernel reads it."""
+        self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
+        self.padded_window = nnx.data(nnx.Param(padded_window(self.position.kernel[...].astype(self.dtype))))
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
         val: values [B, H, W, v], one for all heads.
         kernel: window weights w [p, p, k], first axis rows; cross-correlation, p odd.
         bias: b [k].
-        order: one of the names in the module's docstring (not "auto": see `forms.position_order`).
+        order: one of the names in the module's docstring (not "auto", see `forms.position_order`, nor
+            "fused", which is all of Local-λ: `kernels.local_lambda`).
 
     Returns:
         [B, H, W, h, v] in the dtype of `q`.

@@ -1,0 +1,243 @@
+"""Local-λ on a GPU: content and position term without λp or the banded map in memory.
+
+    Y[x,h,v] = Σ_k q[x,h,k] (λc[k,v] + b[k]) + Σ_d Σ_s A[x,h,d,s-x] val[y+d,s,v]
+    A[x,h,d,e] = Σ_k q[x,h,k] w[d,e,k]
+
+A, the queries on the window's weights, is one matrix product (XLA's) and N·h·p·p numbers. Where other forms
+spread it over the columns s of each row first (`position_term`, "banded"), the kernel reads it at the shifted
+address. λc is a softmax over the whole map: partial sums of pieces of it, then their combination.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+Key = Float[Array, "B H W k"]
+Query = Float[Array, "B H W h k"]
+Value = Float[Array, "B H W v"]
+Window = Float[Array, "p e k"]
+
+COLUMNS = 16  # positions of a row that one program works on
+BLOCK_K, BLOCK_V = 32, 64
+ROWS = 256  # positions in one piece of the content's sums
+
+
+def local_lambda(
+    q: Query,
+    key: Key,
+    val: Value,
+    window: Window,
+    bias: Float[Array, " k"],
+    *,
+    dtype: Dtype,
+    interpret: bool = False,
+) -> Float[Array, "B H W h v"]:
+    """Y of Local-λ, content and position term.
+
+    Args:
+        q, val: queries, h a power of two, and values.
+        key: before its softmax over the map.
+        window: what `padded_window` makes of the position convolution's kernel; of the dtype of `q`.
+        bias: b, of the position convolution.
+        dtype: of the result; sums are taken in fp32.
+        interpret: run the kernels as Python would, on any machine.
+    """
+    content = content_lambda(key, val, bias, interpret=interpret)
+    return apply_lambdas(q, val, window, content, dtype=dtype, interpret=interpret)
+
+
+def padded_window(kernel: Float[Array, "p p k"]) -> Window:
+    """The kernel [p, p, k] with its rows of offsets padded, so that those of A are aligned in memory."""
+    p = len(kernel)
+    return jnp.pad(kernel, ((0, 0), (0, _power_of_two(p) - p), (0, 0)))
+
+
+def content_lambda(
+    key: Key, val: Value, bias: Float[Array, " k"], *, interpret: bool = False
+) -> Float[Array, "B k v"]:
+    """λc[k,v] + b[k], λc = Σ_n softmax_n(key)[k,n] val[v,n]; summed in fp32, in the dtype of `val`."""
+    B, k, v = len(key), key.shape[-1], val.shape[-1]
+    key, val = key.reshape(B, -1, k), val.reshape(B, -1, v)
+    pieces = pl.cdiv(key.shape[1], ROWS)
+    sums = jax.ShapeDtypeStruct((B, pieces, k), jnp.float32)
+    products = jax.ShapeDtypeStruct((B, pieces, k, v), jnp.float32)
+    grid = pl.cdiv(k, BLOCK_K), pl.cdiv(v, BLOCK_V)
+    largest, total, weighted = pl.pallas_call(
+        functools.partial(_partial_content, positions=key.shape[1], k=k, v=v),
+        grid=(B, pieces, *grid),
+        out_shape=(sums, sums, products),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="content_pieces",
+    )(key, val)
+    return pl.pallas_call(
+        functools.partial(_combined_content, pieces=pieces, k=k, v=v),
+        grid=(B, *grid),
+        out_shape=jax.ShapeDtypeStruct((B, k, v), val.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="content",
+    )(largest, total, weighted, bias)
+
+
+def apply_lambdas(
+    q: Query,
+    val: Value,
+    window: Window,
+    content: Float[Array, "B k v"],
+    *,
+    dtype: Dtype,
+    interpret: bool = False,
+) -> Float[Array, "B H W h v"]:
+    """Σ_k q (content + λp) without the position convolution's bias; arguments as for `local_lambda`."""
+    B, H, W, h, k = q.shape
+    p, width, v = *window.shape[:2], val.shape[-1]
+    on_window = jnp.einsum("byxhk,ek->byxhe", q, window.reshape(p * width, k))
+    columns = min(COLUMNS, _power_of_two(W))
+    return pl.pallas_call(
+        functools.partial(_apply, shape=(H, W, h, k, v), p=p, columns=columns),
+        grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
+        out_shape=jax.ShapeDtypeStruct((B, H, W, h, v), dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="local_lambda",
+    )(on_window.reshape(B, H, W, h, p, width), q, val, content)
+
+
+def _partial_content(
+    key_ref: Array,
+    val_ref: Array,
+    largest_ref: Array,
+    total_ref: Array,
+    weighted_ref: Array,
+    *,
+    positions: int,
+    k: int,
+    v: int,
+) -> None:
+    """Of one piece of the map: max and Σ exp(key - max) for each k, and Σ exp(key - max) val."""
+    b, piece = pl.program_id(0), pl.program_id(1)
+    n = piece * ROWS + jnp.arange(ROWS)
+    ks = pl.program_id(2) * BLOCK_K + jnp.arange(BLOCK_K)
+    vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
+    on_map, in_k, in_v = n < positions, ks < k, vs < v
+    key = triton.load(
+        key_ref.at[b, n[:, None], ks[None]], mask=on_map[:, None] & in_k[None], other=-jnp.inf
+    ).astype(jnp.float32)
+    val = triton.load(val_ref.at[b, n[:, None], vs[None]], mask=on_map[:, None] & in_v[None], other=0)
+    largest = jnp.where(in_k, key.max(0), 0.0)
+    weights = jnp.exp(key - largest[None])
+    weighted = triton.dot(weights.astype(val.dtype), val, trans_a=True)
+    triton.store(largest_ref.at[b, piece, ks], largest, mask=in_k)
+    triton.store(total_ref.at[b, piece, ks], weights.sum(0), mask=in_k)
+    triton.store(
+        weighted_ref.at[b, piece, ks[:, None], vs[None]],
+        weighted.astype(jnp.float32),
+        mask=in_k[:, None] & in_v[None],
+    )
+
+
+def _combined_content(
+    largest_ref: Array,
+    total_ref: Array,
+    weighted_ref: Array,
+    bias_ref: Array,
+    out_ref: Array,
+    *,
+    pieces: int,
+    k: int,
+    v: int,
+) -> None:
+    """All pieces of one block of λc together, and the position convolution's bias."""
+    b = pl.program_id(0)
+    ks = pl.program_id(1) * BLOCK_K + jnp.arange(BLOCK_K)
+    vs = pl.program_id(2) * BLOCK_V + jnp.arange(BLOCK_V)
+    in_k, in_v = ks < k, vs < v
+    inside = in_k[:, None] & in_v[None]
+
+    def body(piece: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        largest, total, weighted = carry
+        here = triton.load(largest_ref.at[b, piece, ks], mask=in_k, other=0)
+        new = jnp.maximum(largest, here)
+        old, more = jnp.exp(largest - new), jnp.exp(here - new)
+        total = old * total + more * triton.load(total_ref.at[b, piece, ks], mask=in_k, other=1)
+        part = triton.load(weighted_ref.at[b, piece, ks[:, None], vs[None]], mask=inside, other=0)
+        return new, total, old[:, None] * weighted + more[:, None] * part
+
+    start = (
+        jnp.full((BLOCK_K,), -jnp.inf, jnp.float32),
+        jnp.zeros((BLOCK_K,), jnp.float32),
+        jnp.zeros((BLOCK_K, BLOCK_V), jnp.float32),
+    )
+    _, total, weighted = lax.fori_loop(0, pieces, body, start)
+    bias = triton.load(bias_ref.at[ks], mask=in_k, other=0).astype(jnp.float32)
+    out = weighted / total[:, None] + bias[:, None]
+    triton.store(out_ref.at[b, ks[:, None], vs[None]], out.astype(out_ref.dtype), mask=inside)
+
+
+def _apply(
+    a_ref: Array,
+    q_ref: Array,
+    val_ref: Array,
+    content_ref: Array,
+    out_ref: Array,
+    *,
+    shape: tuple[int, ...],
+    p: int,
+    columns: int,
+) -> None:
+    """`columns` positions of one row, all heads, a block of v; rows of its products are (position, head)."""
+    H, W, h, k, v = shape
+    b, y, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
+    in_v = vs < v
+    row = jnp.arange(columns * h)
+    x, head = tile * columns + row // h, row % h
+    on_map = x < W
+    # Columns that any of the windows reaches: from p//2 before the tile to p//2 behind it.
+    reach = jnp.arange(_power_of_two(columns + p - 1))
+    column = tile * columns + reach - p // 2
+    e = reach[None] - (row // h)[:, None]  # where a column lies in a position's window
+    in_window = (e >= 0) & (e < p) & on_map[:, None]
+    in_map = (column >= 0) & (column < W)
+
+    total = jnp.zeros((columns * h, BLOCK_V), jnp.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + jnp.arange(BLOCK_K)
+        q = triton.load(
+            q_ref.at[b, y, x[:, None], head[:, None], ks[None]],
+            mask=on_map[:, None] & (ks < k)[None],
+            other=0,
+        )
+        content = triton.load(
+            content_ref.at[b, ks[:, None], vs[None]], mask=(ks < k)[:, None] & in_v[None], other=0
+        )
+        total += triton.dot(q, content)
+
+    def body(d: Array, total: Array) -> Array:
+        line = y + d - p // 2
+        a = triton.load(a_ref.at[b, y, x[:, None], head[:, None], d, e], mask=in_window, other=0)
+        val = triton.load(
+            val_ref.at[b, line, column[:, None], vs[None]],
+            mask=((line >= 0) & (line < H)) & in_map[:, None] & in_v[None],
+            other=0,
+        )
+        return total + triton.dot(a, val)
+
+    total = lax.fori_loop(0, p, body, total)
+    triton.store(
+        out_ref.at[b, y, x[:, None], head[:, None], vs[None]],
+        total.astype(out_ref.dtype),
+        mask=on_map[:, None] & in_v[None],
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,59 @@
+"""What turns a kernel into a function like any other: differentiable, and split over a sharded batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+
+def with_gradient_of(plain: Callable[..., Array], kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """`kernel`, differentiated as `plain`: the same function of the same arrays in XLA's operations."""
+    wrapped = jax.custom_vjp(kernel)
+
+    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        return kernel(*args), args
+
+    def backward(args: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+        return jax.vjp(plain, *args)[1](cotangent)
+
+    wrapped.defvjp(forward, backward)
+    return wrapped
+
+
+def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -> Callable[..., Array]:
+    """`kernel` on each device's part of the batch.
+
+    XLA cannot look into a kernel, and would gather a sharded batch for it on every device.
+
+    Args:
+        kernel: a function of arrays that treats every item of the batch alone; returns one array.
+        batched: of each argument, whether its first axis is the batch; the others are the same everywhere.
+    """
+
+    def positional(*args: Array) -> Array:
+        return kernel(*args)  # whatever options are bound to it
+
+    split = custom_partitioning(positional)
+
+    def partition(mesh: Mesh, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
+        del result
+        first = next(a for a, is_batched in zip(arguments, batched, strict=True) if is_batched)
+        spec = first.sharding.spec
+        here = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return mesh, positional, here, tuple(here if is_batched else everywhere for is_batched in batched)
+
+    def rule(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> str:
+        del mesh
+        terms = [
+            " ".join(["b" if i == 0 and is_batched else f"{name}{i}" for i in range(len(a.shape))])
+            for name, a, is_batched in zip("pqrstuvw", arguments, batched, strict=False)
+        ]
+        out = " ".join(["b", *(f"z{i}" for i in range(1, len(results[0].shape)))])
+        return f"{', '.join(terms)} -> {out}"
+
+    split.def_partition(partition, sharding_rule=rule)
+    return split

@@ -1,0 +1,115 @@
+"""Kernels are their plain forms; here they are interpreted, on a GPU compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synth
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.kernels.group_norm import group_norm
+from moebius_jax.models.kernels.product import product
+from moebius_jax.models.kernels.wrapped import split_over_batch
+from moebius_jax.models.mixers.local_lambda import LocalLambda
+from moebius_jax.models.norms import GroupNorm
+from moebius_jax.models.parts import BlockSizes
+from moebius_jax.models.precision import Precision
+from moebius_jax.sharding import batch_sharding, make_mesh
+
+
+def local_lambda(order, *, heads=4, depth=24, dtype=jnp.float32):
+    sizes = BlockSizes(channels=heads * depth, map_size=16, num_heads=heads, position_order=order)
+    precision = Precision(dtype=dtype, stream_dtype=dtype)
+    module = LocalLambda(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
+    module.eval()
+    return module
+
+
+def maps(*shape, scale=1.0):
+    return scale * jnp.asarray(synth.inputs("x", shape))
+
+
+class TestLocalLambda:
+    # A row of several tiles and a ragged one; depths of one and of several blocks; large keys.
+    @pytest.mark.parametrize(
+        ("shape", "heads", "depth", "scale"),
+        [((2, 6, 20), 4, 24, 1), ((1, 17, 17), 8, 40, 1), ((1, 4, 4), 2, 80, 1), ((1, 18, 18), 2, 16, 300)],
+    )
+    def test_is_the_plain_form(self, shape, heads, depth, scale):
+        x = maps(*shape, heads * depth, scale=scale)
+        fused, plain = (local_lambda(order, heads=heads, depth=depth)(x) for order in ("fused", "conv3d"))
+        assert synth.relative_error(fused, np.asarray(plain)) < 1e-5
+
+    def test_gradients_are_the_plain_ones(self):
+        x = maps(2, 6, 6, 32)
+
+        def gradient(order):
+            module = local_lambda(order, heads=2, depth=16)
+            return jax.grad(lambda x: jnp.sum(jnp.sin(module(x))))(x)
+
+        assert synth.relative_error(gradient("fused"), np.asarray(gradient("conv3d"))) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+    def test_half_precision_is_no_further_off(self, dtype):
+        x = maps(1, 12, 12, 96)
+        exact = np.asarray(local_lambda("conv3d")(x))
+        fused, plain = (
+            synth.relative_error(local_lambda(order, dtype=dtype)(x.astype(dtype)), exact)
+            for order in ("fused", "banded")
+        )
+        assert fused < 1.2 * plain
+
+    def test_sharded_batch_stays_where_it_is(self):
+        module, x = local_lambda("fused", heads=2, depth=16), maps(8, 6, 6, 32)
+        mesh = make_mesh(jax.devices())
+        run = jax.jit(module).lower(jax.device_put(x, batch_sharding(mesh))).compile()
+        out = run(jax.device_put(x, batch_sharding(mesh)))
+        assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
+        assert "all-gather" not in run.as_text()
+        np.testing.assert_allclose(out, jax.jit(module)(x), atol=1e-5)
+
+
+def test_split_kernel_gathers_what_is_not_the_batch():
+    mesh = make_mesh(jax.devices())
+    run = split_over_batch(lambda x, w: x * w.sum(), batched=(True, False))
+    x, w = jnp.arange(16.0).reshape(8, 2), jnp.arange(8.0)
+    spread = jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    out = jax.jit(run)(jax.device_put(x, spread), jax.device_put(w, spread))
+    np.testing.assert_array_equal(out, x * 28)
+
+
+class TestProduct:
+    # Ragged in rows, columns and depth; of one and of several tiles.
+    @pytest.mark.parametrize("shape", [(2, 5, 7, 40, 24), (1, 16, 9, 320, 96), (3, 1, 1, 8, 200)])
+    @pytest.mark.parametrize("then", [None, jax.nn.silu])
+    @pytest.mark.parametrize("with_add", [False, True])
+    def test_is_the_plain_form(self, shape, then, with_add):
+        *lead, K, N = shape
+        x, kernel, bias = maps(*lead, K), maps(K, N), maps(N)
+        add = maps(*lead, N) if with_add else None
+        plain = x @ kernel + bias
+        plain = then(plain) if then else plain
+        plain = plain if add is None else plain + add
+        out = product(x, kernel, bias, add, then=then, dtype=jnp.float32, interpret=True)
+        assert synth.relative_error(out, np.asarray(plain)) < 1e-6
+
+
+class TestGroupNorm:
+    # Groups of 2 and of 80 channels, several in a block and one; whole pieces and ragged ones.
+    @pytest.mark.parametrize("shape", [(2, 9, 9, 64), (1, 8, 8, 320), (2, 5, 5, 960), (1, 4, 4, 2560)])
+    @pytest.mark.parametrize("then", [None, jax.nn.silu])
+    def test_is_the_plain_form(self, shape, then):
+        norm = GroupNorm(shape[-1], eps=1e-5, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        norm.scale, norm.bias = (nnx.Param(maps(shape[-1]) + shift) for shift in (1, 0))
+        x = 3 * maps(*shape) + 2
+        options = {"groups": 32, "eps": 1e-5, "then": then, "dtype": jnp.float32, "interpret": True}
+        out = group_norm(x, norm.scale[...], norm.bias[...], **options)
+        assert synth.relative_error(out, np.asarray(norm(x, then=then))) < 1e-5
+
+    def test_a_large_mean_does_not_swallow_the_variance(self):
+        x, ones, zeros = maps(1, 8, 8, 64), jnp.ones(64), jnp.zeros(64)
+        options = {"groups": 32, "eps": 1e-5, "dtype": jnp.float32, "interpret": True}
+        far, near = (group_norm(x + mean, ones, zeros, **options) for mean in (1000.0, 0.0))
+        assert synth.relative_error(far, np.asarray(near)) < 1e-3  # x + 1000 has been rounded to 6e-5
