@@ -258,7 +258,7 @@ def _flops(
 
 def _local_lambda_flops(operands: list[Array]) -> int:
     """Of `moebius_jax.models.kernels.local_lambda`'s products, padding included."""
-    on_window, q, val, _ = (array.dims for array in operands)
+    on_window, q, val, *_ = (array.dims for array in operands)
     B, H, W, h, p, _ = on_window
     tiles = B * H * -(-W // 16) * -(-val[-1] // 64)
     return tiles * 2 * (16 * h) * 64 * (32 * p + 32 * -(-q[-1] // 32))

@@ -88,11 +88,11 @@ class TestProduct:
     def test_is_the_plain_form(self, shape, then, with_add):
         *lead, K, N = shape
         x, kernel, bias = maps(*lead, K), maps(K, N), maps(N)
-        add = maps(*lead, N) if with_add else None
+        rows = lead[0], *(1 for _ in lead[1:])
+        add = (maps(*lead, N), 2 * maps(*rows, N)) if with_add else ()
         plain = x @ kernel + bias
-        plain = then(plain) if then else plain
-        plain = plain if add is None else plain + add
-        out = product(x, kernel, bias, add, then=then, dtype=jnp.float32, interpret=True)
+        plain = sum(add, then(plain) if then else plain)
+        out = product(x, kernel, bias, *add, has_bias=True, then=then, dtype=jnp.float32, interpret=True)
         assert synth.relative_error(out, np.asarray(plain)) < 1e-6
 
 

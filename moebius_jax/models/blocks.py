@@ -46,10 +46,9 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Map, shift: Float[Array, "B C"]) -> Map:
         """`shift` comes from `shift()`; of length 1 it is that of all items."""
-        y = self.conv1(self.norm1(x, then=jax.nn.silu))
-        y = y + shift[:, None, None, :]
-        y = self.conv2(self.norm2(y, then=jax.nn.silu))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y = self.conv1(self.norm1(x, then=jax.nn.silu), add=(shift[:, None, None, :],))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv2(self.norm2(y, then=jax.nn.silu), add=(shortcut,))
 
     def shift(self, time: Float[Array, "B D"]) -> Float[Array, "B C"]:
         """What the timestep adds between the convolutions."""
@@ -83,9 +82,9 @@ class TransformerBlock(nnx.Module):
         self.feed_forward = FEED_FORWARDS[config.feed_forward](sizes, **common)
 
     def __call__(self, x: Map, context: Any) -> Map:
-        x = x + self.self_mixer(self.norm1(x))
-        x = x + self.cross_mixer(self.norm2(x), context)
-        return x + self.feed_forward(self.norm3(x))
+        x = self.self_mixer.onto(x, self.norm1(x))
+        x = self.cross_mixer.onto(x, self.norm2(x), context)
+        return self.feed_forward.onto(x, self.norm3(x))
 
 
 class Transformer(nnx.Module):
@@ -126,7 +125,7 @@ class Transformer(nnx.Module):
         return self.block(self.proj_in(self.norm(x)), context)
 
     def _apply(self, x: Map, context: Any) -> Map:
-        return self.proj_out(self._hidden(x, context), add=x)
+        return self.proj_out(self._hidden(x, context), add=(x,))
 
 
 class Downsample(nnx.Module):

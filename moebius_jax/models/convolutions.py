@@ -1,6 +1,7 @@
 """Convolutions on NHWC maps: depthwise, depthwise-separable, and the plain 3x3 they stand in for."""
 
 import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -91,14 +92,17 @@ class DepthwiseSeparableConv(nnx.Module):
         self.norm2 = BatchNorm(out_channels, precision=precision)
         self.has_skip = in_channels == out_channels
 
-    def __call__(self, x: Map) -> Map:
+    def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
+        """The convolution, and what is added to it: maps, or rows [B or 1, 1, 1, C]."""
+        if self.has_skip:
+            add = (x, *add)
         y = self.depthwise(x)
         if self.norm1 is not None:
             y = self.norm1(y)
-        y = self.pointwise(jax.nn.relu(y))
-        if self.norm2 is not None:
-            y = self.norm2(y)
-        return x + y if self.has_skip else y
+        y = jax.nn.relu(y)
+        if self.norm2 is None:
+            return self.pointwise(y, add=add)
+        return sum(add, self.norm2(self.pointwise(y)))
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:
@@ -133,9 +137,10 @@ class Conv3x3(nnx.Conv):
         )
         self.stream_dtype = precision.stream_dtype
 
-    def __call__(self, x: Map) -> Map:
+    def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
+        """The convolution, and what is added to it: maps, or rows [B or 1, 1, 1, C]."""
         # Not preferred_element_type: jax cannot differentiate a convolution whose result has another dtype.
-        return super().__call__(x).astype(self.stream_dtype)
+        return sum(add, super().__call__(x).astype(self.stream_dtype))
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:

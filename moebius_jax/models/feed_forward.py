@@ -1,5 +1,6 @@
 """The two feed-forward layers: GEGLU (teacher) and Mix-FFN (student)."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -50,11 +51,15 @@ class MixFFN(Part):
         self.dtype = precision.dtype
         self.point_conv = PointwiseConv(hidden, sizes.channels, use_bias=False, **common)
 
-    def __call__(self, x: Map) -> Map:
+    def onto(self, stream: Map, x: Map) -> Map:
+        return self(x, add=(stream,))
+
+    def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
+        """`add`: maps added to the result."""
         # The widest maps of the network: what is kept of them is in the bulk's dtype.
         hidden = self.inverted_conv(x, then=jax.nn.silu).astype(self.dtype)
         x, gate = jnp.split(self.depth_conv(hidden), 2, axis=-1)
-        return self.point_conv(x * jax.nn.silu(gate))
+        return self.point_conv(x * jax.nn.silu(gate), add=add)
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Matrix products over the channels: Linear layers and 1x1 convolutions, bulk or thin (see `Precision`)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -65,28 +66,28 @@ class Linear(nnx.Linear):
         x: Float[Array, "*m K"],
         *,
         then: Elementwise | None = None,
-        add: Float[Array, "*m N"] | None = None,
+        add: Sequence[Array] = (),
     ) -> Float[Array, "*m N"]:
-        """then(x·W + b) + add."""
+        """then(x·W + b), plus maps of the result's shape or rows [B or 1, 1, …, N]."""
         if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
             return self._fused(x, then, add)
         y = super().__call__(x)
-        y = y if then is None else then(y)
-        return y if add is None else add + y
+        return sum(add, y if then is None else then(y))
 
     def _fused(
-        self, x: Float[Array, "*m K"], then: Elementwise | None, add: Float[Array, "*m N"] | None
+        self, x: Float[Array, "*m K"], then: Elementwise | None, add: Sequence[Array]
     ) -> Float[Array, "*m N"]:
         kernel = self.kernel[...]
-        bias = jnp.zeros(kernel.shape[-1], kernel.dtype) if self.bias is None else self.bias[...]
+        bias = [] if self.bias is None else [self.bias[...]]
         run = functools.partial(
             product,
+            has_bias=self.bias is not None,
             then=then,
             dtype=self.preferred_element_type,
             interpret=forms.kernels_interpreted(self.platform),
         )
-        arguments = [x.astype(kernel.dtype), kernel, bias, *([] if add is None else [add])]
-        return split_over_batch(run, batched=(True, False, False, True)[: len(arguments)])(*arguments)
+        batched = (True, False, *(False for _ in bias), *(len(a) == len(x) for a in add))
+        return split_over_batch(run, batched=batched)(x.astype(kernel.dtype), kernel, *bias, *add)
 
 
 class PointwiseConv(Linear):

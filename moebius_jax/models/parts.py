@@ -77,6 +77,10 @@ class Part(nnx.Module):
         """Of a cross mixer: what it needs of the context tokens, worked out once for all calls with them."""
         return context
 
+    def onto(self, stream: Float[Array, "B H W C"], *args: Any) -> Float[Array, "B H W C"]:
+        """`stream` plus a call; a part that can add it on the way overrides this."""
+        return stream + self(*args)
+
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
         """What of `Sizes` shows in released shapes; `map_size` too, where it does.

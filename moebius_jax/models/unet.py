@@ -315,7 +315,7 @@ class UNet(nnx.Module):
                 if level is self.down_blocks[-1] and level.attentions and i == len(level.resnets) - 1:
                     x = level.resnets[i](x, next(handed.shifts))
                     hidden = level.attentions[i].hidden(x, next(handed.contexts))
-                    x = level.attentions[i].proj_out(hidden, add=x)
+                    x = level.attentions[i].proj_out(hidden, add=(x,))
                 else:
                     x = level.unit(i, x, handed)
                 skips.append(x)

@@ -34,7 +34,7 @@ def local_lambda(
     val: Value,
     window: Window,
     bias: Float[Array, " k"],
-    *,
+    *add: Float[Array, "B H W h v"],
     dtype: Dtype,
     interpret: bool = False,
 ) -> Float[Array, "B H W h v"]:
@@ -45,11 +45,12 @@ def local_lambda(
         key: before its softmax over the map.
         window: what `padded_window` makes of the position convolution's kernel; of the dtype of `q`.
         bias: b, of the position convolution.
+        add: maps that are added to the result.
         dtype: of the result; sums are taken in fp32.
         interpret: run the kernels as Python would, on any machine.
     """
     content = content_lambda(key, val, bias, interpret=interpret)
-    return apply_lambdas(q, val, window, content, dtype=dtype, interpret=interpret)
+    return apply_lambdas(q, val, window, content, *add, dtype=dtype, interpret=interpret)
 
 
 def padded_window(kernel: Float[Array, "p p k"]) -> Window:
@@ -91,7 +92,7 @@ def apply_lambdas(
     val: Value,
     window: Window,
     content: Float[Array, "B k v"],
-    *,
+    *add: Float[Array, "B H W h v"],
     dtype: Dtype,
     interpret: bool = False,
 ) -> Float[Array, "B H W h v"]:
@@ -107,7 +108,7 @@ def apply_lambdas(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="local_lambda",
-    )(on_window.reshape(B, H, W, h, p, width), q, val, content)
+    )(on_window.reshape(B, H, W, h, p, width), q, val, content, *add)
 
 
 def _partial_content(
@@ -186,14 +187,14 @@ def _apply(
     q_ref: Array,
     val_ref: Array,
     content_ref: Array,
-    out_ref: Array,
-    *,
+    *refs: Array,
     shape: tuple[int, ...],
     p: int,
     columns: int,
 ) -> None:
     """`columns` positions of one row, all heads, a block of v; rows of its products are (position, head)."""
     H, W, h, k, v = shape
+    *add_refs, out_ref = refs
     b, y, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
     in_v = vs < v
@@ -231,11 +232,10 @@ def _apply(
         return total + triton.dot(a, val)
 
     total = lax.fori_loop(0, p, body, total)
-    triton.store(
-        out_ref.at[b, y, x[:, None], head[:, None], vs[None]],
-        total.astype(out_ref.dtype),
-        mask=on_map[:, None] & in_v[None],
-    )
+    place, inside = (b, y, x[:, None], head[:, None], vs[None]), on_map[:, None] & in_v[None]
+    for ref in add_refs:
+        total += triton.load(ref.at[place], mask=inside, other=0).astype(jnp.float32)
+    triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=inside)
 
 
 def _power_of_two(n: int) -> int:

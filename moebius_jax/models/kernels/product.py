@@ -23,19 +23,19 @@ PROCESSORS = 132  # of an H100 or H200; only how the work is cut depends on it
 def product(
     x: Float[Array, "*m K"],
     kernel: Float[Array, "K N"],
-    bias: Float[Array, " N"],
-    add: Float[Array, "*m N"] | None = None,
-    *,
+    *others: Array,
+    has_bias: bool = False,
     then: Elementwise | None = None,
     dtype: Dtype,
     interpret: bool = False,
 ) -> Float[Array, "*m N"]:
-    """then(x · kernel + bias) + add, all sums in fp32.
+    """then(x · kernel + bias) and other maps added to it, all sums in fp32.
 
     Args:
         x, kernel: of one dtype.
-        bias: of any.
-        add: added last.
+        others: the bias [N] first, if it `has_bias`; then what is added last: maps of the result's shape, or
+            rows [B or 1, 1, …, N].
+        has_bias: see `others`.
         then: an activation.
         dtype: of the result.
         interpret: run the kernel as Python would, on any machine.
@@ -44,15 +44,22 @@ def product(
     rows = x.reshape(-1, K)
     M = len(rows)
     m, n, k = _tiles(M, N, K)
-    others = [] if add is None else [add.reshape(M, N)]
+    others = [other.reshape(-1, N) for other in others]
     return pl.pallas_call(
-        functools.partial(_product, shape=(M, N, K), tiles=(m, n, k), then=then),
+        functools.partial(
+            _product,
+            shape=(M, N, K),
+            tiles=(m, n, k),
+            shared=tuple(M // len(other) for other in others),
+            has_bias=has_bias,
+            then=then,
+        ),
         grid=(pl.cdiv(N, n), pl.cdiv(M, m)),
         out_shape=jax.ShapeDtypeStruct((M, N), dtype),
         compiler_params=triton.CompilerParams(num_warps=8 if m * n > 64 * 128 else 4, num_stages=4),
         interpret=interpret,
         name="product",
-    )(rows, kernel, bias, *others).reshape(*x.shape[:-1], N)
+    )(rows, kernel, *others).reshape(*x.shape[:-1], N)
 
 
 def _tiles(M: int, N: int, K: int) -> tuple[int, int, int]:
@@ -67,15 +74,16 @@ def _tiles(M: int, N: int, K: int) -> tuple[int, int, int]:
 def _product(
     x_ref: Array,
     kernel_ref: Array,
-    bias_ref: Array,
     *refs: Array,
     shape: tuple[int, int, int],
     tiles: tuple[int, int, int],
+    shared: tuple[int, ...],
+    has_bias: bool,
     then: Elementwise | None,
 ) -> None:
-    """One tile of the result."""
+    """One tile of the result. Each row of another operand is `shared` by so many of the result's."""
     (M, N, K), (m, n, k) = shape, tiles
-    *add_refs, out_ref = refs
+    *other_refs, out_ref = refs
     rows = pl.program_id(1) * m + jnp.arange(m)
     columns = pl.program_id(0) * n + jnp.arange(n)
     in_rows, in_columns = (rows < M)[:, None], (columns < N)[None]
@@ -89,10 +97,16 @@ def _product(
         return total + triton.dot(x, kernel)
 
     total = lax.fori_loop(0, pl.cdiv(K, k), body, jnp.zeros((m, n), jnp.float32))
-    total += triton.load(bias_ref.at[columns], mask=columns < N, other=0).astype(jnp.float32)[None]
+    inside = in_rows & in_columns
+
+    def other(i: int) -> Array:
+        at = other_refs[i].at[(rows // shared[i])[:, None], columns[None]]
+        return triton.load(at, mask=inside, other=0).astype(jnp.float32)
+
+    if has_bias:
+        total += other(0)
     if then is not None:
         total = then(total)
-    inside = in_rows & in_columns
-    for ref in add_refs:
-        total += triton.load(ref.at[rows[:, None], columns[None]], mask=inside, other=0).astype(jnp.float32)
+    for i in range(has_bias, len(other_refs)):
+        total += other(i)
     triton.store(out_ref.at[rows[:, None], columns[None]], total.astype(out_ref.dtype), mask=inside)

@@ -20,6 +20,8 @@ from moebius_jax.models.parts import BlockSizes, Part, PositionOrder
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Layout, Released, Shapes, Table
 
+Map = Float[Array, "B H W C"]
+
 POSITION_CONV = Layout(order=(2, 0, 1), ones=(1, 2))  # [p, p, k] ↔ [k, u=1, 1, p, p]
 
 
@@ -62,7 +64,11 @@ class LocalLambda(Part):
         self.stream_dtype = precision.stream_dtype
         self.padded_window = None  # of the fused kernel, once frozen
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def onto(self, stream: Map, x: Map) -> Map:
+        return self(x, add=stream)
+
+    def __call__(self, x: Map, *, add: Map | None = None) -> Map:
+        """`add`: a map added to the result."""
         B, H, W, C = x.shape
         q, key, val = self.to_q(x), self.to_k(x), self.to_v(x)
         if self.norm_q is not None:
@@ -73,8 +79,10 @@ class LocalLambda(Part):
         order = self.order
         if order == "auto":
             order = forms.position_order(W, self.num_heads, self.dtype, self.platform)
-        terms = self._fused if order == "fused" else functools.partial(self._sum, order=order)
-        return terms(q, key, val, kernel, bias).reshape(B, H, W, C)
+        if order == "fused":
+            return self._fused(q, key, val, kernel, bias, add=add)
+        y = self._sum(q, key, val, kernel, bias, order=order).reshape(B, H, W, C)
+        return y if add is None else add + y
 
     def _sum(
         self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
@@ -84,22 +92,26 @@ class LocalLambda(Part):
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
         return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
 
-    def _fused(
-        self, q: Array, key: Array, val: Array, kernel: Array, bias: Array
-    ) -> Float[Array, "B H W h v"]:
+    def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel, differentiated as `_sum` is."""
+        B, H, W, h, _ = q.shape
+        others = [] if add is None else [add.reshape(B, H, W, h, -1)]
         run = functools.partial(
             local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
         )
-        run = split_over_batch(run, batched=(True, True, True, False, False))
+        run = split_over_batch(run, batched=(True, True, True, False, False, *(True for _ in others)))
         if self.padded_window is not None:
-            return run(q, key, val, self.padded_window[...], bias)
-        plain = functools.partial(self._sum, order=forms.unfused_position_order(q.shape[2], self.platform))
+            return run(q, key, val, self.padded_window[...], bias, *others).reshape(B, H, W, -1)
+        order = forms.unfused_position_order(W, self.platform)
 
-        def padded(q: Array, key: Array, val: Array, kernel: Array, bias: Array) -> Array:
-            return run(q, key, val, padded_window(kernel), bias)
+        def plain(*args: Array) -> Array:
+            return sum(args[5:], self._sum(*args[:5], order=order))
 
-        return with_gradient_of(plain, padded)(q, key, val, kernel, bias)
+        def padded(q: Array, key: Array, val: Array, kernel: Array, bias: Array, *others: Array) -> Array:
+            return run(q, key, val, padded_window(kernel), bias, *others)
+
+        y = with_gradient_of(plain, padded)(q, key, val, kernel, bias, *others)
+        return y.reshape(B, H, W, -1)
 
     def freeze(self) -> None:
         """For inference: the window as the fused kernel reads it."""
