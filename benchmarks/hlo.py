@@ -269,6 +269,7 @@ def _product_flops(operands: list[Array]) -> int:
     return 2 * rows[0] * math.prod(kernel)
 
 
+# Those without matrix products count as none.
 OWN_KERNELS = {"local_lambda": _local_lambda_flops, "product": _product_flops}
 
 

@@ -8,12 +8,15 @@ import synth
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from moebius_jax.models import forms
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.kernels.group_norm import group_norm
 from moebius_jax.models.kernels.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
+from moebius_jax.models.linear import Linear
+from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda
 from moebius_jax.models.mixers.local_lambda import LocalLambda
-from moebius_jax.models.norms import GroupNorm
+from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import batch_sharding, make_mesh
@@ -94,6 +97,33 @@ class TestProduct:
         plain = sum(add, then(plain) if then else plain)
         out = product(x, kernel, bias, *add, has_bias=True, then=then, dtype=jnp.float32, interpret=True)
         assert synth.relative_error(out, np.asarray(plain)) < 1e-6
+
+    def test_takes_a_norm_over(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_products", lambda *_: True)
+        common = {"precision": Precision(), "rngs": KeyStream(jax.random.key(0))}
+        norm, linear = LayerNorm(40, **common), Linear(40, 24, **common)
+        norm.scale, norm.bias = nnx.Param(maps(40) + 1), nnx.Param(maps(40))
+        linear.bias = nnx.Param(maps(24))
+        x = 3 * maps(2, 5, 5, 40) + 2
+        plain = linear(norm(x))
+        linear.take_over(norm)
+        linear.freeze()
+        assert synth.relative_error(linear(x), np.asarray(plain)) < 1e-5
+
+
+class TestInteractiveLambda:
+    # One tile and several, a ragged one; a depth that is a power of two and one that is not.
+    @pytest.mark.parametrize(("side", "heads", "depth"), [(4, 8, 24), (9, 2, 64), (6, 4, 160)])
+    def test_is_the_plain_form(self, side, heads, depth, monkeypatch):
+        sizes = BlockSizes(channels=heads * depth, map_size=side, num_heads=heads)
+        module = InteractiveLambda(sizes, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        module.eval()
+        x, stream = maps(2, side, side, heads * depth), 2 * maps(2, side, side, heads * depth)
+        tokens = module.prepare(maps(2, 10, sizes.context_dim))
+        plain = module.onto(stream, x, tokens)
+        monkeypatch.setattr(forms, "fused_interactive_lambda", lambda *_: True)
+        module.freeze()
+        assert synth.relative_error(module.onto(stream, x, tokens), np.asarray(plain)) < 1e-5
 
 
 class TestGroupNorm:

@@ -53,7 +53,7 @@ def test_student_mini(student_mini):
 def test_student_mini_in_a_gpus_forms(monkeypatch):
     """As a GPU samples, but in fp32 and with interpreted kernels."""
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
-    for choice in ("fused_products", "fused_group_norm"):  # in fp32 too
+    for choice in ("fused_products", "fused_group_norm", "fused_interactive_lambda"):  # in fp32 too
         monkeypatch.setattr(forms, choice, lambda *_: True)
     vectors = {k.removeprefix("eval/"): v for k, v in synth.golden("student_mini_eval").items()}
     network = network_from_synth("student_mini", execution={"platform": "gpu", "position_order": "fused"})

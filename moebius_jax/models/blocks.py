@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moebius_jax.models import forms
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import Conv3x3
-from moebius_jax.models.forms import upsampling_in_phases
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
@@ -82,9 +82,26 @@ class TransformerBlock(nnx.Module):
         self.feed_forward = FEED_FORWARDS[config.feed_forward](sizes, **common)
 
     def __call__(self, x: Map, context: Any) -> Map:
-        x = self.self_mixer.onto(x, self.norm1(x))
-        x = self.cross_mixer.onto(x, self.norm2(x), context)
-        return self.feed_forward.onto(x, self.norm3(x))
+        x = self.self_mixer.onto(x, self._normed(1, x))
+        x = self.cross_mixer.onto(x, self._normed(2, x), context)
+        return self.feed_forward.onto(x, self._normed(3, x))
+
+    def _normed(self, index: int, x: Map) -> Map:
+        norm = getattr(self, f"norm{index}")
+        return x if norm is None else norm(x)
+
+    def fold_norms(self) -> None:
+        """For inference: norms become part of the products after them, where those can take them over."""
+        for name, part in (
+            ("norm1", self.self_mixer),
+            ("norm2", self.cross_mixer),
+            ("norm3", self.feed_forward),
+        ):
+            readers = [getattr(part, reader) for reader in part.READERS]
+            if readers and all(reader.can_take_over(getattr(self, name)) for reader in readers):
+                for reader in readers:
+                    reader.take_over(getattr(self, name))
+                setattr(self, name, None)
 
 
 class Transformer(nnx.Module):
@@ -148,12 +165,13 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
         self.conv = Conv3x3(channels, channels, precision=precision, rngs=rngs)
+        self.dtype = precision.operands()[0]
         self.platform = precision.platform
         self.phases = None  # the four kernels, once frozen
 
     def freeze(self) -> None:
         """For inference: the phases' kernels."""
-        if upsampling_in_phases(self.platform):
+        if forms.upsampling_in_phases(self.platform):
             self.phases = nnx.data(nnx.Param(_phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)))
 
     def __call__(self, x: Map) -> Map:

@@ -137,6 +137,11 @@ class Conv3x3(nnx.Conv):
         )
         self.stream_dtype = precision.stream_dtype
 
+    def freeze(self) -> None:
+        """For inference: parameters in the dtype they are multiplied in."""
+        self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
+        self.bias = nnx.Param(self.bias[...].astype(self.dtype))
+
     def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
         """The convolution, and what is added to it: maps, or rows [B or 1, 1, 1, C]."""
         # Not preferred_element_type: jax cannot differentiate a convolution whose result has another dtype.

@@ -21,6 +21,7 @@ class GEGLU(Part):
     """Linear C→8C, split [x | gate], x·gelu(gate) with the exact (erf) GELU, Linear 4C→C."""
 
     RELEASED: ClassVar[Table] = {"proj_in": "net.0.proj", "proj_out": "net.2"}
+    READERS: ClassVar[tuple[str, ...]] = ("proj_in",)
     LANDMARK: ClassVar[str] = "net.0.proj.weight"
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
@@ -39,6 +40,7 @@ class MixFFN(Part):
     RELEASED: ClassVar[Table] = {
         part: f"{part}.conv" for part in ("inverted_conv", "depth_conv", "point_conv")
     }
+    READERS: ClassVar[tuple[str, ...]] = ("inverted_conv",)
     LANDMARK: ClassVar[str] = "inverted_conv.conv.weight"
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:

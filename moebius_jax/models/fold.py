@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from moebius_jax.models.blocks import TransformerBlock
 from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.unet import UNet
@@ -42,12 +43,11 @@ def inference_copy(unet: UNet) -> UNet:
     Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
     unet = fold_batch_norm(unet)
-    for _, module in list(nnx.iter_modules(unet)):
+    modules = [module for _, module in nnx.iter_modules(unet)]
+    for module in modules:
+        if isinstance(module, TransformerBlock):
+            module.fold_norms()
+    for module in modules:
         if freeze := getattr(module, "freeze", None):
             freeze()
-    for _, module in nnx.iter_modules(unet):
-        if isinstance(module, nnx.Linear | nnx.Conv):
-            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
-            if module.bias is not None:
-                module.bias = nnx.Param(module.bias[...].astype(module.dtype))
     return unet

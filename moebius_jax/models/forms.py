@@ -42,10 +42,9 @@ def fused_group_norm(dtype: Dtype, platform: str | None) -> bool:
     return _has_kernels(dtype, platform)
 
 
-def sums_over_depth(platform: str | None) -> bool:
-    """Whether Interactive-λ's scores are sums of elementwise products rather than matrix products."""
-    # Ten tokens fill no matrix unit's tile: on a GPU one fused kernel replaces four. TPUs lose fourfold.
-    return _or_running(platform) == "gpu"
+def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> bool:
+    """Whether Interactive-λ is one kernel at inference rather than four matrix products with ten tokens."""
+    return _has_kernels(dtype, platform) and heads & (heads - 1) == 0
 
 
 def upsampling_in_phases(platform: str | None) -> bool:

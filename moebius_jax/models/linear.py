@@ -56,10 +56,33 @@ class Linear(nnx.Linear):
         )
         self.platform = precision.platform
         self.is_frozen = False
+        self.norm_eps = None  # of a LayerNorm that this layer has taken over
+        self.kernel_sums = None
 
     def freeze(self) -> None:
-        """For inference: takes a kernel that has no gradient."""
+        """For inference: takes a kernel that has no gradient, in the dtype it is multiplied in."""
         self.is_frozen = True
+        self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
+        if self.norm_eps is not None:
+            sums = self.kernel[...].astype(jnp.float32).sum(0)  # of the rounded kernel: the mean must cancel
+            self.kernel_sums = nnx.data(nnx.Param(sums))
+        elif self.bias is not None:
+            self.bias = nnx.Param(self.bias[...].astype(self.dtype))
+
+    def can_take_over(self, norm: nnx.LayerNorm) -> bool:
+        """Whether the product sees what the norm saw: not a map that has been rounded in between."""
+        return norm.dtype == self.dtype and forms.fused_products(self.dtype, self.platform)
+
+    def take_over(self, norm: nnx.LayerNorm) -> None:
+        """Does what `norm` before this layer did. For inference, before `freeze`, in fused products only."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        bias = norm.bias[...].astype(jnp.float32) @ kernel
+        if self.bias is not None:
+            bias += self.bias[...]
+        self.kernel = nnx.Param(norm.scale[...].astype(jnp.float32)[:, None] * kernel)
+        self.bias = nnx.data(nnx.Param(bias))
+        self.use_bias = True
+        self.norm_eps = norm.epsilon
 
     def __call__(
         self,
@@ -69,6 +92,7 @@ class Linear(nnx.Linear):
         add: Sequence[Array] = (),
     ) -> Float[Array, "*m N"]:
         """then(x·W + b), plus maps of the result's shape or rows [B or 1, 1, …, N]."""
+        # Not for embeddings, whose rows are few.
         if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
             return self._fused(x, then, add)
         y = super().__call__(x)
@@ -78,16 +102,17 @@ class Linear(nnx.Linear):
         self, x: Float[Array, "*m K"], then: Elementwise | None, add: Sequence[Array]
     ) -> Float[Array, "*m N"]:
         kernel = self.kernel[...]
-        bias = [] if self.bias is None else [self.bias[...]]
+        rows = [row[...] for row in (self.kernel_sums, self.bias) if row is not None]
         run = functools.partial(
             product,
             has_bias=self.bias is not None,
+            norm_eps=self.norm_eps,
             then=then,
             dtype=self.preferred_element_type,
             interpret=forms.kernels_interpreted(self.platform),
         )
-        batched = (True, False, *(False for _ in bias), *(len(a) == len(x) for a in add))
-        return split_over_batch(run, batched=batched)(x.astype(kernel.dtype), kernel, *bias, *add)
+        batched = (True, False, *(False for _ in rows), *(len(a) == len(x) for a in add))
+        return split_over_batch(run, batched=batched)(x.astype(kernel.dtype), kernel, *rows, *add)
 
 
 class PointwiseConv(Linear):

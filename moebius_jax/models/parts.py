@@ -66,11 +66,13 @@ class Part(nnx.Module):
     Attributes:
         RELEASED: how the release calls and lays out what is in it.
         FOLDS: BatchNorm layer → the bias-free linear layer right before it, which it is folded into.
+        READERS: the linear layers that read the map, if nothing else does.
         LANDMARK: a released tensor, below the part's own name, that tells a file with this part from others.
     """
 
     RELEASED: ClassVar[Table] = {}
     FOLDS: ClassVar[dict[str, str]] = {}
+    READERS: ClassVar[tuple[str, ...]] = ()
     LANDMARK: ClassVar[str]
 
     def prepare(self, context: Float[Array, "B L D"]) -> Any:

@@ -1,7 +1,12 @@
-"""A matrix product over the channels that adds a bias, applies an activation and adds another map.
+"""A matrix product over the channels with what comes before and after it: LayerNorm, bias, activation, sums.
 
-XLA writes the product and reads it again for these: at the student's widths that is as much memory traffic as
-the product's own.
+XLA writes the product and reads it again for what follows: at the student's widths that is as much memory
+traffic as the product's own. A LayerNorm before it goes through the product: with its scale in the kernel's
+rows and its bias in the product's,
+
+    LN(x) · W = (x · W - mean Σ_k W) / deviation
+
+and mean and deviation are sums over numbers the product reads anyway.
 """
 
 import functools
@@ -25,6 +30,7 @@ def product(
     kernel: Float[Array, "K N"],
     *others: Array,
     has_bias: bool = False,
+    norm_eps: float | None = None,
     then: Elementwise | None = None,
     dtype: Dtype,
     interpret: bool = False,
@@ -33,9 +39,10 @@ def product(
 
     Args:
         x, kernel: of one dtype.
-        others: the bias [N] first, if it `has_bias`; then what is added last: maps of the result's shape, or
-            rows [B or 1, 1, …, N].
+        others: Σ_k of the kernel [N] first, if there is a `norm_eps`; then the bias [N], if it `has_bias`;
+            then what is added last: maps of the result's shape, or rows [B or 1, 1, …, N].
         has_bias: see `others`.
+        norm_eps: of a LayerNorm (without scale and bias) before the product.
         then: an activation.
         dtype: of the result.
         interpret: run the kernel as Python would, on any machine.
@@ -52,6 +59,7 @@ def product(
             tiles=(m, n, k),
             shared=tuple(M // len(other) for other in others),
             has_bias=has_bias,
+            norm_eps=norm_eps,
             then=then,
         ),
         grid=(pl.cdiv(N, n), pl.cdiv(M, m)),
@@ -79,34 +87,46 @@ def _product(
     tiles: tuple[int, int, int],
     shared: tuple[int, ...],
     has_bias: bool,
+    norm_eps: float | None,
     then: Elementwise | None,
 ) -> None:
     """One tile of the result. Each row of another operand is `shared` by so many of the result's."""
     (M, N, K), (m, n, k) = shape, tiles
     *other_refs, out_ref = refs
+    has_norm = norm_eps is not None
     rows = pl.program_id(1) * m + jnp.arange(m)
     columns = pl.program_id(0) * n + jnp.arange(n)
     in_rows, in_columns = (rows < M)[:, None], (columns < N)[None]
 
-    def body(step: Array, total: Array) -> Array:
+    def body(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        total, *sums = carry
         depth = step * k + jnp.arange(k)
         x = triton.load(x_ref.at[rows[:, None], depth[None]], mask=in_rows & (depth < K)[None], other=0)
         kernel = triton.load(
             kernel_ref.at[depth[:, None], columns[None]], mask=(depth < K)[:, None] & in_columns, other=0
         )
-        return total + triton.dot(x, kernel)
+        total += triton.dot(x, kernel)
+        if not sums:
+            return (total,)
+        x = x.astype(jnp.float32)
+        return total, sums[0] + x.sum(1), sums[1] + (x * x).sum(1)
 
-    total = lax.fori_loop(0, pl.cdiv(K, k), body, jnp.zeros((m, n), jnp.float32))
+    start = jnp.zeros((m, n), jnp.float32), *(jnp.zeros(m, jnp.float32) for _ in range(2 * has_norm))
+    total, *sums = lax.fori_loop(0, pl.cdiv(K, k), body, start)
     inside = in_rows & in_columns
 
     def other(i: int) -> Array:
         at = other_refs[i].at[(rows // shared[i])[:, None], columns[None]]
         return triton.load(at, mask=inside, other=0).astype(jnp.float32)
 
+    if has_norm:
+        mean = sums[0] / K
+        variance = jnp.maximum(sums[1] / K - mean * mean, 0)
+        total = (total - mean[:, None] * other(0)) * lax.rsqrt(variance + norm_eps)[:, None]
     if has_bias:
-        total += other(0)
+        total += other(has_norm)
     if then is not None:
         total = then(total)
-    for i in range(has_bias, len(other_refs)):
+    for i in range(has_norm + has_bias, len(other_refs)):
         total += other(i)
     triton.store(out_ref.at[rows[:, None], columns[None]], total.astype(out_ref.dtype), mask=inside)

@@ -19,6 +19,7 @@ class CrossAttention(Part):
     """Multi-head attention, scale (C/h)^-½; only the output projection has a bias."""
 
     RELEASED: ClassVar[Table] = {"to_out": "to_out.0"}
+    READERS: ClassVar[tuple[str, ...]] = ("to_q",)
     LANDMARK: ClassVar[str] = "to_out.0.weight"
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:

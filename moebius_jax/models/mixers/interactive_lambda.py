@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moebius_jax.models.forms import sums_over_depth
+from moebius_jax.models import forms
+from moebius_jax.models.kernels.interactive_lambda import interactive_lambda
+from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Layout, Released, Shapes, Table
 
+Map = Float[Array, "B H W C"]
 Tokens = tuple[Float[Array, "B L k"], Float[Array, "B L v"]]
 
 POSITION_TABLE = Layout(ones=(3,))  # [N, L, k] ↔ [N, L, k, u=1]
@@ -33,6 +36,7 @@ class InteractiveLambda(Part):
 
     RELEASED: ClassVar[Table] = {"position_table": Released("rel_pos_emb", POSITION_TABLE)}
     FOLDS: ClassVar[dict[str, str]] = {"norm_q": "to_q", "norm_v": "to_v"}
+    READERS: ClassVar[tuple[str, ...]] = ("to_q",)
     LANDMARK: ClassVar[str] = "rel_pos_emb"
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
@@ -46,7 +50,9 @@ class InteractiveLambda(Part):
         self.norm_v = BatchNorm(depth, precision=precision)
         self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
         self.num_heads = sizes.num_heads
+        self.stream_dtype = precision.stream_dtype
         self.platform = precision.platform
+        self.is_frozen = False
         self.dtype, self.precision = precision.operands(thin=True)
 
     def prepare(self, context: Float[Array, "B L D"]) -> Tokens:
@@ -56,8 +62,16 @@ class InteractiveLambda(Part):
             val = self.norm_v(val)
         return jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype), val
 
-    def __call__(self, x: Float[Array, "B H W C"], tokens: Tokens) -> Float[Array, "B H W C"]:
-        """Raises ValueError when the map or the context is not of the trained size."""
+    def onto(self, stream: Map, x: Map, tokens: Tokens) -> Map:
+        return self(x, tokens, add=stream)
+
+    def freeze(self) -> None:
+        """For inference: takes a kernel that has no gradient, and the table as it reads it."""
+        self.is_frozen = True
+        self.position_table = nnx.Param(self.position_table[...].astype(self.dtype))
+
+    def __call__(self, x: Map, tokens: Tokens, *, add: Map | None = None) -> Map:
+        """`add`: a map added to the result. ValueError: map or context are not of the trained size."""
         B, H, W, C = x.shape
         key, val = tokens
         L = key.shape[1]
@@ -71,14 +85,22 @@ class InteractiveLambda(Part):
             q = self.norm_q(q)
         q = q.reshape(B, H * W, self.num_heads, -1)
         table = self.position_table[...].astype(self.dtype)
+        if self.is_frozen and forms.fused_interactive_lambda(self.dtype, self.num_heads, self.platform):
+            return self._fused(q, key, val, table, add).reshape(B, H, W, C)
         einsum = functools.partial(jnp.einsum, precision=self.precision)
-        if sums_over_depth(self.platform):
-            wide_q, wide_key, wide_table = (a.astype(jnp.float32) for a in (q, key, table))
-            keys = (wide_key[:, None] + wide_table)[:, :, None]  # [B, N, 1, L, k]
-            scores = jnp.sum(wide_q[..., None, :] * keys, axis=-1).astype(self.dtype)
-        else:
-            scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
-        return einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
+        scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
+        y = einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
+        return y if add is None else add + y
+
+    def _fused(
+        self, q: Array, key: Array, val: Array, table: Array, add: Map | None
+    ) -> Float[Array, "B N h v"]:
+        run = functools.partial(
+            interactive_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
+        )
+        others = [] if add is None else [add.reshape(q.shape)]
+        batched = (True, True, True, False, *(True for _ in others))
+        return split_over_batch(run, batched=batched)(q, key, val, table, *others)
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:

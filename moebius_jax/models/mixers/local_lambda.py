@@ -46,6 +46,7 @@ class LocalLambda(Part):
 
     RELEASED: ClassVar[Table] = {"position": "pos_conv"}
     FOLDS: ClassVar[dict[str, str]] = {"norm_q": "to_q", "norm_v": "to_v"}
+    READERS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v")
     LANDMARK: ClassVar[str] = "pos_conv.weight"
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
