@@ -42,14 +42,13 @@ from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import replicated
 
 HERE = Path(__file__).parent
 TABLE = HERE / "compiled.json"
 PLATFORM = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu", "cpu": "cpu"}
 SLICES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-HALF = {"h200": "float16", "v5e": "bfloat16", "v6e": "bfloat16", "cpu": "float32"}
-
 LAUNCH = 2e-6  # seconds a kernel takes however little it does
 BANDWIDTH = 4.3e12  # measured on an H200, as is the 790 TFLOP/s of half precision
 FLOP_RATES = {"f16": 0.6 * 790e12, "bf16": 0.6 * 790e12, "tf32": 0.6 * 395e12}
@@ -66,7 +65,7 @@ def parse() -> argparse.Namespace:
     add = options.add_argument
     add("--target", choices=list(PLATFORM), required=True)
     add("--batch-size", type=int, default=1, help="images; guidance makes two network inputs of each")
-    add("--dtype", help="of the network; by default the target's half precision")
+    add("--dtype", help="of the network; by default what the target samples in")
     add("--stream-dtype", help="by default as --dtype")
     add("--vae", action="store_true", help="encoder and decoder instead of the denoising loop")
     add("--hlo", type=Path, metavar="FILE", help="also write the compiled program here")
@@ -230,7 +229,7 @@ def show(title: str, groups: dict[str, Group], before: dict[str, Group]) -> None
 
 def main() -> int:
     args = parse()
-    args.dtype = args.dtype or HALF[args.target]
+    args.dtype = args.dtype or jnp.dtype(auto_dtype(PLATFORM[args.target])).name
     mesh = Mesh(np.array([device_for(args.target)]), ("data",))
     results: dict[str, dict[str, Group]] = {}
     if args.vae:

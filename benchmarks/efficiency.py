@@ -89,7 +89,7 @@ def measure(config: UNetConfig, *, dtype: Dtype = jnp.float32, repeats: int = 5)
         dtype: compute dtype.
         repeats: timed runs after the first.
     """
-    network = fill(abstract_network(config, dtype=dtype), _weights(config))
+    network = fill(abstract_network(config, dtype=dtype, stream_dtype=dtype), _weights(config))
     network.eval()
     graphdef, weights = nnx.split(inference_copy(network))
 

@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--count-only", action="store_true", help="count parameters and multiply-adds, run nothing")
     add(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        help="compute dtype (default bfloat16 on GPU and TPU, else float32)",
+        choices=("float32", "float16", "bfloat16"),
+        help="compute dtype (default float16 on GPUs, bfloat16 on TPUs, float32 on CPUs)",
     )
     add(
         "--repeats",
@@ -71,12 +71,14 @@ def main(argv: list[str] | None = None) -> int:
 def _profile(args: argparse.Namespace) -> int:
     import jax
 
+    from moebius_jax.models.precision import auto_dtype
+
     require_positive(args, "repeats")
     if args.json:
         if args.json.is_dir():
             raise UserError(f"{args.json}: is a folder, expected a file to write")
         require_writable(args.json.parent)  # before the work, not after it
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or jax.numpy.dtype(auto_dtype()).name
     if not args.count_only:
         enable_compilation_cache()
     rows = [_row(name, args, dtype) for name in progress(args.networks, desc="networks")]

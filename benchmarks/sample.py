@@ -27,6 +27,7 @@ from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
 FULL_RUN = 19  # steps at 20 inference steps and strength 0.99
@@ -36,8 +37,8 @@ def parse() -> argparse.Namespace:
     options = parser(__doc__)
     add = options.add_argument
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    add("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the U-Net")
-    add("--stream-dtype", default="float32", help="see moebius_jax.models.precision")
+    add("--dtypes", nargs="+", help="of the U-Net (default: what the platform samples in, and float32)")
+    add("--stream-dtype", help="see moebius_jax.models.precision (default: as the dtype)")
     add("--vae-dtype", default="float32")
     add("--position-order", default="auto")
     add("--steps", type=int, default=FULL_RUN, help="denoising steps of the timed loop")
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
 def core(args: argparse.Namespace, dtype: str, platform: str | None) -> tuple[Any, Any]:
     """Graph and shapes of the weights of the folded full-size student."""
     config = UNetConfig.student(position_order=args.position_order, platform=platform)
-    dtypes = {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(args.stream_dtype)}
+    dtypes = {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(args.stream_dtype or dtype)}
     return nnx.split(
         nnx.eval_shape(lambda: inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **dtypes)))
     )
@@ -80,7 +81,7 @@ def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> Row:
         "gflop_per_step": flops / 1e9,
         "compile_s": seconds,
     }
-    if dtype == "bfloat16" and (peak := PEAKS.get(jax.devices()[0].device_kind)):
+    if dtype != "float32" and (peak := PEAKS.get(jax.devices()[0].device_kind)):
         row["share_of_peak"] = flops / step / peak[0]
     if memory := compiled.memory_analysis():
         row["core_temporaries_gb"] = memory.temp_size_in_bytes / 1e9
@@ -149,6 +150,7 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
 
 def main() -> int:
     args = parse()
+    args.dtypes = args.dtypes or [jnp.dtype(auto_dtype("tpu" if args.aot else None)).name, "float32"]
     cases = [(dtype, batch) for dtype in args.dtypes for batch in args.batch_sizes]
     if not args.aot:
         return report(told(time_batch(args, *case) for case in cases), args)

@@ -15,7 +15,9 @@ from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.imaging import masks
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
+from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import make_mesh
+from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
 STEPS = {"num_inference_steps": 2, "output_type": "np"}
 
@@ -307,11 +309,36 @@ class TestLoading:
         with pytest.raises(UserError, match=r"pipeline\.json: found \[\]; expected an object"):
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "p")
 
-    def test_half_precision_runs(self, tiny_folder, photo, mask):
-        pipe = MoebiusInpaintPipeline.from_pretrained(
-            tiny_folder, dtype=jax.numpy.bfloat16, mesh=make_mesh(jax.devices()[:1])
-        )
+    @pytest.mark.parametrize("dtype", ["bfloat16", jax.numpy.float16])
+    def test_half_precision_runs(self, dtype, tiny_folder, photo, mask):
+        mesh = make_mesh(jax.devices()[:1])
+        pipe = MoebiusInpaintPipeline.from_pretrained(tiny_folder, dtype=dtype, mesh=mesh)
+        assert pipe.unet.precision.stream_dtype == pipe.unet.precision.dtype == jax.numpy.dtype(dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             (out,) = pipe(photo, mask, **STEPS).images
         assert out.shape == photo.shape
+
+    def test_dtypes_by_name(self, tiny_folder, tiny_pipeline):
+        def precision(**dtypes):
+            return MoebiusInpaintPipeline.from_pretrained(tiny_folder, **dtypes).unet.precision
+
+        assert precision() == tiny_pipeline.unet.precision  # float32 on a CPU
+        mixed = precision(dtype="bfloat16", stream_dtype="float32")
+        assert (mixed.dtype, mixed.stream_dtype) == (jax.numpy.bfloat16, jax.numpy.float32)
+        assert [auto_dtype(p) for p in ("gpu", "tpu")] == [jax.numpy.float16, jax.numpy.bfloat16]
+        with pytest.raises(UserError, match="dtype is 'int8'; expected auto, float32, float16 or bfloat16"):
+            precision(dtype="int8")
+
+    def test_leaving_float16s_range_is_an_error_that_names_bfloat16(self, tiny_pipeline, photo, mask):
+        def with_large_numbers(dtype):
+            unet = abstract_network(tiny_pipeline.unet.config, dtype=dtype, stream_dtype=dtype)
+            tensors = network_tensors(tiny_pipeline.unet)
+            tensors["conv_in.pointwise.kernel"] = 1e7 * tensors["conv_in.pointwise.kernel"]
+            unet = fill(unet, tensors)
+            unet.eval()
+            return MoebiusInpaintPipeline(unet, tiny_pipeline.vae, mesh=make_mesh(jax.devices()[:1]))
+
+        with pytest.raises(UserError, match="use bfloat16"):
+            with_large_numbers(jax.numpy.float16)(photo, mask, **STEPS)
+        with_large_numbers(jax.numpy.bfloat16)(photo, mask, **STEPS)

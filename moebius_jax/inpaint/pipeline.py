@@ -23,6 +23,7 @@ from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import make_mesh, replicated
 from moebius_jax.weights.hub import Track
 from moebius_jax.weights.load import load_unet, load_vae, save_network
@@ -76,7 +77,8 @@ class MoebiusInpaintPipeline:
         *,
         variant: str | None = None,
         vae: str | Path | None = None,
-        dtype: Dtype = jnp.float32,
+        dtype: Dtype = "auto",
+        stream_dtype: Dtype | None = None,
         vae_dtype: Dtype = jnp.float32,
         cache_dir: str | Path | None = None,
         mesh: Mesh | None = None,
@@ -89,7 +91,8 @@ class MoebiusInpaintPipeline:
                 Hub's layout) or a Hub repository, "hustvl/Moebius".
             variant: "pretrained" (default), "ft_places2", "ft_celebahq" or "ft_ffhq".
             vae: folder of a converted VAE; by default the one beside the U-Net, or hustvl/PixelHacker's.
-            dtype: compute dtype of the U-Net; bfloat16 is the fast choice on GPUs and TPUs.
+            dtype: compute dtype of the U-Net; "auto" is float16 on GPUs, bfloat16 on TPUs, float32 on CPUs.
+            stream_dtype: of what lies between its large products; by default `dtype` (docs/inference.md).
             vae_dtype: compute dtype of the VAE.
             cache_dir: where converted downloads are kept.
             mesh: see the class.
@@ -101,8 +104,8 @@ class MoebiusInpaintPipeline:
         mesh = mesh or make_mesh(jax.local_devices())
         found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
         return cls(
-            load_unet(found.unet, dtype=dtype, placement=replicated(mesh)),
-            load_vae(found.vae, dtype=vae_dtype, placement=replicated(mesh)),
+            load_unet(found.unet, placement=replicated(mesh), **_dtypes(dtype, stream_dtype)),
+            load_vae(found.vae, dtype=_known("vae_dtype", vae_dtype), placement=replicated(mesh)),
             guidance_scale=found.guidance_scale,
             variant=found.variant,
             mesh=mesh,
@@ -115,7 +118,8 @@ class MoebiusInpaintPipeline:
         vae_config: VAEConfig | None = None,
         *,
         seed: int = 0,
-        dtype: Dtype = jnp.float32,
+        dtype: Dtype = "auto",
+        stream_dtype: Dtype | None = None,
         vae_dtype: Dtype = jnp.float32,
         mesh: Mesh | None = None,
     ) -> "MoebiusInpaintPipeline":
@@ -123,11 +127,13 @@ class MoebiusInpaintPipeline:
         config = unet_config or UNetConfig.student()
 
         # Not jitted: a program of a thousand small random arrays takes longer to compile than to run.
-        unet = UNet(config, dtype=dtype, rngs=KeyStream(jax.random.key(seed)))
+        unet = UNet(config, rngs=KeyStream(jax.random.key(seed)), **_dtypes(dtype, stream_dtype))
         unet.eval()
         sizes = vae_config or VAEConfig()
         init = jax.jit(vae_model.init_params, static_argnums=0)
-        vae = VAE(params=init(sizes, jax.random.key(seed)), config=sizes, dtype=vae_dtype)
+        vae = VAE(
+            params=init(sizes, jax.random.key(seed)), config=sizes, dtype=_known("vae_dtype", vae_dtype)
+        )
         return cls(unet, vae, mesh=mesh)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -236,3 +242,21 @@ def _step_callback(pipe: MoebiusInpaintPipeline, callback: StepEnd | None) -> An
         return (returned or {}).get("latents", latents)
 
     return on_step
+
+
+def _dtypes(dtype: Dtype, stream_dtype: Dtype | None) -> dict[str, Dtype]:
+    dtype = auto_dtype() if isinstance(dtype, str) and dtype == "auto" else _known("dtype", dtype)
+    return {
+        "dtype": dtype,
+        "stream_dtype": dtype if stream_dtype is None else _known("stream_dtype", stream_dtype),
+    }
+
+
+def _known(name: str, dtype: Dtype) -> Dtype:
+    try:
+        if jnp.dtype(dtype).name in ("float32", "float16", "bfloat16"):
+            return jnp.dtype(dtype)
+    except TypeError:
+        pass
+    choices = f"{'auto, ' if name == 'dtype' else ''}float32, float16 or bfloat16"
+    raise UserError(f"{name} is {dtype!r}; expected {choices}")

@@ -234,8 +234,8 @@ def _finish(batch: _Batch, options: InpaintOptions) -> None:
         job.left -= 1
         if not is_finite:
             job.error = UserError(
-                f"{job.item.name}: the network produced NaN or infinite numbers; compute in float32 "
-                "(dtype, vae_dtype)"
+                f"{job.item.name}: the network produced NaN or infinite numbers; if it computes in float16 "
+                "they may have left its range: use bfloat16 or float32 (dtype, vae_dtype)"
             )
         elif row.window is not None:
             job.rgb = crop.paste(
