@@ -58,6 +58,18 @@ class Linear(nnx.Linear):
         self.is_frozen = False
         self.norm_eps = None  # of a LayerNorm that this layer has taken over
         self.kernel_sums = None
+        self.widths = None  # of layers joined to one
+
+    @staticmethod
+    def join(layers: "Sequence[Linear]") -> "Linear":
+        """Frozen layers as one that reads the map once and returns a list; for fused products only."""
+        joined = nnx.clone(layers[0])
+        for name in ("kernel", "bias", "kernel_sums"):
+            parts = [getattr(layer, name) for layer in layers]
+            if parts[0] is not None:
+                setattr(joined, name, nnx.Param(jnp.concatenate([part[...] for part in parts], axis=-1)))
+        joined.widths = tuple(layer.out_features for layer in layers)
+        return joined
 
     def freeze(self) -> None:
         """For inference: takes a kernel that has no gradient, in the dtype it is multiplied in."""
@@ -90,7 +102,7 @@ class Linear(nnx.Linear):
         *,
         then: Elementwise | None = None,
         add: Sequence[Array] = (),
-    ) -> Float[Array, "*m N"]:
+    ) -> Any:
         """then(x·W + b), plus maps of the result's shape or rows [B or 1, 1, …, N]."""
         # Not for embeddings, whose rows are few.
         if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
@@ -98,9 +110,7 @@ class Linear(nnx.Linear):
         y = super().__call__(x)
         return sum(add, y if then is None else then(y))
 
-    def _fused(
-        self, x: Float[Array, "*m K"], then: Elementwise | None, add: Sequence[Array]
-    ) -> Float[Array, "*m N"]:
+    def _fused(self, x: Float[Array, "*m K"], then: Elementwise | None, add: Sequence[Array]) -> Any:
         kernel = self.kernel[...]
         rows = [row[...] for row in (self.kernel_sums, self.bias) if row is not None]
         run = functools.partial(
@@ -108,6 +118,7 @@ class Linear(nnx.Linear):
             has_bias=self.bias is not None,
             norm_eps=self.norm_eps,
             then=then,
+            widths=self.widths,
             dtype=self.preferred_element_type,
             interpret=forms.kernels_interpreted(self.platform),
         )

@@ -32,9 +32,10 @@ def product(
     has_bias: bool = False,
     norm_eps: float | None = None,
     then: Elementwise | None = None,
+    widths: tuple[int, ...] | None = None,
     dtype: Dtype,
     interpret: bool = False,
-) -> Float[Array, "*m N"]:
+) -> Float[Array, "*m N"] | list[Array]:
     """then(x · kernel + bias) and other maps added to it, all sums in fp32.
 
     Args:
@@ -44,6 +45,7 @@ def product(
         has_bias: see `others`.
         norm_eps: of a LayerNorm (without scale and bias) before the product.
         then: an activation.
+        widths: cuts the result along N into a list of arrays.
         dtype: of the result.
         interpret: run the kernel as Python would, on any machine.
     """
@@ -52,22 +54,25 @@ def product(
     M = len(rows)
     m, n, k = _tiles(M, N, K)
     others = [other.reshape(-1, N) for other in others]
-    return pl.pallas_call(
+    cut = widths or (N,)
+    results = pl.pallas_call(
         functools.partial(
             _product,
-            shape=(M, N, K),
+            shape=(M, K, cut),
             tiles=(m, n, k),
             shared=tuple(M // len(other) for other in others),
             has_bias=has_bias,
             norm_eps=norm_eps,
             then=then,
         ),
-        grid=(pl.cdiv(N, n), pl.cdiv(M, m)),
-        out_shape=jax.ShapeDtypeStruct((M, N), dtype),
+        grid=(sum(pl.cdiv(width, n) for width in cut), pl.cdiv(M, m)),
+        out_shape=[jax.ShapeDtypeStruct((M, width), dtype) for width in cut],
         compiler_params=triton.CompilerParams(num_warps=8 if m * n > 64 * 128 else 4, num_stages=4),
         interpret=interpret,
         name="product",
-    )(rows, kernel, *others).reshape(*x.shape[:-1], N)
+    )(rows, kernel, *others)
+    results = [result.reshape(*x.shape[:-1], -1) for result in results]
+    return results if widths else results[0]
 
 
 def _tiles(M: int, N: int, K: int) -> tuple[int, int, int]:
@@ -83,7 +88,7 @@ def _product(
     x_ref: Array,
     kernel_ref: Array,
     *refs: Array,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, tuple[int, ...]],
     tiles: tuple[int, int, int],
     shared: tuple[int, ...],
     has_bias: bool,
@@ -91,12 +96,22 @@ def _product(
     then: Elementwise | None,
 ) -> None:
     """One tile of the result. Each row of another operand is `shared` by so many of the result's."""
-    (M, N, K), (m, n, k) = shape, tiles
-    *other_refs, out_ref = refs
+    (M, K, widths), (m, n, k) = shape, tiles
+    other_refs, out_refs = refs[: len(shared)], refs[len(shared) :]
     has_norm = norm_eps is not None
     rows = pl.program_id(1) * m + jnp.arange(m)
-    columns = pl.program_id(0) * n + jnp.arange(n)
-    in_rows, in_columns = (rows < M)[:, None], (columns < N)[None]
+    in_rows = (rows < M)[:, None]
+    # Every array of the result has tiles of its own.
+    first_tile = first_column = 0
+    columns, in_columns, places = jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), []
+    for width in widths:
+        own = (pl.program_id(0) - first_tile) * n + jnp.arange(n)
+        here = (own >= 0) & (own < pl.cdiv(width, n) * n)
+        columns = jnp.where(here, first_column + own, columns)
+        places.append((own, here & (own < width)))
+        in_columns |= places[-1][1]
+        first_tile, first_column = first_tile + pl.cdiv(width, n), first_column + width
+    in_columns = in_columns[None]
 
     def body(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         total, *sums = carry
@@ -129,4 +144,5 @@ def _product(
         total = then(total)
     for i in range(has_norm + has_bias, len(other_refs)):
         total += other(i)
-    triton.store(out_ref.at[rows[:, None], columns[None]], total.astype(out_ref.dtype), mask=inside)
+    for ref, (own, here) in zip(out_refs, places, strict=True):
+        triton.store(ref.at[rows[:, None], own[None]], total.astype(ref.dtype), mask=in_rows & here[None])

@@ -29,7 +29,7 @@ def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -
     XLA cannot look into a kernel, and would gather a sharded batch for it on every device.
 
     Args:
-        kernel: a function of arrays that treats every item of the batch alone; returns one array.
+        kernel: a function of arrays that treats every item of the batch alone; returns an array or several.
         batched: of each argument, whether its first axis is the batch; the others are the same everywhere.
     """
 
@@ -39,12 +39,12 @@ def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -
     split = custom_partitioning(positional)
 
     def partition(mesh: Mesh, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
-        del result
         first = next(a for a, is_batched in zip(arguments, batched, strict=True) if is_batched)
         spec = first.sharding.spec
         here = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return mesh, positional, here, tuple(here if is_batched else everywhere for is_batched in batched)
+        results = jax.tree.map(lambda _: here, result)
+        return mesh, positional, results, tuple(here if is_batched else everywhere for is_batched in batched)
 
     def rule(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> str:
         del mesh
@@ -52,8 +52,11 @@ def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -
             " ".join(["b" if i == 0 and is_batched else f"{name}{i}" for i in range(len(a.shape))])
             for name, a, is_batched in zip("pqrstuvw", arguments, batched, strict=False)
         ]
-        out = " ".join(["b", *(f"z{i}" for i in range(1, len(results[0].shape)))])
-        return f"{', '.join(terms)} -> {out}"
+        outs = [
+            " ".join(["b", *(f"z{n}i{i}" for i in range(1, len(result.shape)))])
+            for n, result in enumerate(results)
+        ]
+        return f"{', '.join(terms)} -> {', '.join(outs)}"
 
     split.def_partition(partition, sharding_rule=rule)
     return split

@@ -13,7 +13,7 @@ from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
 from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
-from moebius_jax.models.linear import PointwiseConv
+from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part, PositionOrder
@@ -64,6 +64,7 @@ class LocalLambda(Part):
         self.dtype = precision.dtype
         self.stream_dtype = precision.stream_dtype
         self.padded_window = None  # of the fused kernel, once frozen
+        self.to_all = None  # the three projections as one, once frozen
 
     def onto(self, stream: Map, x: Map) -> Map:
         return self(x, add=stream)
@@ -71,7 +72,7 @@ class LocalLambda(Part):
     def __call__(self, x: Map, *, add: Map | None = None) -> Map:
         """`add`: a map added to the result."""
         B, H, W, C = x.shape
-        q, key, val = self.to_q(x), self.to_k(x), self.to_v(x)
+        q, key, val = self.to_all(x) if self.to_all else (self.to_q(x), self.to_k(x), self.to_v(x))
         if self.norm_q is not None:
             q, val = self.norm_q(q), self.norm_v(val)
         q = q.reshape(B, H, W, self.num_heads, -1)
@@ -115,7 +116,12 @@ class LocalLambda(Part):
         return y.reshape(B, H, W, -1)
 
     def freeze(self) -> None:
-        """For inference: the window as the fused kernel reads it."""
+        """For inference: the window as the fused kernel reads it, one projection where norms went into it."""
+        if self.to_q.norm_eps is not None:
+            for layer in (self.to_q, self.to_k, self.to_v):
+                layer.freeze()
+            self.to_all = nnx.data(Linear.join([self.to_q, self.to_k, self.to_v]))
+            self.to_q = self.to_k = self.to_v = None
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
         self.padded_window = nnx.data(nnx.Param(padded_window(self.position.kernel[...].astype(self.dtype))))
 
