@@ -265,8 +265,11 @@ def _local_lambda_flops(operands: list[Array]) -> int:
 
 
 def _product_flops(operands: list[Array]) -> int:
-    rows, kernel, *_ = (array.dims for array in operands)
-    return 2 * rows[0] * math.prod(kernel)
+    """Of `moebius_jax.models.kernels.product`: maps [M, K] that a kernel [K, N] follows."""
+    shapes = [array.dims for array in operands]
+    M, N = shapes[0][0], shapes[1][1]
+    pairs = itertools.pairwise(shapes)
+    return sum(2 * M * K * N for (m, K), (k, n) in pairs if (m, K, n) == (M, k, N))
 
 
 # Those without matrix products count as none.

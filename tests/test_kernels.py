@@ -13,7 +13,7 @@ from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.kernels.group_norm import group_norm
 from moebius_jax.models.kernels.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
-from moebius_jax.models.linear import Linear
+from moebius_jax.models.linear import Linear, Product
 from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda
 from moebius_jax.models.mixers.local_lambda import LocalLambda
 from moebius_jax.models.norms import GroupNorm, LayerNorm
@@ -38,7 +38,7 @@ class TestLocalLambda:
     # A row of several tiles and a ragged one; depths of one and of several blocks; large keys.
     @pytest.mark.parametrize(
         ("shape", "heads", "depth", "scale"),
-        [((2, 6, 20), 4, 24, 1), ((1, 17, 17), 8, 40, 1), ((1, 4, 4), 2, 80, 1), ((1, 18, 18), 2, 16, 300)],
+        [((2, 6, 20), 4, 24, 1), ((1, 34, 33), 8, 40, 1), ((1, 4, 4), 2, 80, 1), ((1, 18, 18), 2, 16, 300)],
     )
     def test_is_the_plain_form(self, shape, heads, depth, scale):
         x = maps(*shape, heads * depth, scale=scale)
@@ -96,6 +96,17 @@ class TestProduct:
         plain = x @ kernel + bias
         plain = sum(add, then(plain) if then else plain)
         out = product(x, kernel, bias, *add, has_bias=True, then=then, dtype=jnp.float32, interpret=True)
+        assert synth.relative_error(out, np.asarray(plain)) < 1e-6
+
+    def test_takes_another_product_along(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_products", lambda *_: True)
+        common = {"precision": Precision(), "rngs": KeyStream(jax.random.key(0))}
+        first, second = Linear(40, 24, **common), Linear(72, 24, **common)
+        first.bias, second.bias = nnx.Param(maps(24)), nnx.Param(2 * maps(24))
+        x, other, stream = maps(2, 5, 5, 40), maps(2, 5, 5, 72), maps(2, 5, 5, 24)
+        plain = first(x) + second(other) + stream
+        first.freeze()
+        out = first(x, add=(Product(other, second), stream))
         assert synth.relative_error(out, np.asarray(plain)) < 1e-6
 
     def test_takes_a_norm_over(self, monkeypatch):

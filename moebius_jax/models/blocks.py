@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from moebius_jax.models import forms
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import Conv3x3
-from moebius_jax.models.linear import Linear, PointwiseConv
+from moebius_jax.models.linear import Linear, PointwiseConv, Product
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
@@ -47,7 +47,7 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: Map, shift: Float[Array, "B C"]) -> Map:
         """`shift` comes from `shift()`; of length 1 it is that of all items."""
         y = self.conv1(self.norm1(x, then=jax.nn.silu), add=(shift[:, None, None, :],))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        shortcut = x if self.conv_shortcut is None else Product(x, self.conv_shortcut)
         return self.conv2(self.norm2(y, then=jax.nn.silu), add=(shortcut,))
 
     def shift(self, time: Float[Array, "B D"]) -> Float[Array, "B C"]:

@@ -11,7 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from moebius_jax.models.initializers import kaiming_uniform
-from moebius_jax.models.linear import PointwiseConv
+from moebius_jax.models.linear import PointwiseConv, Product, summed
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import CONV, DEPTHWISE, Released, Shapes, Table
@@ -92,8 +92,8 @@ class DepthwiseSeparableConv(nnx.Module):
         self.norm2 = BatchNorm(out_channels, precision=precision)
         self.has_skip = in_channels == out_channels
 
-    def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
-        """The convolution, and what is added to it: maps, or rows [B or 1, 1, 1, C]."""
+    def __call__(self, x: Map, *, add: Sequence[Array | Product] = ()) -> Map:
+        """The convolution, and what is added to it: maps, rows [B or 1, 1, 1, C], `Product`s."""
         if self.has_skip:
             add = (x, *add)
         y = self.depthwise(x)
@@ -102,7 +102,7 @@ class DepthwiseSeparableConv(nnx.Module):
         y = jax.nn.relu(y)
         if self.norm2 is None:
             return self.pointwise(y, add=add)
-        return sum(add, self.norm2(self.pointwise(y)))
+        return summed(self.norm2(self.pointwise(y)), add)
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:
@@ -142,10 +142,10 @@ class Conv3x3(nnx.Conv):
         self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
         self.bias = nnx.Param(self.bias[...].astype(self.dtype))
 
-    def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
-        """The convolution, and what is added to it: maps, or rows [B or 1, 1, 1, C]."""
+    def __call__(self, x: Map, *, add: Sequence[Array | Product] = ()) -> Map:
+        """The convolution, and what is added to it: maps, rows [B or 1, 1, 1, C], `Product`s."""
         # Not preferred_element_type: jax cannot differentiate a convolution whose result has another dtype.
-        return sum(add, super().__call__(x).astype(self.stream_dtype))
+        return summed(super().__call__(x).astype(self.stream_dtype), add)
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:

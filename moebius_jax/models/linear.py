@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -101,29 +101,53 @@ class Linear(nnx.Linear):
         x: Float[Array, "*m K"],
         *,
         then: Elementwise | None = None,
-        add: Sequence[Array] = (),
+        add: "Sequence[Array | Product]" = (),
     ) -> Any:
-        """then(x·W + b), plus maps of the result's shape or rows [B or 1, 1, …, N]."""
+        """then(x·W + b), plus maps of the result's shape, rows [B or 1, 1, …, N] and `Product`s."""
         # Not for embeddings, whose rows are few.
         if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
             return self._fused(x, then, add)
         y = super().__call__(x)
-        return sum(add, y if then is None else then(y))
+        return summed(y if then is None else then(y), add)
 
-    def _fused(self, x: Float[Array, "*m K"], then: Elementwise | None, add: Sequence[Array]) -> Any:
+    def _fused(
+        self, x: Float[Array, "*m K"], then: Elementwise | None, add: "Sequence[Array | Product]"
+    ) -> Any:
         kernel = self.kernel[...]
         rows = [row[...] for row in (self.kernel_sums, self.bias) if row is not None]
+        products = [a for a in add if isinstance(a, Product)]
+        pairs = [array for p in products for array in (p.map.astype(kernel.dtype), p.layer.kernel[...])]
+        add = [a for a in add if not isinstance(a, Product)]
+        add += [
+            p.layer.bias[...].reshape(*[1] * (x.ndim - 1), -1) for p in products if p.layer.bias is not None
+        ]
         run = functools.partial(
             product,
             has_bias=self.bias is not None,
             norm_eps=self.norm_eps,
+            pairs=len(products),
             then=then,
             widths=self.widths,
             dtype=self.preferred_element_type,
             interpret=forms.kernels_interpreted(self.platform),
         )
-        batched = (True, False, *(False for _ in rows), *(len(a) == len(x) for a in add))
-        return split_over_batch(run, batched=batched)(x.astype(kernel.dtype), kernel, *rows, *add)
+        arguments = [x.astype(kernel.dtype), kernel, *rows, *pairs, *add]
+        # Kernels and rows are no one's; of what is added, a row may be of one item or of all.
+        of_items = [len(a) == len(x) for a in add]
+        batched = [True, False, *[False] * len(rows), *[True, False] * len(products), *of_items]
+        return split_over_batch(run, batched=batched)(*arguments)
+
+
+class Product(NamedTuple):
+    """A linear layer's result on a map, to be taken where it is added."""
+
+    map: Array
+    layer: Linear
+
+
+def summed(y: Array, add: Sequence[Array | Product]) -> Array:
+    """`y` plus all of these."""
+    return sum((a.layer(a.map) if isinstance(a, Product) else a for a in add), y)
 
 
 class PointwiseConv(Linear):

@@ -25,7 +25,9 @@ Window = Float[Array, "p e k"]
 
 COLUMNS = 16  # positions of a row that one program works on
 BLOCK_K, BLOCK_V = 32, 64
-ROWS = 256  # positions in one piece of the content's sums
+ROWS = 256  # positions at a time in the content's sums
+PIECE = 1024  # positions that one program sums over
+LOWEST = -1e30  # below every key
 
 
 def local_lambda(
@@ -65,26 +67,32 @@ def content_lambda(
     """λc[k,v] + b[k], λc = Σ_n softmax_n(key)[k,n] val[v,n]; summed in fp32, in the dtype of `val`."""
     B, k, v = len(key), key.shape[-1], val.shape[-1]
     key, val = key.reshape(B, -1, k), val.reshape(B, -1, v)
-    pieces = pl.cdiv(key.shape[1], ROWS)
+    N = key.shape[1]
+    pieces = pl.cdiv(N, PIECE)
+    blocks = pl.cdiv(k, BLOCK_K), pl.cdiv(v, BLOCK_V)
+    options = {
+        "compiler_params": triton.CompilerParams(num_warps=4, num_stages=2),
+        "interpret": interpret,
+    }
+    whole = jax.ShapeDtypeStruct((B, k, v), val.dtype)
     sums = jax.ShapeDtypeStruct((B, pieces, k), jnp.float32)
     products = jax.ShapeDtypeStruct((B, pieces, k, v), jnp.float32)
-    grid = pl.cdiv(k, BLOCK_K), pl.cdiv(v, BLOCK_V)
-    largest, total, weighted = pl.pallas_call(
-        functools.partial(_partial_content, positions=key.shape[1], k=k, v=v),
-        grid=(B, pieces, *grid),
-        out_shape=(sums, sums, products),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="content_pieces",
-    )(key, val)
-    return pl.pallas_call(
-        functools.partial(_combined_content, pieces=pieces, k=k, v=v),
-        grid=(B, *grid),
-        out_shape=jax.ShapeDtypeStruct((B, k, v), val.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
+    found = pl.pallas_call(
+        functools.partial(_content, shape=(N, k, v)),
+        grid=(B, pieces, *blocks),
+        out_shape=[whole] if pieces == 1 else [sums, sums, products],
         name="content",
-    )(largest, total, weighted, bias)
+        **options,
+    )(key, val, bias)
+    if pieces == 1:
+        return found[0]
+    return pl.pallas_call(
+        functools.partial(_joined_content, pieces=pieces, k=k, v=v),
+        grid=(B, *blocks),
+        out_shape=whole,
+        name="content_joined",
+        **options,
+    )(*found, bias)
 
 
 def apply_lambdas(
@@ -111,40 +119,43 @@ def apply_lambdas(
     )(on_window.reshape(B, H, W, h, p, width), q, val, content, *add)
 
 
-def _partial_content(
-    key_ref: Array,
-    val_ref: Array,
-    largest_ref: Array,
-    total_ref: Array,
-    weighted_ref: Array,
-    *,
-    positions: int,
-    k: int,
-    v: int,
+Sums = tuple[Array, Array, Array]  # max of the keys, Σ exp(key - max), Σ exp(key - max) val
+
+
+def _content(
+    key_ref: Array, val_ref: Array, bias_ref: Array, *out_refs: Array, shape: tuple[int, int, int]
 ) -> None:
-    """Of one piece of the map: max and Σ exp(key - max) for each k, and Σ exp(key - max) val."""
+    """Sums over one piece of the map for a block of λc, or λc + b itself if there is but one piece."""
+    N, k, v = shape
     b, piece = pl.program_id(0), pl.program_id(1)
-    n = piece * ROWS + jnp.arange(ROWS)
     ks = pl.program_id(2) * BLOCK_K + jnp.arange(BLOCK_K)
     vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
-    on_map, in_k, in_v = n < positions, ks < k, vs < v
-    key = triton.load(
-        key_ref.at[b, n[:, None], ks[None]], mask=on_map[:, None] & in_k[None], other=-jnp.inf
-    ).astype(jnp.float32)
-    val = triton.load(val_ref.at[b, n[:, None], vs[None]], mask=on_map[:, None] & in_v[None], other=0)
-    largest = jnp.where(in_k, key.max(0), 0.0)
-    weights = jnp.exp(key - largest[None])
-    weighted = triton.dot(weights.astype(val.dtype), val, trans_a=True)
+    in_k, in_v = ks < k, vs < v
+
+    def body(step: Array, sums: Sums) -> Sums:
+        n = piece * PIECE + step * ROWS + jnp.arange(ROWS)
+        on_map = (n < N)[:, None]
+        key = triton.load(key_ref.at[b, n[:, None], ks[None]], mask=on_map & in_k[None], other=-jnp.inf)
+        key = key.astype(jnp.float32)
+        val = triton.load(val_ref.at[b, n[:, None], vs[None]], mask=on_map & in_v[None], other=0)
+        largest = jnp.maximum(key.max(0), LOWEST)  # where there are none: -inf - -inf is no number
+        weights = jnp.exp(key - largest[None])
+        return _with(
+            sums, (largest, weights.sum(0), triton.dot(weights.astype(val.dtype), val, trans_a=True))
+        )
+
+    largest, total, weighted = lax.fori_loop(0, pl.cdiv(min(PIECE, N), ROWS), body, _nothing())
+    inside = in_k[:, None] & in_v[None]
+    if len(out_refs) == 1:
+        _store_content(out_refs[0], bias_ref, (b, ks, vs), (in_k, inside), total, weighted)
+        return
+    largest_ref, total_ref, weighted_ref = out_refs
     triton.store(largest_ref.at[b, piece, ks], largest, mask=in_k)
-    triton.store(total_ref.at[b, piece, ks], weights.sum(0), mask=in_k)
-    triton.store(
-        weighted_ref.at[b, piece, ks[:, None], vs[None]],
-        weighted.astype(jnp.float32),
-        mask=in_k[:, None] & in_v[None],
-    )
+    triton.store(total_ref.at[b, piece, ks], total, mask=in_k)
+    triton.store(weighted_ref.at[b, piece, ks[:, None], vs[None]], weighted, mask=inside)
 
 
-def _combined_content(
+def _joined_content(
     largest_ref: Array,
     total_ref: Array,
     weighted_ref: Array,
@@ -155,30 +166,52 @@ def _combined_content(
     k: int,
     v: int,
 ) -> None:
-    """All pieces of one block of λc together, and the position convolution's bias."""
+    """All pieces of a block of λc together."""
     b = pl.program_id(0)
     ks = pl.program_id(1) * BLOCK_K + jnp.arange(BLOCK_K)
     vs = pl.program_id(2) * BLOCK_V + jnp.arange(BLOCK_V)
-    in_k, in_v = ks < k, vs < v
-    inside = in_k[:, None] & in_v[None]
+    in_k, inside = ks < k, (ks < k)[:, None] & (vs < v)[None]
 
-    def body(piece: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, weighted = carry
-        here = triton.load(largest_ref.at[b, piece, ks], mask=in_k, other=0)
-        new = jnp.maximum(largest, here)
-        old, more = jnp.exp(largest - new), jnp.exp(here - new)
-        total = old * total + more * triton.load(total_ref.at[b, piece, ks], mask=in_k, other=1)
-        part = triton.load(weighted_ref.at[b, piece, ks[:, None], vs[None]], mask=inside, other=0)
-        return new, total, old[:, None] * weighted + more[:, None] * part
+    def body(piece: Array, sums: Sums) -> Sums:
+        largest, total = (
+            triton.load(ref.at[b, piece, ks], mask=in_k, other=0) for ref in (largest_ref, total_ref)
+        )
+        weighted = triton.load(weighted_ref.at[b, piece, ks[:, None], vs[None]], mask=inside, other=0)
+        return _with(sums, (largest, total, weighted))
 
-    start = (
-        jnp.full((BLOCK_K,), -jnp.inf, jnp.float32),
-        jnp.zeros((BLOCK_K,), jnp.float32),
+    _, total, weighted = lax.fori_loop(0, pieces, body, _nothing())
+    _store_content(out_ref, bias_ref, (b, ks, vs), (in_k, inside), total, weighted)
+
+
+def _nothing() -> Sums:
+    return (
+        jnp.full(BLOCK_K, LOWEST, jnp.float32),
+        jnp.zeros(BLOCK_K, jnp.float32),
         jnp.zeros((BLOCK_K, BLOCK_V), jnp.float32),
     )
-    _, total, weighted = lax.fori_loop(0, pieces, body, start)
+
+
+def _with(sums: Sums, more: Sums) -> Sums:
+    """Sums over two parts of the map as sums over both."""
+    largest = jnp.maximum(sums[0], more[0])
+    scales = jnp.exp(sums[0] - largest), jnp.exp(more[0] - largest)
+    total = scales[0] * sums[1] + scales[1] * more[1]
+    weighted = scales[0][:, None] * sums[2] + scales[1][:, None] * more[2]
+    return largest, total, weighted
+
+
+def _store_content(
+    out_ref: Array,
+    bias_ref: Array,
+    place: tuple[Array, ...],
+    masks: tuple[Array, Array],
+    total: Array,
+    weighted: Array,
+) -> None:
+    b, ks, vs = place
+    in_k, inside = masks
     bias = triton.load(bias_ref.at[ks], mask=in_k, other=0).astype(jnp.float32)
-    out = weighted / total[:, None] + bias[:, None]
+    out = weighted / jnp.where(in_k, total, 1)[:, None] + bias[:, None]
     triton.store(out_ref.at[b, ks[:, None], vs[None]], out.astype(out_ref.dtype), mask=inside)
 
 

@@ -31,6 +31,7 @@ def product(
     *others: Array,
     has_bias: bool = False,
     norm_eps: float | None = None,
+    pairs: int = 0,
     then: Elementwise | None = None,
     widths: tuple[int, ...] | None = None,
     dtype: Dtype,
@@ -41,8 +42,10 @@ def product(
     Args:
         x, kernel: of one dtype.
         others: Σ_k of the kernel [N] first, if there is a `norm_eps`; then the bias [N], if it `has_bias`;
-            then what is added last: maps of the result's shape, or rows [B or 1, 1, …, N].
+            then `pairs` of another map and its kernel, whose products are added; then what is added last:
+            maps of the result's shape, or rows [B or 1, 1, …, N].
         has_bias: see `others`.
+        pairs: see `others`.
         norm_eps: of a LayerNorm (without scale and bias) before the product.
         then: an activation.
         widths: cuts the result along N into a list of arrays.
@@ -53,7 +56,9 @@ def product(
     rows = x.reshape(-1, K)
     M = len(rows)
     m, n, k = _tiles(M, N, K)
-    others = [other.reshape(-1, N) for other in others]
+    before = has_bias + (norm_eps is not None)
+    added = [a.reshape(-1, a.shape[-1]) for a in others[before : before + 2 * pairs]]
+    others = [other.reshape(-1, N) for other in others[:before] + others[before + 2 * pairs :]]
     cut = widths or (N,)
     results = pl.pallas_call(
         functools.partial(
@@ -63,6 +68,7 @@ def product(
             shared=tuple(M // len(other) for other in others),
             has_bias=has_bias,
             norm_eps=norm_eps,
+            depths=tuple(kernel.shape[0] for kernel in added[1::2]),
             then=then,
         ),
         grid=(sum(pl.cdiv(width, n) for width in cut), pl.cdiv(M, m)),
@@ -70,7 +76,7 @@ def product(
         compiler_params=triton.CompilerParams(num_warps=8 if m * n > 64 * 128 else 4, num_stages=4),
         interpret=interpret,
         name="product",
-    )(rows, kernel, *others)
+    )(rows, kernel, *added, *others)
     results = [result.reshape(*x.shape[:-1], -1) for result in results]
     return results if widths else results[0]
 
@@ -93,10 +99,15 @@ def _product(
     shared: tuple[int, ...],
     has_bias: bool,
     norm_eps: float | None,
+    depths: tuple[int, ...],
     then: Elementwise | None,
 ) -> None:
-    """One tile of the result. Each row of another operand is `shared` by so many of the result's."""
+    """One tile of the result. Each row of another operand is `shared` by so many of the result's.
+
+    `depths` are those of the products that are added to the first.
+    """
     (M, K, widths), (m, n, k) = shape, tiles
+    pair_refs, refs = refs[: 2 * len(depths)], refs[2 * len(depths) :]
     other_refs, out_refs = refs[: len(shared)], refs[len(shared) :]
     has_norm = norm_eps is not None
     rows = pl.program_id(1) * m + jnp.arange(m)
@@ -113,21 +124,24 @@ def _product(
         first_tile, first_column = first_tile + pl.cdiv(width, n), first_column + width
     in_columns = in_columns[None]
 
-    def body(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        total, *sums = carry
-        depth = step * k + jnp.arange(k)
-        x = triton.load(x_ref.at[rows[:, None], depth[None]], mask=in_rows & (depth < K)[None], other=0)
-        kernel = triton.load(
-            kernel_ref.at[depth[:, None], columns[None]], mask=(depth < K)[:, None] & in_columns, other=0
-        )
-        total += triton.dot(x, kernel)
-        if not sums:
-            return (total,)
-        x = x.astype(jnp.float32)
-        return total, sums[0] + x.sum(1), sums[1] + (x * x).sum(1)
+    def multiplied(x_ref: Array, kernel_ref: Array, K: int, start: tuple[Array, ...]) -> tuple[Array, ...]:
+        def body(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            total, *sums = carry
+            depth = step * k + jnp.arange(k)
+            x = triton.load(x_ref.at[rows[:, None], depth[None]], mask=in_rows & (depth < K)[None], other=0)
+            kernel = triton.load(
+                kernel_ref.at[depth[:, None], columns[None]], mask=(depth < K)[:, None] & in_columns, other=0
+            )
+            total += triton.dot(x, kernel)
+            if not sums:
+                return (total,)
+            x = x.astype(jnp.float32)
+            return total, sums[0] + x.sum(1), sums[1] + (x * x).sum(1)
+
+        return lax.fori_loop(0, pl.cdiv(K, k), body, start)
 
     start = jnp.zeros((m, n), jnp.float32), *(jnp.zeros(m, jnp.float32) for _ in range(2 * has_norm))
-    total, *sums = lax.fori_loop(0, pl.cdiv(K, k), body, start)
+    total, *sums = multiplied(x_ref, kernel_ref, K, start)
     inside = in_rows & in_columns
 
     def other(i: int) -> Array:
@@ -142,6 +156,8 @@ def _product(
         total += other(has_norm)
     if then is not None:
         total = then(total)
+    for pair, depth in zip(zip(pair_refs[::2], pair_refs[1::2], strict=True), depths, strict=True):
+        (total,) = multiplied(*pair, depth, (total,))
     for i in range(has_norm + has_bias, len(other_refs)):
         total += other(i)
     for ref, (own, here) in zip(out_refs, places, strict=True):
