@@ -10,6 +10,8 @@ device and its optimised form is read. Times are a model, not a measurement: on 
 max(2 us, bytes / 4.3 TB/s, FLOPs / 60 % of peak), on TPUs what the compiler estimates. On an H200 the
 model was 2 to 4 times faster than what was measured, so it ranks changes and is no speed.
 
+For a CPU, kernels and bytes are counted and no time is modelled.
+
 Needs an environment with `jax[cuda12]` (h200) or `libtpu` (v5e, v6e): see benchmarks/README.md.
 """
 
@@ -163,7 +165,9 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def seconds(kernel: hlo.Kernel, target: str) -> float:
-    """Modelled time of one kernel."""
+    """Modelled time of one kernel; none for a CPU."""
+    if target == "cpu":
+        return 0.0
     if target in TPU_CLOCK:
         return kernel.cycles / TPU_CLOCK[target]
     arithmetic = sum(count / FLOP_RATES.get(unit, SLOW_FLOPS) for unit, count in kernel.flops.items())

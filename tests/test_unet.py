@@ -49,6 +49,24 @@ def test_student_mini(student_mini):
         assert synth.relative_error(feature, synth.nhwc(vectors[f"block{i}"])) < TOLERANCE
 
 
+@pytest.mark.parametrize("stream", [jnp.bfloat16, jnp.float32])
+def test_a_gpus_forms_in_half_precision(stream, monkeypatch):
+    """Interpreted, no further from fp32 than the plain forms."""
+    monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
+    latents = jnp.asarray(synth.inputs("x", (1, 8, 8, 9)))
+
+    def noise(platform, **dtypes):
+        sizes = {"channels": (32, 64), "transformers": (False, True), "layers_per_block": 1}
+        config = TINY_UNET.replace(platform=platform, **sizes)
+        unet = UNet(config, rngs=KeyStream(jax.random.key(0)), **dtypes)
+        unet.eval()
+        return np.asarray(jitted(inference_copy(unet))(latents, jnp.array([7]), jnp.arange(10)[None]).sample)
+
+    exact, half = noise("cpu"), {"dtype": jnp.bfloat16, "stream_dtype": stream}
+    plain, fused = (np.linalg.norm(noise(name, **half) - exact) for name in ("cpu", "gpu"))
+    assert 0 < fused < 1.3 * plain
+
+
 @pytest.mark.slow
 def test_student_mini_in_a_gpus_forms(monkeypatch):
     """As a GPU samples, but in fp32 and with interpreted kernels."""

@@ -115,6 +115,8 @@ class Linear(nnx.Linear):
     ) -> Any:
         kernel = self.kernel[...]
         rows = [row[...] for row in (self.kernel_sums, self.bias) if row is not None]
+        # Thin products beside a narrower bulk are products of their own.
+        add = [a.layer(a.map) if isinstance(a, Product) and a.layer.dtype != self.dtype else a for a in add]
         products = [a for a in add if isinstance(a, Product)]
         pairs = [array for p in products for array in (p.map.astype(kernel.dtype), p.layer.kernel[...])]
         add = [a for a in add if not isinstance(a, Product)]
