@@ -27,10 +27,8 @@ def position_order(width: int, heads: int, dtype: Dtype, platform: str | None) -
 def unfused_position_order(width: int, platform: str | None) -> PositionOrder:
     """The best of XLA's."""
     # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
-    # positions a side. On TPUs, by the compiler's count, they cross between 16 and 32.
-    if _or_running(platform) == "tpu":
-        return "tiled" if width > 32 else "toeplitz" if width > 16 else "banded"
-    return "toeplitz" if width > 32 else "banded"
+    # positions a side. On TPUs memory traffic decides: by the compiler's count they cross between 16 and 32.
+    return "toeplitz" if width > (16 if _or_running(platform) == "tpu" else 32) else "banded"
 
 
 def fused_products(dtype: Dtype, platform: str | None) -> bool:

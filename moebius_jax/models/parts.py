@@ -10,7 +10,7 @@ from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
 from moebius_jax.schema import Above0, AtLeastOne, checked
 
-PositionOrder = Literal["auto", "conv3d", "toeplitz", "tiled", "banded", "fused"]
+PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "fused"]
 
 
 @checked

@@ -1,4 +1,4 @@
-"""Local-λ's position term: one function, four orders of evaluation.
+"""Local-λ's position term: one function, three orders of evaluation.
 
 Every order computes (docs/model.md, "Local-λ"; einsum letters as there)
 
@@ -9,7 +9,6 @@ convolution. The product is linear in q and in val, so the sums may be taken in 
 is the size of what lies in memory in between:
 
     conv3d, toeplitz   λp, N·k·v per image
-    tiled              the same; the band itself is smaller
     banded             q·w on p rows of the map, N·h·p·W
 
 Two-dimensional convolutions with v in the batch or as groups, and q·w spread over the whole map, were
@@ -23,8 +22,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moebius_jax.models.parts import PositionOrder
-
-TILE = 16  # positions of a row that `tiled` takes at a time
 
 Query = Float[Array, "B H W h k"]
 Value = Float[Array, "B H W v"]
@@ -51,7 +48,7 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
     if order == "banded":
         # The bias meets every v alike, so it leaves the band and enters as one number per query.
         return _banded(q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
-    lambdas = {"conv3d": conv3d, "toeplitz": _toeplitz, "tiled": _tiled}[order](val, kernel)
+    lambdas = {"conv3d": conv3d, "toeplitz": _toeplitz}[order](val, kernel)
     return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas + bias)
 
 
@@ -73,17 +70,6 @@ def _toeplitz(val: Value, kernel: Kernel) -> Lambdas:
     return jnp.einsum("bydsv,dxsk->bvyxk", rows, _band(kernel, val.shape[2]))
 
 
-def _tiled(val: Value, kernel: Kernel) -> Lambdas:
-    """`_toeplitz` on pieces of a row, each with the columns its windows reach: less of the band is zeros."""
-    p, W = kernel.shape[0], val.shape[2]
-    rows = _neighbour_rows(jnp.pad(val, ((0, 0), (0, 0), (p // 2, p // 2 + -W % TILE), (0, 0))), p)
-    tiles = jnp.stack([rows[:, :, :, t : t + TILE + p - 1] for t in range(0, W, TILE)], axis=3)
-    band = _skew(jnp.broadcast_to(kernel[:, None], (p, TILE, *kernel.shape[1:])))
-    lambdas = jnp.einsum("bydtsv,dxsk->bvytxk", tiles, band)
-    B, v, H, *_, k = lambdas.shape
-    return lambdas.reshape(B, v, H, -1, k)[:, :, :, :W]
-
-
 def _banded(q: Query, val: Value, kernel: Kernel) -> Output:
     """q·w first, spread over the p neighbouring rows (d) of each position; then times those rows."""
     rows = _neighbour_rows(val, kernel.shape[0])
@@ -101,12 +87,11 @@ def _neighbour_rows(val: Value, p: int) -> Float[Array, "B H p W v"]:
 def _band(kernel: Kernel, width: int) -> Float[Array, "p W W k"]:
     """band[d, x, s, k] = w[d, s - x + p//2, k], zero outside the window."""
     p, _, k = kernel.shape
-    skewed = _skew(jnp.broadcast_to(kernel[:, None], (p, width, p, k)))
-    return skewed[..., p // 2 : p // 2 + width, :]
+    return _skew(jnp.broadcast_to(kernel[:, None], (p, width, p, k)))
 
 
-def _skew(windows: Float[Array, "*a n p k"]) -> Float[Array, "*a n s k"]:
-    """Moves window i (along p) so that it starts on column i of a row of s = n+p-1.
+def _skew(windows: Float[Array, "*a n p k"]) -> Float[Array, "*a n n k"]:
+    """Moves window i (along p) so that its centre lies on column i of an n-wide row.
 
     A row padded to n+p and read again n+p-1 wide starts one place further right each time. Pads,
     reshapes and slices only: the gradient needs no scatter.
@@ -114,4 +99,4 @@ def _skew(windows: Float[Array, "*a n p k"]) -> Float[Array, "*a n s k"]:
     *a, n, p, k = windows.shape
     padded = jnp.pad(windows, [(0, 0)] * (len(a) + 1) + [(0, n), (0, 0)])
     flat = padded.reshape(*a, n * (n + p), k)[..., : n * (n + p - 1), :]
-    return flat.reshape(*a, n, n + p - 1, k)
+    return flat.reshape(*a, n, n + p - 1, k)[..., p // 2 : p // 2 + n, :]

@@ -1,0 +1,141 @@
+"""Counting of compiled programs, and that a block does not suddenly take more kernels."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+from conftest import TINY_UNET
+from flax import nnx
+from jax import lax
+
+from benchmarks import hlo
+from moebius_jax import UNet
+from moebius_jax.models import inference_copy
+from moebius_jax.models.initializers import KeyStream
+
+CUDA = """
+HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p0: f16[64,32], p1: f16[4,64,16]) -> f16[32,16] {
+  %p0 = f16[64,32]{1,0} parameter(0)
+  %p1 = f16[4,64,16]{2,1,0} parameter(1)
+  %row = f16[1,64,16]{2,1,0} slice(%p1), slice={[1:2], [0:64], [0:16]}
+  %flat = f16[64,16]{1,0} bitcast(%row)
+  ROOT %dot = f16[32,16]{1,0} dot(%p0, %flat), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+
+%body (carry: (s32[], f16[64,32], f16[4,64,16])) -> (s32[], f16[64,32], f16[4,64,16]) {
+  %carry = (s32[], f16[64,32]{1,0}, f16[4,64,16]{2,1,0}) parameter(0)
+  %x = f16[64,32]{1,0} get-tuple-element(%carry), index=1
+  %w = f16[4,64,16]{2,1,0} get-tuple-element(%carry), index=2
+  %i = s32[] get-tuple-element(%carry), index=0
+  %y = f16[32,16]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused, metadata={op_name="jit(f)/Block/Linear/dot_general"}
+  ROOT %next = (s32[], f16[64,32]{1,0}, f16[4,64,16]{2,1,0}) tuple(%i, %x, %w)
+}
+
+ENTRY %main (x: f16[64,32], w: f16[4,64,16], image: f32[1,8,8,3], kernel: f32[3,3,3,5]) -> f16[64,32] {
+  %x = f16[64,32]{1,0} parameter(0)
+  %w = f16[4,64,16]{2,1,0} parameter(1)
+  %image = f32[1,8,8,3]{3,2,1,0} parameter(2)
+  %kernel = f32[3,3,3,5]{3,2,1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %conv = (f32[1,8,8,5]{3,2,1,0}, u8[0]{0}) custom-call(%image, %kernel), custom_call_target="__cudnn$convForward", dim_labels=b01f_01io->b01f
+  %start = (s32[], f16[64,32]{1,0}, f16[4,64,16]{2,1,0}) tuple(%zero, %x, %w)
+  %loop = (s32[], f16[64,32]{1,0}, f16[4,64,16]{2,1,0}) while(%start), condition=%add, body=%body
+  ROOT %out = f16[64,32]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+class TestHlo:
+    def test_kernels_bytes_and_flops(self):
+        conv, product = hlo.kernels(CUDA)
+        assert (conv.in_loop, product.in_loop) == (False, True)
+        assert conv.flops == {"tf32": 2 * 8 * 8 * 5 * 27}
+        assert (conv.read, conv.written) == (4 * (8 * 8 * 3 + 27 * 5), 4 * 8 * 8 * 5)
+        assert product.flops == {"f16": 2 * 32 * 16 * 64}
+        # Of the second operand one of four slices is read.
+        assert (product.read, product.written) == (2 * (64 * 32 + 64 * 16), 2 * 32 * 16)
+
+    def test_module_of_a_kernel(self):
+        scope = hlo.kernels(CUDA)[1].instruction.scope
+        assert hlo.module_of(scope, frozenset({"Block", "Linear"})) == "Block/Linear"
+        assert hlo.module_of(scope, frozenset({"Other"})) == "other"
+
+    def test_what_is_on_chip_is_not_traffic(self):
+        line = "  %x = bf16[8,128]{1,0:T(8,128)S(1)} copy(%y)"
+        computations, _ = hlo.parse("ENTRY %main (y: bf16[8,128]) -> bf16[8,128] {\n" + line + "\n}")
+        assert computations["main"]["x"].nbytes == 0
+
+    def test_a_real_program(self):
+        def run(x, w):
+            return lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0]
+
+        text = jax.jit(run).lower(jnp.ones((64, 64)), jnp.ones((64, 64))).compile().as_text()
+        flops = [sum(k.flops.values()) for k in hlo.kernels(text) if k.in_loop]
+        assert sum(flops) == 2 * 64**3
+
+
+def primitives(jaxpr, found):
+    """How often each operation is done, our kernels by name."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[str(equation.params["name"])] += 1
+            continue
+        found[equation.primitive.name] += 1
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple) else (parameter,):
+                if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                    primitives(inner.jaxpr, found)
+                elif isinstance(inner, jax.extend.core.Jaxpr):
+                    primitives(inner, found)
+    return found
+
+
+def sampling(layers, *, platform, dtype):
+    """A frozen network's function of latents, and its arguments' shapes."""
+    config = TINY_UNET.replace(layers_per_block=layers, platform=platform)
+
+    def build():
+        return inference_copy(
+            UNet(config, dtype=dtype, stream_dtype=dtype, rngs=KeyStream(jax.random.key(0)))
+        )
+
+    graphdef, weights = nnx.split(nnx.eval_shape(build))
+    latents = jax.ShapeDtypeStruct((1, 8, 8, 9), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 10), jnp.int32)
+    conditions = jax.eval_shape(
+        lambda w, t, ids: nnx.merge(graphdef, w).conditions(t, ids), weights, jnp.zeros(1), ids
+    )
+    return lambda w, x, c: nnx.merge(graphdef, w).predict(x, c).sample, (weights, latents, conditions)
+
+
+def test_kernels_of_a_unit_on_a_gpu():
+    def counts(layers):
+        function, arguments = sampling(layers, platform="gpu", dtype=jnp.float16)
+        return primitives(jax.make_jaxpr(function)(*arguments).jaxpr, collections.Counter())
+
+    one, two = counts(1), counts(2)
+    units = 4  # two levels down and two up have one more each
+    grown = {name: (two[name] - one[name]) / units for name in two if two[name] != one[name]}
+    # Residual block: two norms, two products. Transformer: norm, products in and out, of all three parts.
+    assert grown["group_sums"] == grown["group_norm"] == 3
+    assert grown["product"] == 2 + 2 + 4
+    assert grown["content"] == grown["local_lambda"] == grown["interactive_lambda"] == 1
+    # One of XLA's: the queries on the window. No norm, no shortcut and no cast of a weight is left.
+    assert grown["dot_general"] == 1
+    assert "rsqrt" not in grown
+
+
+def test_kernels_of_a_unit_on_a_cpu():
+    def count(layers):
+        function, arguments = sampling(layers, platform="cpu", dtype=jnp.float32)
+        return len(hlo.kernels(jax.jit(function).lower(*arguments).compile().as_text()))
+
+    assert (count(2) - count(1)) / 4 < 90  # 82 with jax 0.10.2
