@@ -42,6 +42,12 @@ def fused_group_norm(dtype: Dtype, platform: str | None) -> bool:
     return _has_kernels(dtype, platform)
 
 
+def one_pass_rows(platform: str | None) -> bool:
+    """Whether LayerNorm of a half-precision map takes its two sums in one pass."""
+    # A GPU keeps a row in registers between two passes, in one kernel; a TPU's compiler makes two of it.
+    return _or_running(platform) == "tpu"
+
+
 def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> bool:
     """Whether Interactive-λ is one kernel at inference rather than four matrix products with ten tokens."""
     return _has_kernels(dtype, platform) and heads & (heads - 1) == 0

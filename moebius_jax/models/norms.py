@@ -83,9 +83,11 @@ class LayerNorm(nnx.LayerNorm):
             param_dtype=precision.param_dtype,
             rngs=rngs,
         )
+        self.platform = precision.platform
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
-        x = x.astype(jnp.float32)  # and two passes: a row is short enough to be kept between them
+        if not forms.one_pass_rows(self.platform):
+            x = x.astype(jnp.float32)  # takes two passes: see `moments`
         mean, var = moments(x, (x.ndim - 1,))
         scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
         y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias

@@ -14,7 +14,7 @@ from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
 from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
 from moebius_jax.models.linear import Linear, PointwiseConv
-from moebius_jax.models.mixers.position_term import position_term
+from moebius_jax.models.mixers.position_term import banded_kernel, position_term
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part, PositionOrder
 from moebius_jax.models.precision import Precision
@@ -63,7 +63,8 @@ class LocalLambda(Part):
         self.platform = precision.platform
         self.dtype = precision.dtype
         self.stream_dtype = precision.stream_dtype
-        self.padded_window = None  # of the fused kernel, once frozen
+        self.map_size = sizes.map_size
+        self.padded_window = self.band = None  # the window as the order reads it, once frozen
         self.to_all = None  # the three projections as one, once frozen
 
     def onto(self, stream: Map, x: Map) -> Map:
@@ -78,13 +79,16 @@ class LocalLambda(Part):
         q = q.reshape(B, H, W, self.num_heads, -1)
         kernel, bias = self.position.kernel[...], self.position.bias[...]
         q, val, kernel, bias = (a.astype(self.dtype) for a in (q, val, kernel, bias))
-        order = self.order
-        if order == "auto":
-            order = forms.position_order(W, self.num_heads, self.dtype, self.platform)
+        order = self._order(W)
         if order == "fused":
             return self._fused(q, key, val, kernel, bias, add=add)
         y = self._sum(q, key, val, kernel, bias, order=order).reshape(B, H, W, C)
         return y if add is None else add + y
+
+    def _order(self, width: int) -> PositionOrder:
+        if self.order != "auto":
+            return self.order
+        return forms.position_order(width, self.num_heads, self.dtype, self.platform)
 
     def _sum(
         self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
@@ -92,7 +96,9 @@ class LocalLambda(Part):
         """Content and position term, one after the other."""
         key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2)).astype(self.dtype)
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
-        return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order)
+        is_prepared = self.band is not None and self.map_size == q.shape[2]
+        band = self.band[...] if is_prepared else None
+        return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order, band=band)
 
     def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel, differentiated as `_sum` is."""
@@ -116,14 +122,18 @@ class LocalLambda(Part):
         return y.reshape(B, H, W, -1)
 
     def freeze(self) -> None:
-        """For inference: the window as the fused kernel reads it, one projection where norms went into it."""
+        """For inference: the window as the order reads it, one projection where norms went into it."""
         if self.to_q.norm_eps is not None:
             for layer in (self.to_q, self.to_k, self.to_v):
                 layer.freeze()
             self.to_all = nnx.data(Linear.join([self.to_q, self.to_k, self.to_v]))
             self.to_q = self.to_k = self.to_v = None
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
-        self.padded_window = nnx.data(nnx.Param(padded_window(self.position.kernel[...].astype(self.dtype))))
+        kernel, order = self.position.kernel[...].astype(self.dtype), self._order(self.map_size)
+        if order == "fused":
+            self.padded_window = nnx.data(nnx.Param(padded_window(kernel)))
+        elif order != "conv3d":
+            self.band = nnx.data(nnx.Param(banded_kernel(kernel, self.map_size)))
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:

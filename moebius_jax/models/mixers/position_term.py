@@ -29,9 +29,12 @@ Kernel = Float[Array, "p p k"]
 Bias = Float[Array, " k"]
 Output = Float[Array, "B H W h v"]
 Lambdas = Float[Array, "B v H W k"]
+Band = Float[Array, "p W W k"]
 
 
-def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: PositionOrder) -> Output:
+def position_term(
+    q: Query, val: Value, kernel: Kernel, bias: Bias, order: PositionOrder, *, band: Band | None = None
+) -> Output:
     """Y of the position term, by the given order.
 
     Args:
@@ -41,15 +44,22 @@ def position_term(q: Query, val: Value, kernel: Kernel, bias: Bias, order: Posit
         bias: b [k].
         order: one of the names in the module's docstring (not "auto", see `forms.position_order`, nor
             "fused", which is all of Local-λ: `kernels.local_lambda`).
+        band: what `banded_kernel` makes of `kernel` for this width, where it is there already.
 
     Returns:
         [B, H, W, h, v] in the dtype of `q`.
     """
+    if order == "conv3d":
+        return _times(q, conv3d(val, kernel) + bias)
+    band = banded_kernel(kernel, val.shape[2]) if band is None else band
     if order == "banded":
         # The bias meets every v alike, so it leaves the band and enters as one number per query.
-        return _banded(q, val, kernel) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
-    lambdas = {"conv3d": conv3d, "toeplitz": _toeplitz}[order](val, kernel)
-    return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas + bias)
+        return _banded(q, val, band) + jnp.einsum("byxhk,k->byxh", q, bias)[..., None]
+    return _times(q, _toeplitz(val, band) + bias)
+
+
+def _times(q: Query, lambdas: Lambdas) -> Output:
+    return jnp.einsum("byxhk,bvyxk->byxhv", q, lambdas)
 
 
 def conv3d(val: Value, kernel: Kernel) -> Lambdas:
@@ -64,16 +74,15 @@ def conv3d(val: Value, kernel: Kernel) -> Lambdas:
     )
 
 
-def _toeplitz(val: Value, kernel: Kernel) -> Lambdas:
+def _toeplitz(val: Value, band: Band) -> Lambdas:
     """Along x a convolution is a product with a banded matrix [p·W, W·k]."""
-    rows = _neighbour_rows(val, kernel.shape[0])
-    return jnp.einsum("bydsv,dxsk->bvyxk", rows, _band(kernel, val.shape[2]))
+    return jnp.einsum("bydsv,dxsk->bvyxk", _neighbour_rows(val, len(band)), band)
 
 
-def _banded(q: Query, val: Value, kernel: Kernel) -> Output:
+def _banded(q: Query, val: Value, band: Band) -> Output:
     """q·w first, spread over the p neighbouring rows (d) of each position; then times those rows."""
-    rows = _neighbour_rows(val, kernel.shape[0])
-    scores = jnp.einsum("byxhk,dxsk->byhxds", q, _band(kernel, val.shape[2]))
+    rows = _neighbour_rows(val, len(band))
+    scores = jnp.einsum("byxhk,dxsk->byhxds", q, band)
     return jnp.einsum("byhxds,bydsv->byxhv", scores, rows)
 
 
@@ -84,7 +93,7 @@ def _neighbour_rows(val: Value, p: int) -> Float[Array, "B H p W v"]:
     return jnp.stack([padded[:, d : d + H] for d in range(p)], axis=2)
 
 
-def _band(kernel: Kernel, width: int) -> Float[Array, "p W W k"]:
+def banded_kernel(kernel: Kernel, width: int) -> Band:
     """band[d, x, s, k] = w[d, s - x + p//2, k], zero outside the window."""
     p, _, k = kernel.shape
     return _skew(jnp.broadcast_to(kernel[:, None], (p, width, p, k)))
