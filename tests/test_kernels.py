@@ -1,4 +1,4 @@
-"""Kernels are their plain forms; here they are interpreted, on a GPU compiled."""
+"""Kernels are their plain forms. Interpreted, in fp32: compiled ones multiply fp32 in fewer bits."""
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,11 @@ class TestLocalLambda:
         np.testing.assert_allclose(out, jax.jit(module)(x), atol=1e-5)
 
 
+def test_other_numbers_of_heads_are_refused():
+    with pytest.raises(ValueError, match="power of two of heads; num_heads is 6"):
+        local_lambda("fused", heads=6)(maps(1, 4, 4, 144))
+
+
 def test_split_kernel_gathers_what_is_not_the_batch():
     mesh = make_mesh(jax.devices())
     run = split_over_batch(lambda x, w: x * w.sum(), batched=(True, False))
@@ -97,6 +102,13 @@ class TestProduct:
         plain = sum(add, then(plain) if then else plain)
         out = product(x, kernel, bias, *add, has_bias=True, then=then, dtype=jnp.float32, interpret=True)
         assert synth.relative_error(out, np.asarray(plain)) < 1e-6
+
+    def test_refuses_rows_of_another_batch(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_products", lambda *_: True)
+        linear = Linear(40, 24, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        linear.freeze()
+        with pytest.raises(ValueError, match=r"cannot add \(2, 1, 1, 24\) to the product of \(4, 5, 5, 40\)"):
+            linear(maps(4, 5, 5, 40), add=(maps(2, 1, 1, 24),))
 
     def test_takes_another_product_along(self, monkeypatch):
         monkeypatch.setattr(forms, "fused_products", lambda *_: True)
@@ -130,7 +142,7 @@ class TestInteractiveLambda:
         module = InteractiveLambda(sizes, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         module.eval()
         x, stream = maps(2, side, side, heads * depth), 2 * maps(2, side, side, heads * depth)
-        tokens = module.prepare(maps(2, 10, sizes.context_dim))
+        tokens = module.prepare(maps(1, 10, sizes.context_dim))  # one context for both maps
         plain = module.onto(stream, x, tokens)
         monkeypatch.setattr(forms, "fused_interactive_lambda", lambda *_: True)
         module.freeze()

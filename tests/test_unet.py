@@ -1,6 +1,7 @@
 """Whole networks against the release (parity pyramid, second floor), and what must not change them."""
 
 import gc
+import types
 from typing import get_args
 
 import jax
@@ -271,6 +272,30 @@ def test_wrong_maps_are_refused(shape, message):
     network = UNet(TINY_UNET, rngs=KeyStream(jax.random.key(0)))
     with pytest.raises(ValueError, match=message):
         network(jnp.zeros(shape), jnp.array([1]), jnp.arange(10)[None])
+
+
+def test_freezing_twice_changes_nothing(monkeypatch):
+    monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
+    config = TINY_UNET.replace(platform="gpu", channels=(32, 64), layers_per_block=1)
+    half = {"dtype": jnp.float16, "stream_dtype": jnp.float16}
+    once = inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **half))
+    twice = inference_copy(once)
+    ours, theirs = (jax.tree.leaves(nnx.split(network)[1]) for network in (twice, once))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_old_gpus_run_the_plain_forms(monkeypatch):
+    def chosen(capability):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(forms, "_or_running", lambda _: "gpu")
+        monkeypatch.setattr(forms.jax, "local_devices", lambda: [device])
+        forms._compiles_kernels.cache_clear()
+        try:
+            return forms.fused_products(jnp.float16, None)
+        finally:
+            forms._compiles_kernels.cache_clear()
+
+    assert [chosen(c) for c in ("7.5", "8.0", "9.0", "12.0", "gfx90a")] == [False, True, True, True, False]
 
 
 def test_frozen_upsampling_is_the_doubled_map():

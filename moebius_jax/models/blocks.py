@@ -97,8 +97,13 @@ class TransformerBlock(nnx.Module):
             ("norm2", self.cross_mixer),
             ("norm3", self.feed_forward),
         ):
-            readers = [getattr(part, reader) for reader in part.READERS]
-            if readers and all(reader.can_take_over(getattr(self, name)) for reader in readers):
+            # Of the part's own class only: another that is built on it may read the map in more places.
+            readers = [getattr(part, reader) for reader in type(part).__dict__.get("READERS", ())]
+            if (
+                getattr(self, name) is not None
+                and readers
+                and all(reader.can_take_over(getattr(self, name)) for reader in readers)
+            ):
                 for reader in readers:
                     reader.take_over(getattr(self, name))
                 setattr(self, name, None)
@@ -165,14 +170,14 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
         self.conv = Conv3x3(channels, channels, precision=precision, rngs=rngs)
-        self.dtype = precision.operands()[0]
         self.platform = precision.platform
         self.phases = None  # the four kernels, once frozen
 
     def freeze(self) -> None:
         """For inference: the phases' kernels."""
-        if forms.upsampling_in_phases(self.platform):
+        if forms.upsampling_in_phases(self.platform) and self.phases is None:
             self.phases = nnx.data(nnx.Param(_phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)))
+            self.conv.kernel = None
 
     def __call__(self, x: Map) -> Map:
         if self.phases is not None:

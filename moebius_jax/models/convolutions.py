@@ -139,7 +139,8 @@ class Conv3x3(nnx.Conv):
 
     def freeze(self) -> None:
         """For inference: parameters in the dtype they are multiplied in."""
-        self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
+        if self.kernel is not None:  # an `Upsample` has taken it
+            self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
         self.bias = nnx.Param(self.bias[...].astype(self.dtype))
 
     def __call__(self, x: Map, *, add: Sequence[Array | Product] = ()) -> Map:

@@ -43,11 +43,12 @@ def inference_copy(unet: UNet) -> UNet:
     Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
     unet = fold_batch_norm(unet)
-    modules = [module for _, module in nnx.iter_modules(unet)]
+    # A module before its parts: it may make something of a weight that its part then rounds.
+    modules = [module for _, module in sorted(nnx.iter_modules(unet), key=lambda item: len(item[0]))]
     for module in modules:
         if isinstance(module, TransformerBlock):
             module.fold_norms()
     for module in modules:
-        if freeze := getattr(module, "freeze", None):
+        if callable(freeze := getattr(module, "freeze", None)):
             freeze()
     return unet

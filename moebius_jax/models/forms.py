@@ -4,6 +4,8 @@ Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "
 running one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
@@ -61,7 +63,17 @@ def upsampling_in_phases(platform: str | None) -> bool:
 
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
     """Our kernels are for half precision: they would multiply fp32 in fewer bits than asked for."""
-    return _or_running(platform) == "gpu" and jnp.dtype(dtype).itemsize == 2
+    if jnp.dtype(dtype).itemsize != 2 or _or_running(platform) != "gpu":
+        return False
+    return platform is not None or _compiles_kernels()
+
+
+@functools.cache
+def _compiles_kernels() -> bool:
+    """Triton wants an NVIDIA GPU of compute capability 8 (Ampere) or above; others run XLA's forms."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
 
 
 def _or_running(platform: str | None) -> str:

@@ -7,11 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax import lax
 from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
-from moebius_jax.models.kernels.product import Elementwise, product
+from moebius_jax.models.kernels.common import Elementwise
+from moebius_jax.models.kernels.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import LINEAR, POINTWISE, Released, Table
@@ -68,6 +70,7 @@ class Linear(nnx.Linear):
             parts = [getattr(layer, name) for layer in layers]
             if parts[0] is not None:
                 setattr(joined, name, nnx.Param(jnp.concatenate([part[...] for part in parts], axis=-1)))
+        joined.out_features = sum(layer.out_features for layer in layers)
         joined.widths = tuple(layer.out_features for layer in layers)
         return joined
 
@@ -88,7 +91,7 @@ class Linear(nnx.Linear):
     def take_over(self, norm: nnx.LayerNorm) -> None:
         """Does what `norm` before this layer did. For inference, before `freeze`, in fused products only."""
         kernel = self.kernel[...].astype(jnp.float32)
-        bias = norm.bias[...].astype(jnp.float32) @ kernel
+        bias = jnp.matmul(norm.bias[...].astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
         if self.bias is not None:
             bias += self.bias[...]
         self.kernel = nnx.Param(norm.scale[...].astype(jnp.float32)[:, None] * kernel)
@@ -104,8 +107,9 @@ class Linear(nnx.Linear):
         add: "Sequence[Array | Product]" = (),
     ) -> Any:
         """then(x·W + b), plus maps of the result's shape, rows [B or 1, 1, …, N] and `Product`s."""
-        # Not for embeddings, whose rows are few.
-        if self.is_frozen and x.ndim > 2 and forms.fused_products(self.dtype, self.platform):
+        # Not for rows without a map, which are few; but a norm that was taken over is in the kernel only.
+        wants_kernel = x.ndim > 2 and forms.fused_products(self.dtype, self.platform)
+        if self.norm_eps is not None or (self.is_frozen and wants_kernel):
             return self._fused(x, then, add)
         y = super().__call__(x)
         return summed(y if then is None else then(y), add)
@@ -133,6 +137,9 @@ class Linear(nnx.Linear):
             dtype=self.preferred_element_type,
             interpret=forms.kernels_interpreted(self.platform),
         )
+        for a in add:
+            if len(a) not in (1, len(x)) or a.shape[1:-1] not in (x.shape[1:-1], (1,) * (x.ndim - 2)):
+                raise ValueError(f"cannot add {a.shape} to the product of {x.shape} with {kernel.shape}")
         arguments = [x.astype(kernel.dtype), kernel, *rows, *pairs, *add]
         # Kernels and rows are no one's; of what is added, a row may be of one item or of all.
         of_items = [len(a) == len(x) for a in add]

@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
-from moebius_jax.models.kernels.group_norm import Elementwise, group_norm
+from moebius_jax.models.kernels.common import Elementwise
+from moebius_jax.models.kernels.group_norm import group_norm
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table

@@ -20,7 +20,7 @@ class Precision:
     """The dtypes of one network.
 
     Statistics of norms, softmax and every sum are in fp32 whatever the dtypes. In float16 throughout the
-    predicted noise is 0.6 % off, in bfloat16 4.7 %: its steps between two powers of two are eight times as
+    predicted noise is 0.5 % off, in bfloat16 4.7 %: its steps between two powers of two are eight times as
     wide (full student, golden input; benchmarks/RESULTS.md).
 
     Where that is too much, in training above all, only the *bulk* is in `dtype`: operands of the

@@ -4,7 +4,6 @@ XLA takes four to seven, the small ones between them costing as much as a pass o
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-Elementwise = Callable[[Array], Array]
+from moebius_jax.models.kernels.common import Elementwise, power_of_two
 
 ROWS = 64  # positions of a piece
 COLUMNS = 64  # channels a program works on, at least; whole groups of them
@@ -43,7 +42,7 @@ def group_norm(
     B, C = len(x), x.shape[-1]
     rows = x.reshape(B, -1, C)
     N, width = rows.shape[1], C // groups
-    block = max(COLUMNS, 1 << (width - 1).bit_length())
+    block = max(COLUMNS, power_of_two(width))
     used = min(groups, block // width) * width  # whole groups
     pieces = pl.cdiv(N, ROWS)
     sizes = {"N": N, "C": C, "width": width, "block": block, "used": used}
@@ -101,7 +100,7 @@ def _normalise(
 ) -> None:
     b = pl.program_id(0)
     x, row, channel, is_channel, inside = _block(x_ref, **sizes)
-    every = jnp.arange(1 << (pieces - 1).bit_length())
+    every = jnp.arange(power_of_two(pieces))
     group = channel // sizes["width"]
     same_group = (group[:, None] == group[None]).astype(jnp.float32)
 

@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from moebius_jax.models.kernels.common import power_of_two
+
 Heads = Float[Array, "B N h k"]
 
 ELEMENTS = 8192  # of a program's tile, in registers
@@ -41,7 +43,7 @@ def interactive_lambda(
         interpret: run the kernel as Python would, on any machine.
     """
     B, N, h, k = q.shape
-    width = 1 << (k - 1).bit_length()
+    width = power_of_two(k)
     positions = max(1, ELEMENTS // (width * h))
     return pl.pallas_call(
         functools.partial(_kernel, positions=positions, width=width, tokens=key.shape[1]),

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from moebius_jax.models.kernels.common import power_of_two
+
 Key = Float[Array, "B H W k"]
 Query = Float[Array, "B H W h k"]
 Value = Float[Array, "B H W v"]
@@ -58,7 +60,7 @@ def local_lambda(
 def padded_window(kernel: Float[Array, "p p k"]) -> Window:
     """The kernel [p, p, k] with its rows of offsets padded, so that those of A are aligned in memory."""
     p = len(kernel)
-    return jnp.pad(kernel, ((0, 0), (0, _power_of_two(p) - p), (0, 0)))
+    return jnp.pad(kernel, ((0, 0), (0, power_of_two(p) - p), (0, 0)))
 
 
 def content_lambda(
@@ -108,7 +110,7 @@ def apply_lambdas(
     B, H, W, h, k = q.shape
     p, width, v = *window.shape[:2], val.shape[-1]
     on_window = jnp.einsum("byxhk,ek->byxhe", q, window.reshape(p * width, k))
-    columns = min(COLUMNS, _power_of_two(W))
+    columns = min(COLUMNS, power_of_two(W))
     return pl.pallas_call(
         functools.partial(_apply, shape=(H, W, h, k, v), p=p, columns=columns),
         grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
@@ -235,7 +237,7 @@ def _apply(
     x, head = tile * columns + row // h, row % h
     on_map = x < W
     # Columns that any of the windows reaches: from p//2 before the tile to p//2 behind it.
-    reach = jnp.arange(_power_of_two(columns + p - 1))
+    reach = jnp.arange(power_of_two(columns + p - 1))
     column = tile * columns + reach - p // 2
     e = reach[None] - (row // h)[:, None]  # where a column lies in a position's window
     in_window = (e >= 0) & (e < p) & on_map[:, None]
@@ -269,8 +271,3 @@ def _apply(
     for ref in add_refs:
         total += triton.load(ref.at[place], mask=inside, other=0).astype(jnp.float32)
     triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=inside)
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()

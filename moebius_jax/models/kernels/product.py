@@ -10,7 +10,6 @@ and mean and deviation are sums over numbers the product reads anyway.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-Elementwise = Callable[[Array], Array]
+from moebius_jax.models.kernels.common import Elementwise, power_of_two
 
 PROCESSORS = 132  # of an H100 or H200; only how the work is cut depends on it
 
@@ -83,7 +82,7 @@ def product(
 
 def _tiles(M: int, N: int, K: int) -> tuple[int, int, int]:
     """Rows, columns and depth of a program's tile: large, but with work for every processor."""
-    depth = 64 if K >= 64 else max(16, 1 << (K - 1).bit_length())
+    depth = 64 if K >= 64 else max(16, power_of_two(K))
     for m, n in ((128, 128), (128, 64), (64, 64)):
         if pl.cdiv(M, m) * pl.cdiv(N, n) >= PROCESSORS and (n <= 64 or N % n == 0):
             return m, n, depth

@@ -49,8 +49,8 @@ def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -
     def rule(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> str:
         del mesh
         terms = [
-            " ".join(["b" if i == 0 and is_batched else f"{name}{i}" for i in range(len(a.shape))])
-            for name, a, is_batched in zip("pqrstuvw", arguments, batched, strict=False)
+            " ".join(["b" if i == 0 and is_batched else f"a{n}i{i}" for i in range(len(a.shape))])
+            for n, (a, is_batched) in enumerate(zip(arguments, batched, strict=True))
         ]
         outs = [
             " ".join(["b", *(f"z{n}i{i}" for i in range(1, len(result.shape)))])

@@ -98,6 +98,7 @@ class InteractiveLambda(Part):
         run = functools.partial(
             interactive_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
         )
+        key, val = (jnp.broadcast_to(a, (len(q), *a.shape[1:])) for a in (key, val))
         others = [] if add is None else [add.reshape(q.shape)]
         batched = (True, True, True, False, *(True for _ in others))
         return split_over_batch(run, batched=batched)(q, key, val, table, *others)

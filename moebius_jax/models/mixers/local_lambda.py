@@ -103,6 +103,8 @@ class LocalLambda(Part):
     def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel, differentiated as `_sum` is."""
         B, H, W, h, _ = q.shape
+        if h & (h - 1):
+            raise ValueError(f"position_order 'fused' needs a power of two of heads; num_heads is {h}")
         others = [] if add is None else [add.reshape(B, H, W, h, -1)]
         run = functools.partial(
             local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
@@ -123,7 +125,7 @@ class LocalLambda(Part):
 
     def freeze(self) -> None:
         """For inference: the window as the order reads it, one projection where norms went into it."""
-        if self.to_q.norm_eps is not None:
+        if self.to_q is not None and self.to_q.norm_eps is not None:
             for layer in (self.to_q, self.to_k, self.to_v):
                 layer.freeze()
             self.to_all = nnx.data(Linear.join([self.to_q, self.to_k, self.to_v]))
