@@ -37,8 +37,10 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo
 from moebius_jax import UNet, UNetConfig
+from moebius_jax.cli.terminal import run
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.diffusion.solvers import solver_steps
+from moebius_jax.errors import UserError
 from moebius_jax.hardware import slice_devices
 from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
@@ -83,9 +85,14 @@ def device_for(target: str) -> jax.Device:
     if target in SLICES:
         return slice_devices(SLICES[target])[0]
     description = (HERE / "targets" / f"{target}.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=description).devices[
-        0
-    ]
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=description)
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"--target {target}: no CUDA compiler here ({error}); it needs jax[cuda12], see "
+            "benchmarks/README.md"
+        ) from None
+    return topology.devices[0]
 
 
 @contextlib.contextmanager
@@ -233,6 +240,11 @@ def show(title: str, groups: dict[str, Group], before: dict[str, Group]) -> None
 
 def main() -> int:
     args = parse()
+    return run(lambda: count(args))
+
+
+def count(args: argparse.Namespace) -> int:
+    """Compiles what the arguments name, counts and shows it."""
     args.dtype = args.dtype or jnp.dtype(auto_dtype(PLATFORM[args.target])).name
     mesh = Mesh(np.array([device_for(args.target)]), ("data",))
     results: dict[str, dict[str, Group]] = {}
