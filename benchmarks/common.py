@@ -1,20 +1,43 @@
 """What the benchmarks share: timing what is compiled already, and the table with its surroundings."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from moebius_jax.files import replace_when_complete
 
 Row = dict[str, Any]
+Call = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def wrapped_calls(
+    network: nnx.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While it lasts, a call of any module of the network's classes is `wrap` of what it was."""
+    classes = {type(module) for _, module in nnx.iter_modules(network) if callable(module)}
+    own = {cls: cls.__dict__.get("__call__") for cls in classes}
+    wrapped = {cls: wrap(cls.__call__) for cls in classes}
+    try:
+        for cls, call in wrapped.items():
+            cls.__call__ = call
+        yield
+    finally:
+        for cls, call in own.items():
+            if call is None:  # it was inherited
+                del cls.__call__
+            else:
+                cls.__call__ = call
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -17,12 +17,11 @@ Needs an environment with `jax[cuda12]` (h200) or `libtpu` (v5e, v6e): see bench
 
 import argparse
 import collections
-import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import hlo
-from moebius_jax import UNet, UNetConfig
+from benchmarks.common import wrapped_calls
+from benchmarks.programs import core, core_inputs, placed
 from moebius_jax.cli.terminal import run
 from moebius_jax.diffusion.denoise import inpaint_latents
-from moebius_jax.diffusion.solvers import solver_steps
 from moebius_jax.errors import UserError
 from moebius_jax.hardware import slice_devices
 from moebius_jax.inpaint.latents import decode, encode
-from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models import VAE, VAEConfig
 from moebius_jax.models import vae as vae_model
-from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import replicated
 
@@ -95,61 +93,34 @@ def device_for(target: str) -> jax.Device:
     return topology.devices[0]
 
 
-@contextlib.contextmanager
-def named_modules(kinds: Iterable[type[nnx.Module]]) -> Iterator[frozenset[str]]:
-    """While it lasts, what a module of these classes traces carries its class's name."""
-    names = frozenset(kind.__name__ for kind in kinds)
-    originals = {kind: kind.__call__ for kind in kinds if "__call__" in kind.__dict__}
+def scoped(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What a module traces carries its class's name."""
 
-    def named(kind: type[nnx.Module]) -> Any:
-        @functools.wraps(originals[kind])
-        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            with jax.named_scope(type(self).__name__):
-                return originals[kind](self, *args, **kwargs)
+    @functools.wraps(call)
+    def named(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(type(self).__name__):
+            return call(self, *args, **kwargs)
 
-        return call
-
-    try:
-        for kind in originals:
-            kind.__call__ = named(kind)
-        yield names
-    finally:
-        for kind, original in originals.items():
-            kind.__call__ = original
+    return named
 
 
-def module_classes(unet: UNet) -> set[type[nnx.Module]]:
-    """Every class in a network, with the bases that define its call."""
-    found = {type(module) for _, module in nnx.iter_modules(unet)} - {UNet}
-    return {base for kind in found for base in kind.__mro__ if issubclass(base, nnx.Module)}
-
-
-def loop_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, set[type[nnx.Module]]]:
-    """The denoising loop of the full student, lowered when called."""
-    config = UNetConfig.student(platform=PLATFORM[args.target])
-    dtype = jnp.dtype(args.dtype)
-    stream = jnp.dtype(args.stream_dtype or args.dtype)
-
-    def build() -> UNet:
-        unet = UNet(config, dtype=dtype, stream_dtype=stream, rngs=KeyStream(jax.random.key(0)))
-        return inference_copy(unet)
-
-    unet = nnx.eval_shape(build)
-    graphdef, params = nnx.split(unet)
-    latents = jax.ShapeDtypeStruct((args.batch_size, *config.latent_shape), jnp.float32)
-    mask = jax.ShapeDtypeStruct((args.batch_size, *config.latent_shape[:2], 1), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.batch_size))
-    steps = jax.eval_shape(lambda: solver_steps("ddim", 20, 1.0))
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    inputs = placed((params, latents, mask, latents, keys, steps, number, number), mesh)
-    return lambda: inpaint_latents.lower(graphdef, *inputs, guided=True), module_classes(unet)
+def loop_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, frozenset[str]]:
+    """The denoising loop of the full student, lowered, and the names of its modules' classes."""
+    graphdef, params = core(args.dtype, args.stream_dtype, PLATFORM[args.target])
+    inputs = jax.eval_shape(lambda: core_inputs(args.batch_size, 20))
+    arguments = placed((params, *inputs), replicated(mesh))
+    unet = nnx.merge(graphdef, params)
+    names = {type(module).__name__ for _, module in nnx.iter_modules(unet)} - {"UNet"}
+    with wrapped_calls(unet, scoped):
+        return inpaint_latents.lower(graphdef, *arguments, guided=True), frozenset(names)
 
 
 def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Encoder and decoder of 512 px images, lowered when called."""
     config = VAEConfig()
     params = jax.eval_shape(functools.partial(vae_model.init_params, config), jax.random.key(0))
-    vae = VAE(params=placed(params, mesh), config=config, dtype=jnp.dtype(args.dtype))
+    place = replicated(mesh)
+    vae = VAE(params=placed(params, place), config=config, dtype=jnp.dtype(args.dtype))
     B, shape = args.batch_size, jax.ShapeDtypeStruct
     noise, images, holes = placed(
         (
@@ -157,18 +128,12 @@ def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
             shape((B, 512, 512, 3), jnp.uint8),
             shape((B, 512, 512), bool),
         ),
-        mesh,
+        place,
     )
     return {
         "encode": lambda: encode.lower(vae, images, holes, noise, noise),
         "decode": lambda: decode.lower(vae, noise, truncate=False),
     }
-
-
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree, on the mesh's device."""
-    place = replicated(mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
 
 def seconds(kernel: hlo.Kernel, target: str) -> float:
@@ -252,9 +217,7 @@ def count(args: argparse.Namespace) -> int:
         for name, lower in vae_programs(args, mesh).items():
             results |= counted(name, lower(), frozenset(), args)
     else:
-        lower, classes = loop_program(args, mesh)
-        with named_modules(classes) as modules:
-            results |= counted("denoising", lower(), modules, args)
+        results |= counted("denoising", *loop_program(args, mesh), args)
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     dtypes = args.dtype if args.stream_dtype in (None, args.dtype) else f"{args.dtype}+{args.stream_dtype}"
     for part, groups in results.items():

@@ -8,6 +8,7 @@ from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, run
 from moebius_jax.errors import UserError
 from moebius_jax.files import require_writable
+from moebius_jax.models.precision import DTYPES, auto_dtype
 
 _DESCRIPTION = """\
 What the student, the teacher and every variant of Table 2 cost at 512 px, batch 1, beside the paper's
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--count-only", action="store_true", help="count parameters and multiply-adds, run nothing")
     add(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="compute dtype (default float16 on GPUs, bfloat16 on TPUs, float32 on CPUs)",
     )
     add(
@@ -70,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     import jax
-
-    from moebius_jax.models.precision import auto_dtype
 
     require_positive(args, "repeats")
     if args.json:

@@ -15,18 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
-from moebius_jax import UNet, UNetConfig
+from benchmarks.programs import core, core_inputs, placed
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step
-from moebius_jax.diffusion.solvers import solver_steps
 from moebius_jax.hardware import PEAKS, slice_devices
 from moebius_jax.inpaint.latents import decode, encode
-from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models import VAE, VAEConfig
 from moebius_jax.models import vae as vae_model
-from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
@@ -47,26 +44,9 @@ def parse() -> argparse.Namespace:
     return options.parse_args()
 
 
-def core(args: argparse.Namespace, dtype: str, platform: str | None) -> tuple[Any, Any]:
-    """Graph and shapes of the weights of the folded full-size student."""
-    config = UNetConfig.student(position_order=args.position_order, platform=platform)
-    dtypes = {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(args.stream_dtype or dtype)}
-    return nnx.split(
-        nnx.eval_shape(lambda: inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **dtypes)))
-    )
-
-
-def core_inputs(batch: int, steps: int) -> tuple[Any, ...]:
-    """What the loop takes after its weights; the first four have an axis of images."""
-    key = jax.random.key(0)
-    latents, mask = jax.random.normal(key, (batch, 64, 64, 4)), jnp.ones((batch, 64, 64, 1))
-    table = solver_steps("ddim", steps, 1.0)
-    return latents, mask, latents, jax.random.split(key, batch), table, jnp.float32(2.5), jnp.float32(0.0357)
-
-
 def time_batch(args: argparse.Namespace, dtype: str, batch: int) -> Row:
     """All figures of one dtype and batch size on the default device."""
-    graphdef, shapes = core(args, dtype, None)
+    graphdef, shapes = core(dtype, args.stream_dtype, None, args.position_order)
     # Small random weights: zeros would let nothing overflow but also nothing happen.
     params = jax.tree.map(lambda a: 0.02 * jax.random.normal(jax.random.key(0), a.shape, a.dtype), shapes)
     inputs = core_inputs(batch, args.steps)
@@ -121,11 +101,7 @@ def time_images(args: argparse.Namespace, batch: int, loop: float) -> Row:
 
 def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) -> Row:
     """Costs of the core compiled for a TPU topology, the batch sharded over all its devices."""
-
-    def placed(tree: Any, place: NamedSharding) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
-
-    graphdef, params = core(args, dtype, "tpu")
+    graphdef, params = core(dtype, args.stream_dtype, "tpu", args.position_order)
     inputs = jax.eval_shape(lambda: core_inputs(batch * mesh.size, args.steps))
     arguments = placed(params, replicated(mesh)), *placed(inputs[:4], batch_sharding(mesh))
     arguments += placed(inputs[4:], replicated(mesh))

@@ -10,6 +10,7 @@ import pytest
 import synth
 from flax import nnx
 
+from benchmarks.common import wrapped_calls
 from moebius_jax.models.mixers.position_term import conv3d
 from moebius_jax.weights.names import expected_tensors
 
@@ -24,25 +25,18 @@ def recorded(network):
     """
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(network)}
     outputs = {}
-    classes = {type(module) for _, module in nnx.iter_modules(network) if callable(module)}
-    originals = {cls: cls.__call__ for cls in classes}
 
-    def wrap(cls):
-        def call(self, *args, **kwargs):
-            out = originals[cls](self, *args, **kwargs)
+    def recording(call):
+        def recorded_call(self, *args, **kwargs):
+            out = call(self, *args, **kwargs)
             followed = kwargs.keys() & {"then", "add"}
-            outputs.setdefault(paths.get(id(self)), originals[cls](self, *args) if followed else out)
+            outputs.setdefault(paths.get(id(self)), call(self, *args) if followed else out)
             return out
 
-        return call
+        return recorded_call
 
-    try:
-        for cls in classes:
-            cls.__call__ = wrap(cls)
+    with wrapped_calls(network, recording):
         yield outputs
-    finally:
-        for cls, original in originals.items():
-            cls.__call__ = original
 
 
 def run(network, vectors):

@@ -11,9 +11,9 @@ from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
 from moebius_jax.extensions import load_extension
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
+from moebius_jax.models.precision import DTYPES
 from moebius_jax.weights.hub import HubUnreachable
 
-DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_MODEL = "hustvl/Moebius"
 
 

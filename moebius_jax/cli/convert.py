@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moebius_jax.cli.arguments import add_extension_argument
 from moebius_jax.cli.terminal import progress, run
+from moebius_jax.models.precision import DTYPES
 from moebius_jax.weights.convert import convert_file, export_file, verify_folder
 from moebius_jax.weights.hub import find_weights
 from moebius_jax.weights.tensors import count_parameters
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         default="float32",
         help="of the stored parameters (default float32; BatchNorm statistics always are)",
     )

@@ -23,7 +23,7 @@ from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.models.precision import auto_dtype
+from moebius_jax.models.precision import DTYPES, auto_dtype
 from moebius_jax.sharding import make_mesh, replicated
 from moebius_jax.weights.hub import Track
 from moebius_jax.weights.load import load_unet, load_vae, save_network
@@ -254,7 +254,7 @@ def _dtypes(dtype: Dtype, stream_dtype: Dtype | None) -> dict[str, Dtype]:
 
 def _known(name: str, dtype: Dtype) -> Dtype:
     try:
-        if jnp.dtype(dtype).name in ("float32", "float16", "bfloat16"):
+        if jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype)
     except TypeError:
         pass

@@ -82,31 +82,28 @@ class TransformerBlock(nnx.Module):
         self.feed_forward = FEED_FORWARDS[config.feed_forward](sizes, **common)
 
     def __call__(self, x: Map, context: Any) -> Map:
-        x = self.self_mixer.onto(x, self._normed(1, x))
-        x = self.cross_mixer.onto(x, self._normed(2, x), context)
-        return self.feed_forward.onto(x, self._normed(3, x))
-
-    def _normed(self, index: int, x: Map) -> Map:
-        norm = getattr(self, f"norm{index}")
-        return x if norm is None else norm(x)
+        x = self.self_mixer.onto(x, _normed(self.norm1, x))
+        x = self.cross_mixer.onto(x, _normed(self.norm2, x), context)
+        return self.feed_forward.onto(x, _normed(self.norm3, x))
 
     def fold_norms(self) -> None:
         """For inference: norms become part of the products after them, where those can take them over."""
-        for name, part in (
-            ("norm1", self.self_mixer),
-            ("norm2", self.cross_mixer),
-            ("norm3", self.feed_forward),
-        ):
+        parts = {"norm1": self.self_mixer, "norm2": self.cross_mixer, "norm3": self.feed_forward}
+        for name, part in parts.items():
+            norm = getattr(self, name)
+            if norm is None:
+                continue
             # Of the part's own class only: another that is built on it may read the map in more places.
             readers = [getattr(part, reader) for reader in type(part).__dict__.get("READERS", ())]
-            if (
-                getattr(self, name) is not None
-                and readers
-                and all(reader.can_take_over(getattr(self, name)) for reader in readers)
-            ):
+            if readers and all(reader.can_take_over(norm) for reader in readers):
                 for reader in readers:
-                    reader.take_over(getattr(self, name))
+                    reader.take_over(norm)
                 setattr(self, name, None)
+
+
+def _normed(norm: LayerNorm | None, x: Map) -> Map:
+    """`norm` of `x`; None is one that became part of the products after it."""
+    return x if norm is None else norm(x)
 
 
 class Transformer(nnx.Module):

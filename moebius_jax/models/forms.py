@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.parts import PositionOrder
 
 
@@ -21,7 +22,7 @@ def kernels_interpreted(platform: str | None) -> bool:
 def position_order(width: int, heads: int, dtype: Dtype, platform: str | None) -> PositionOrder:
     """Order of Local-λ's position term, on a map `width` positions wide."""
     # One kernel with the content term; it needs a power of two of heads.
-    if _has_kernels(dtype, platform) and heads & (heads - 1) == 0:
+    if _has_kernels(dtype, platform) and power_of_two(heads) == heads:
         return "fused"
     return unfused_position_order(width, platform)
 
@@ -52,7 +53,7 @@ def one_pass_rows(platform: str | None) -> bool:
 
 def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> bool:
     """Whether Interactive-λ is one kernel at inference rather than four matrix products with ten tokens."""
-    return _has_kernels(dtype, platform) and heads & (heads - 1) == 0
+    return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
 def upsampling_in_phases(platform: str | None) -> bool:

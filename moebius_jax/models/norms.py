@@ -32,6 +32,15 @@ def moments(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array
     return mean, jnp.maximum(jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean), 0)
 
 
+def normalised(
+    x: Float[Array, "..."], axes: tuple[int, ...], *, eps: float, scale: Array, bias: Array
+) -> Float[Array, "..."]:
+    """(x - mean) / sqrt(variance + eps) · scale + bias, moments over `axes`; in fp32."""
+    mean, var = moments(x, axes)
+    scale, bias = (p.astype(jnp.float32) for p in (scale, bias))
+    return (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
+
+
 class GroupNorm(nnx.GroupNorm):
     """GroupNorm over 32 groups."""
 
@@ -46,7 +55,6 @@ class GroupNorm(nnx.GroupNorm):
             param_dtype=precision.param_dtype,
             rngs=rngs,
         )
-
         self.platform = precision.platform
         self.is_frozen = False
 
@@ -64,9 +72,9 @@ class GroupNorm(nnx.GroupNorm):
             run = functools.partial(group_norm, **options, interpret=interpret)
             return split_over_batch(run, batched=(True, False, False))(x, self.scale[...], self.bias[...])
         grouped = x.reshape(*x.shape[:-1], GROUPS, -1)
-        mean, var = moments(grouped, (*range(1, x.ndim - 1), x.ndim))
-        scale, bias = (p[...].astype(jnp.float32).reshape(GROUPS, -1) for p in (self.scale, self.bias))
-        y = (grouped.astype(jnp.float32) - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        scale, bias = (p[...].reshape(GROUPS, -1) for p in (self.scale, self.bias))
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        y = normalised(grouped, axes, eps=self.epsilon, scale=scale, bias=bias)
         y = y.reshape(x.shape).astype(self.dtype)
         return y if then is None else then(y)
 
@@ -89,10 +97,8 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         if not forms.one_pass_rows(self.platform):
             x = x.astype(jnp.float32)  # takes two passes: see `moments`
-        mean, var = moments(x, (x.ndim - 1,))
-        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
-        y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-        return y.astype(self.dtype)
+        options = {"eps": self.epsilon, "scale": self.scale[...], "bias": self.bias[...]}
+        return normalised(x, (x.ndim - 1,), **options).astype(self.dtype)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -142,9 +148,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            axes = tuple(range(x.ndim - 1))
-            mean = x.mean(axes)
-            var = jnp.square(x - mean).mean(axes)
+            mean, var = (moment.ravel() for moment in moments(x, tuple(range(x.ndim - 1))))
             count = x.size // x.shape[-1]
             self._track(mean, var * count / max(count - 1, 1))
         scale, bias = self.affine(mean, var)
@@ -155,8 +159,7 @@ class BatchNorm(nnx.Module):
             raise ValueError(f"a batch of {x.shape[0]} cannot be cut in {self.groups} equal parts")
         parts = x.astype(jnp.float32).reshape(self.groups, -1, *x.shape[1:])
         axes = tuple(range(1, parts.ndim - 1))
-        mean = parts.mean(axes, keepdims=True)
-        var = jnp.square(parts - mean).mean(axes, keepdims=True)
+        mean, var = moments(parts, axes)
         count = parts[0].size // parts.shape[-1]
         self._track(mean.mean(0).ravel(), var.mean(0).ravel() * count / max(count - 1, 1))
         scale, bias = self.affine(mean, var)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import lax
 
+DTYPES = ("float32", "float16", "bfloat16")  # that networks compute and are kept in
 AUTO = {"cpu": jnp.float32, "gpu": jnp.float16, "tpu": jnp.bfloat16}
 
 

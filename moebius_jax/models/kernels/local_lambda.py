@@ -54,7 +54,18 @@ def local_lambda(
         interpret: run the kernels as Python would, on any machine.
     """
     content = content_lambda(key, val, bias, interpret=interpret)
-    return apply_lambdas(q, val, window, content, *add, dtype=dtype, interpret=interpret)
+    B, H, W, h, k = q.shape
+    p, width, v = *window.shape[:2], val.shape[-1]
+    on_window = jnp.einsum("byxhk,ek->byxhe", q, window.reshape(p * width, k))
+    columns = min(COLUMNS, power_of_two(W))
+    return pl.pallas_call(
+        functools.partial(_apply, shape=(H, W, h, k, v), p=p, columns=columns),
+        grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
+        out_shape=jax.ShapeDtypeStruct((B, H, W, h, v), dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="local_lambda",
+    )(on_window.reshape(B, H, W, h, p, width), q, val, content, *add)
 
 
 def padded_window(kernel: Float[Array, "p p k"]) -> Window:
@@ -95,30 +106,6 @@ def content_lambda(
         name="content_joined",
         **options,
     )(*found, bias)
-
-
-def apply_lambdas(
-    q: Query,
-    val: Value,
-    window: Window,
-    content: Float[Array, "B k v"],
-    *add: Float[Array, "B H W h v"],
-    dtype: Dtype,
-    interpret: bool = False,
-) -> Float[Array, "B H W h v"]:
-    """Σ_k q (content + λp) without the position convolution's bias; arguments as for `local_lambda`."""
-    B, H, W, h, k = q.shape
-    p, width, v = *window.shape[:2], val.shape[-1]
-    on_window = jnp.einsum("byxhk,ek->byxhe", q, window.reshape(p * width, k))
-    columns = min(COLUMNS, power_of_two(W))
-    return pl.pallas_call(
-        functools.partial(_apply, shape=(H, W, h, k, v), p=p, columns=columns),
-        grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
-        out_shape=jax.ShapeDtypeStruct((B, H, W, h, v), dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="local_lambda",
-    )(on_window.reshape(B, H, W, h, p, width), q, val, content, *add)
 
 
 Sums = tuple[Array, Array, Array]  # max of the keys, Σ exp(key - max), Σ exp(key - max) val

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
+from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
 from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
 from moebius_jax.models.linear import Linear, PointwiseConv
@@ -103,7 +104,7 @@ class LocalLambda(Part):
     def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel, differentiated as `_sum` is."""
         B, H, W, h, _ = q.shape
-        if h & (h - 1):
+        if power_of_two(h) != h:
             raise ValueError(f"position_order 'fused' needs a power of two of heads; num_heads is {h}")
         others = [] if add is None else [add.reshape(B, H, W, h, -1)]
         run = functools.partial(
