@@ -79,46 +79,44 @@ def tiles(folder: Path) -> np.ndarray:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """A factor-4 autoencoder of diffusers' kind, L1 and a little KL, written as a converted folder."""
+    """A factor-4 autoencoder, L1 and a little KL, written as a converted folder."""
     import jax
     import jax.numpy as jnp
     import optax
 
     from moebius_jax.models import VAE, VAEConfig
-    from moebius_jax.models import vae as vae_model
+    from moebius_jax.models.initializers import KeyStream
     from moebius_jax.weights.load import save_vae
 
     config = VAEConfig(channels=(32, 64, 64), layers_per_block=1, scaling_factor=1.0)
-    params = vae_model.init_params(config, jax.random.key(0))
+    vae = VAE(config, rngs=KeyStream(jax.random.key(0)))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, args.vae_steps))
-    state = optimizer.init(params)
+    state = optimizer.init(vae)
 
-    def loss(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
-        vae = VAE(params=params, config=config)
+    def loss(vae: VAE, images: jax.Array, key: jax.Array) -> jax.Array:
         posterior = vae.posterior(images)
         latents = posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape)
         kl = 0.5 * jnp.mean(posterior.mean**2 + posterior.std**2 - 1 - posterior.logvar)
         return jnp.abs(vae.decode(latents) - images).mean() + 1e-4 * kl
 
     @jax.jit
-    def step(params: Any, state: Any, images: jax.Array, key: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(params, images, key)
+    def step(vae: VAE, state: Any, images: jax.Array, key: jax.Array) -> tuple[VAE, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(vae, images, key)
         updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(vae, updates), state, value
 
     data, rng = tiles(args.work / "train"), np.random.default_rng(0)
     for i in range(args.vae_steps):
         chosen = data[rng.integers(len(data), size=16)]
         x, y = rng.integers(TILE - SIZE + 1, size=2)
         images = chosen[:, y : y + SIZE, x : x + SIZE].astype(np.float32) / 127.5 - 1
-        params, state, value = step(params, state, images, jax.random.key(i))
+        vae, state, value = step(vae, state, images, jax.random.key(i))
         if i % 50 == 0:
             print(i, float(value), flush=True)
-    vae = VAE(params=params, config=config)
     latents = jax.jit(vae.encode)(data[:256, :SIZE, :SIZE].astype(np.float32) / 127.5 - 1)
-    scaled = VAEConfig(channels=(32, 64, 64), layers_per_block=1, scaling_factor=float(1 / latents.std()))
-    save_vae(args.work / "vae", VAE(params=params, config=scaled), overwrite=True)
-    print(f"scaling factor {scaled.scaling_factor:.3f}")
+    vae.config = config.replace(scaling_factor=float(1 / latents.std()))
+    save_vae(args.work / "vae", vae, overwrite=True)
+    print(f"scaling factor {vae.config.scaling_factor:.3f}")
 
 
 def run(*command: str) -> None:

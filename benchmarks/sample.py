@@ -22,9 +22,9 @@ from benchmarks.programs import core, core_inputs, placed
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step
 from moebius_jax.hardware import PEAKS, slice_devices
 from moebius_jax.inpaint.latents import decode, encode
-from moebius_jax.models import VAE, VAEConfig
-from moebius_jax.models import vae as vae_model
-from moebius_jax.models.precision import auto_dtype
+from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
 
 FULL_RUN = 19  # steps at 20 inference steps and strength 0.99
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     add("--dtypes", nargs="+", help="of the U-Net (default: what the platform samples in, and float32)")
     add("--stream-dtype", help="see moebius_jax.models.precision (default: as the dtype)")
-    add("--vae-dtype", default="float32")
+    add("--vae-dtype", help="of the VAE (default: what the platform samples in)")
     add("--position-order", default="auto")
     add("--steps", type=int, default=FULL_RUN, help="denoising steps of the timed loop")
     add("--no-images", action="store_true", help="time the step only, without VAE and whole image")
@@ -83,9 +83,10 @@ def step_flops(graphdef: Any, params: Any, batch: int) -> float:
 
 def time_images(args: argparse.Namespace, batch: int, loop: float) -> Row:
     """Encoder and decoder of the released VAE, and the whole image together with the loop."""
-    config = VAEConfig()
-    params = jax.jit(vae_model.init_params, static_argnums=0)(config, jax.random.key(0))
-    vae = VAE(params=params, config=config, dtype=jnp.dtype(args.vae_dtype))
+    vae = VAE(
+        VAEConfig(), dtype=jnp.dtype(args.vae_dtype or auto_vae_dtype()), rngs=KeyStream(jax.random.key(0))
+    )
+    vae = inference_copy(vae)
     images, holes = jnp.zeros((batch, 512, 512, 3), jnp.uint8), jnp.zeros((batch, 512, 512), bool)
     noise = jax.random.normal(jax.random.key(0), (batch, 64, 64, 4))
     encoding = median_seconds(lambda: encode(vae, images, holes, noise, noise), args.repeats)

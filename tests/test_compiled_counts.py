@@ -4,6 +4,7 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import pytest
 from conftest import TINY_UNET
 from flax import nnx
 from jax import lax
@@ -62,6 +63,24 @@ class TestHlo:
         assert product.flops == {"f16": 2 * 32 * 16 * 64}
         # Of the second operand one of four slices is read.
         assert (product.read, product.written) == (2 * (64 * 32 + 64 * 16), 2 * 32 * 16)
+
+    @pytest.mark.parametrize(
+        ("call", "result", "operands"),
+        [
+            ("Forward", "f32[2,4,4,5]", ("f32[2,8,8,3]", "f32[3,3,3,5]")),
+            ("BackwardInput", "f32[2,8,8,3]", ("f32[2,4,4,5]", "f32[3,3,3,5]")),
+            ("BackwardFilter", "f32[3,3,3,5]", ("f32[2,8,8,3]", "f32[2,4,4,5]")),
+        ],
+    )
+    def test_a_convolution_and_its_gradients_are_as_many_flops(self, call, result, operands):
+        a, b = operands
+        text = (
+            f"ENTRY %main (a: {a}, b: {b}) -> {result} {{\n  %a = {a} parameter(0)\n  %b = {b} parameter(1)\n"
+            f'  ROOT %y = {result} custom-call(%a, %b), custom_call_target="__cudnn$conv{call}", '
+            "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f\n}"
+        )
+        (kernel,) = hlo.kernels(text)
+        assert kernel.flops == {"tf32": 2 * (2 * 4 * 4) * (3 * 3) * 3 * 5}
 
     def test_module_of_a_kernel(self):
         scope = hlo.kernels(CUDA)[1].instruction.scope

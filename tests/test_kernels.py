@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moebius_jax.models import forms
+from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.kernels.group_norm import group_norm
 from moebius_jax.models.kernels.product import product
@@ -150,8 +151,10 @@ class TestInteractiveLambda:
 
 
 class TestGroupNorm:
-    # Groups of 2 and of 80 channels, several in a block and one; whole pieces and ragged ones.
-    @pytest.mark.parametrize("shape", [(2, 9, 9, 64), (1, 8, 8, 320), (2, 5, 5, 960), (1, 4, 4, 2560)])
+    # Groups of 2 and of 80 channels, several in a block and one; whole pieces, ragged ones and very many.
+    @pytest.mark.parametrize(
+        "shape", [(2, 9, 9, 64), (1, 8, 8, 320), (2, 5, 5, 960), (1, 4, 4, 2560), (1, 96, 90, 64)]
+    )
     @pytest.mark.parametrize("then", [None, jax.nn.silu])
     def test_is_the_plain_form(self, shape, then):
         norm = GroupNorm(shape[-1], eps=1e-5, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
@@ -166,3 +169,30 @@ class TestGroupNorm:
         options = {"groups": 32, "eps": 1e-5, "dtype": jnp.float32, "interpret": True}
         far, near = (group_norm(x + mean, ones, zeros, **options) for mean in (1000.0, 0.0))
         assert synth.relative_error(far, np.asarray(near)) < 1e-3  # x + 1000 has been rounded to 6e-5
+
+
+class TestDepthwiseGradient:
+    # Ragged pieces and channels; several pieces of an image.
+    @pytest.mark.parametrize("shape", [(2, 5, 7, 70), (1, 20, 33, 64)])
+    def test_is_the_plain_form(self, shape, monkeypatch):
+        conv = DepthwiseConv(
+            shape[-1], use_bias=True, precision=Precision(), rngs=KeyStream(jax.random.key(0))
+        )
+
+        def gradients():
+            return jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x))), argnums=(0, 1))(conv, maps(*shape))
+
+        plain = gradients()
+        monkeypatch.setattr(forms, "fused_depthwise_gradient", lambda *_: True)
+        ours = gradients()
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            assert synth.relative_error(a, np.asarray(b)) < 1e-5
+
+    def test_a_sharded_batch_is_summed_over_devices(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_depthwise_gradient", lambda *_: True)
+        conv = DepthwiseConv(16, use_bias=False, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        x, mesh = maps(8, 6, 5, 16), make_mesh(jax.devices())
+        gradient = jax.jit(jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x)))))
+        alone = gradient(conv, x).kernel[...]
+        shared = gradient(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
+        np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)

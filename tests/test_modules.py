@@ -11,7 +11,11 @@ import synth
 from flax import nnx
 
 from benchmarks.common import wrapped_calls
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.linear import Linear
 from moebius_jax.models.mixers.position_term import conv3d
+from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.precision import Precision
 from moebius_jax.weights.names import expected_tensors
 
 TOLERANCE = 3e-5
@@ -129,3 +133,50 @@ def test_teacher_module(name, teacher_mini, teacher_outputs):
         compare(outputs["up_blocks.0.resample"], vectors[f"module/{name}"], name)
     else:
         compare(outputs[our_path(teacher_mini, name)], vectors[f"module/{name}"], name)
+
+
+class TestHalfPrecision:
+    def test_gradients_are_products_of_half_precision(self):
+        """Not of the wide cotangent, several times as slow; and near those of fp32."""
+        half, exact = (
+            Linear(48, 32, precision=Precision(dtype=dtype), rngs=KeyStream(jax.random.key(0)))
+            for dtype in (jnp.bfloat16, jnp.float32)
+        )
+        x = jnp.asarray(synth.inputs("x", (2, 5, 48)))
+
+        def gradients(layer):
+            return jax.grad(lambda layer, x: jnp.sum(jnp.sin(layer(x))), argnums=(0, 1))(layer, x)
+
+        products = [
+            e for e in _equations(jax.make_jaxpr(gradients)(half).jaxpr) if e.primitive.name == "dot_general"
+        ]
+        assert len(products) == 3
+        assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+        for a, b in zip(jax.tree.leaves(gradients(half)), jax.tree.leaves(gradients(exact)), strict=True):
+            assert a.dtype == b.dtype
+            assert synth.relative_error(a, np.asarray(b)) < 0.02
+
+    def test_what_only_the_bulk_reads_is_kept_in_its_dtype(self):
+        mixed = Precision(dtype=jnp.bfloat16, stream_dtype=jnp.float32)
+        assert mixed.hidden().stream_dtype == jnp.bfloat16
+        assert mixed.thin().hidden().stream_dtype == jnp.float32
+
+
+def _equations(jaxpr):
+    """Of a program and of all programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def test_batch_statistics_of_a_map_far_from_zero():
+    """One pass loses nothing where the running mean is near; a plain difference of sums would lose it all."""
+    norm = BatchNorm(4, precision=Precision())
+    norm.mean[...] = jnp.full(4, 3000.0)
+    x = 3000 + jnp.asarray(synth.inputs("x", (2, 16, 16, 4)))
+    exact = np.asarray(x, np.float64)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    np.testing.assert_allclose(norm(x), expected, atol=2e-3)

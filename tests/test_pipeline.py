@@ -15,7 +15,7 @@ from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.imaging import masks
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
-from moebius_jax.models.precision import auto_dtype
+from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
@@ -327,8 +327,13 @@ class TestLoading:
         mixed = precision(dtype="bfloat16", stream_dtype="float32")
         assert (mixed.dtype, mixed.stream_dtype) == (jax.numpy.bfloat16, jax.numpy.float32)
         assert [auto_dtype(p) for p in ("gpu", "tpu")] == [jax.numpy.float16, jax.numpy.bfloat16]
+        assert [auto_vae_dtype(p) for p in ("gpu", "tpu")] == [jax.numpy.float16, jax.numpy.float32]
         with pytest.raises(UserError, match="dtype is 'int8'; expected auto, float32, float16 or bfloat16"):
             precision(dtype="int8")
+        half = MoebiusInpaintPipeline.from_pretrained(tiny_folder, vae_dtype="bfloat16")
+        assert (half.vae.dtype, tiny_pipeline.vae.dtype) == (jax.numpy.bfloat16, jax.numpy.float32)
+        with pytest.raises(UserError, match="vae_dtype is 'int8'; expected auto, float32"):
+            precision(vae_dtype="int8")
 
     def test_leaving_float16s_range_is_an_error_that_names_bfloat16(self, tiny_pipeline, photo, mask):
         def with_large_numbers(dtype):

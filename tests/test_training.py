@@ -1,7 +1,6 @@
 """The training step: sharded as unsharded, accumulated, BatchNorm per device, numbers gone wrong."""
 
 import dataclasses
-import hashlib
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from conftest import TINY_VAE
+from conftest import TINY_VAE, network_from_synth
 from flax import nnx
 
 from moebius_jax import save_unet
@@ -31,7 +30,7 @@ from moebius_jax.training.batches import (
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import first_bad_metric
-from moebius_jax.training.networks import load_frozen, load_initial_tensors
+from moebius_jax.training.networks import _teacher_dtypes, load_frozen, load_initial_tensors
 from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
 from moebius_jax.training.validation import Validation
@@ -164,9 +163,22 @@ def test_context_and_latents_of_other_sizes():
     assert inputs.latents.shape[1:] == (8, 8, 17)
 
 
+def test_a_gpus_teacher_is_in_float16():
+    config = tiny_run.get_config()
+
+    def dtypes(platform, **changes):
+        student = config.student.replace(platform=platform)
+        return tuple(map(str, _teacher_dtypes(config.replace(student=student, **changes)).values()))
+
+    assert dtypes("gpu", dtype="bfloat16") == ("float16", "float16")
+    assert dtypes("tpu", dtype="bfloat16") == ("bfloat16", "float32")
+    assert dtypes("gpu", dtype="float32") == ("float32", "float32")
+    assert dtypes("gpu", dtype="bfloat16", teacher_dtype="bfloat16") == ("bfloat16", "bfloat16")
+
+
 def test_networks_and_encoders_of_different_channels_are_refused():
     config = tiny_run.get_config()
-    vae = VAE(params={}, config=dataclasses.replace(TINY_VAE, latent_channels=8))
+    vae = VAE(dataclasses.replace(TINY_VAE, latent_channels=8), rngs=nnx.Rngs(0))
     pictures = SimpleNamespace(blank=PixelSample.blank(64))
     with pytest.raises(UserError, match="latents have 4 channels, the VAE's 8"):
         check_encoder(config, vae, pictures)
@@ -178,9 +190,9 @@ def test_networks_and_encoders_of_different_channels_are_refused():
 
 def test_cached_latents_of_another_encoder_are_refused():
     config = tiny_run.get_config()
-    vae = VAE(params={"a": {"kernel": jnp.ones(3)}}, config=TINY_VAE)
+    vae = network_from_synth("vae_mini")
     blank = LatentSample.blank(config.student.latent_shape)
-    assert encoder_digest(vae) == hashlib.sha256(np.ones(3, np.float32).tobytes()).hexdigest()[:16]
+    assert encoder_digest(vae) == "45fcf5cfc9f90a93"
     check_encoder(config, vae, SimpleNamespace(blank=blank, encoder=encoder_digest(vae)))
     check_encoder(config, None, SimpleNamespace(blank=blank, encoder="another"))
     with pytest.raises(UserError, match="latents of another encoder"):

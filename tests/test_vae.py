@@ -1,6 +1,4 @@
-"""The VAE adapter against the release."""
-
-import logging
+"""The VAE against the release, and in half precision."""
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +6,41 @@ import numpy as np
 import pytest
 import synth
 from conftest import TINY_VAE, network_from_synth
+from flax import nnx
 
-from moebius_jax.models import VAE, VAEConfig
-from moebius_jax.models import vae as vae_model
+from moebius_jax.models import VAE, VAEConfig, inference_copy
+
+
+def pictures(pixels: int) -> jax.Array:
+    return jnp.asarray(synth.nhwc(np.clip(synth.inputs("vae.x", (1, 3, pixels, pixels)), -1, 1)))
+
+
+posterior, decode = jax.jit(VAE.posterior), jax.jit(VAE.decode)
+
+
+def latents(pixels: int) -> jax.Array:
+    """Scaled, as `decode` takes them."""
+    return 0.13025 * jnp.asarray(synth.nhwc(synth.inputs("vae.z", (1, 4, pixels // 8, pixels // 8))))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prepare", [lambda v: v, inference_copy], ids=["as released", "for inference"])
 @pytest.mark.parametrize(("name", "pixels"), [("vae_mini", 64), ("vae", 128)])
-def test_posterior_and_decoder(name, pixels):
-    vectors = synth.golden(name)
-    vae = network_from_synth(name)
-    images = np.clip(synth.inputs("vae.x", (1, 3, pixels, pixels)), -1, 1)
-    posterior = jax.jit(VAE.posterior)(vae, jnp.asarray(synth.nhwc(images)))
+def test_posterior_and_decoder(name, pixels, prepare):
+    vectors, vae = synth.golden(name), prepare(network_from_synth(name))
+    found = posterior(vae, pictures(pixels))
     for key in ("mean", "logvar", "std"):
-        assert synth.relative_error(getattr(posterior, key), synth.nhwc(vectors[key])) < 1e-4
-    z = synth.inputs("vae.z", (1, 4, pixels // 8, pixels // 8))
-    latents = jnp.asarray(synth.nhwc(z)) * vae.config.scaling_factor
-    assert synth.relative_error(jax.jit(VAE.decode)(vae, latents), synth.nhwc(vectors["decoded"])) < 1e-4
+        assert synth.relative_error(getattr(found, key), synth.nhwc(vectors[key])) < 1e-4
+    decoded = decode(vae, latents(pixels))
+    assert synth.relative_error(decoded, synth.nhwc(vectors["decoded"])) < 1e-4
 
 
 def test_encode_scales_the_mean_or_a_sample(vae_mini):
-    images = jnp.asarray(synth.nhwc(np.clip(synth.inputs("vae.x", (1, 3, 64, 64)), -1, 1)))
-    posterior = vae_mini.posterior(images)
-    np.testing.assert_allclose(vae_mini.encode(images), 0.13025 * posterior.mean, rtol=1e-6)
+    images = pictures(64)
+    found = vae_mini.posterior(images)
+    np.testing.assert_allclose(vae_mini.encode(images), 0.13025 * found.mean, rtol=1e-6)
     noise = jnp.asarray(synth.inputs("n", (1, 8, 8, 4)))
-    sample = 0.13025 * (posterior.mean + posterior.std * noise)
+    sample = 0.13025 * (found.mean + found.std * noise)
     np.testing.assert_allclose(vae_mini.encode(images, noise), sample, rtol=1e-6)
 
 
@@ -41,20 +49,50 @@ def test_defaults_are_the_released_vae():
 
 
 @pytest.mark.slow
-def test_own_dtype(vae_mini):
-    half = vae_mini.replace(dtype=jnp.bfloat16)
-    z = jnp.asarray(synth.nhwc(synth.inputs("vae.z", (1, 4, 8, 8))))
-    decoded = np.asarray(half.decode(z))
-    assert decoded.dtype == np.float32
-    assert 0 < synth.relative_error(decoded, np.asarray(vae_mini.decode(z))) < 0.1
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 0.01), ("bfloat16", 0.1)])
+def test_half_precision(vae_mini, dtype, error):
+    half = inference_copy(network_from_synth("vae_mini", dtype=jnp.dtype(dtype)))
+    decoded = decode(half, latents(64))
+    assert decoded.dtype == jnp.float32
+    assert 0 < synth.relative_error(decoded, decode(vae_mini, latents(64))) < error
+    mean = posterior(half, pictures(64)).mean
+    assert 0 < synth.relative_error(mean, posterior(vae_mini, pictures(64)).mean) < error
 
 
-def test_no_deprecation_chatter(caplog):
-    config = VAEConfig(channels=(32, 32), layers_per_block=1)  # not built before: its setup would warn
-    with caplog.at_level(logging.WARNING):
-        vae = VAE(params=vae_model.init_params(config, jax.random.key(0)), config=config)
-        vae.decode(jnp.zeros((1, 4, 4, 4)))
-    assert not caplog.records
+@pytest.mark.slow
+def test_float16_holds_maps_beyond_its_range(vae_mini):
+    """As in the released decoder: maps of 10^5 and more."""
+
+    def enlarged(vae: VAE) -> VAE:
+        vae = nnx.clone(vae)
+        for half in (vae.encoder, vae.decoder):
+            for layer in (half.conv_in, half.mid_block.resnets[0].conv1, half.mid_block.attentions[0].to_out):
+                layer.kernel.set_value(layer.kernel[...] * 3e4)
+                layer.bias.set_value(layer.bias[...] * 3e4)
+        return vae
+
+    half = enlarged(network_from_synth("vae_mini", dtype=jnp.float16))
+    assert not jnp.isfinite(decode(half, latents(64))).all()
+    frozen = inference_copy(half)
+    twice = inference_copy(frozen)
+    vae = enlarged(vae_mini)
+    assert synth.relative_error(decode(frozen, latents(64)), decode(vae, latents(64))) < 0.01
+    assert (
+        synth.relative_error(posterior(frozen, pictures(64)).mean, posterior(vae, pictures(64)).mean) < 0.01
+    )
+    np.testing.assert_array_equal(decode(twice, latents(64)), decode(frozen, latents(64)))
+
+
+def test_carrying_maps_smaller_changes_nothing_but_rounding(vae_mini):
+    """In fp32 not even that: 1/64 is a power of two."""
+    small = nnx.clone(vae_mini)
+    small.dtype = jnp.dtype(jnp.float16)
+    small.freeze()
+    small.dtype = jnp.dtype(jnp.float32)
+    assert small.decoder.scale < 1
+    assert synth.relative_error(decode(small, latents(64)), decode(vae_mini, latents(64))) < 1e-6
+    means = (posterior(vae, pictures(64)).mean for vae in (small, vae_mini))
+    assert synth.relative_error(*means) < 1e-6
 
 
 def test_bad_config_is_named():

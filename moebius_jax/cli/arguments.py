@@ -38,7 +38,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pret
         help="of what lies between its large products (default as --dtype): bfloat16 with a float32 stream "
         "is a third as far from float32 as bfloat16 alone",
     )
-    add("--vae-dtype", choices=DTYPES, default="float32", help="of the VAE (default float32)")
+    add(
+        "--vae-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
+    )
     add(
         "--allow-untrained", action="store_true", help="if the Hub cannot be reached, run with random weights"
     )

@@ -32,8 +32,6 @@ def run(program: Callable[[], int]) -> int:
 
 def quiet_libraries() -> None:
     """Keeps routine chatter of libraries out of the terminal; errors still come through."""
-    # diffusers would load torch for classes we do not use, where torch is installed.
-    os.environ.setdefault("USE_TORCH", "0")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces every retry
     for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised, and told in one line

@@ -21,9 +21,8 @@ from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, find_model, write
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
-from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.models.precision import DTYPES, auto_dtype
+from moebius_jax.models.precision import DTYPES, auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
 from moebius_jax.weights.hub import Track
 from moebius_jax.weights.load import load_unet, load_vae, save_network
@@ -79,7 +78,7 @@ class MoebiusInpaintPipeline:
         vae: str | Path | None = None,
         dtype: Dtype = "auto",
         stream_dtype: Dtype | None = None,
-        vae_dtype: Dtype = jnp.float32,
+        vae_dtype: Dtype = "auto",
         cache_dir: str | Path | None = None,
         mesh: Mesh | None = None,
         track: Track = lambda items, **_: items,
@@ -93,7 +92,7 @@ class MoebiusInpaintPipeline:
             vae: folder of a converted VAE; by default the one beside the U-Net, or hustvl/PixelHacker's.
             dtype: compute dtype of the U-Net; "auto" is float16 on GPUs, bfloat16 on TPUs, float32 on CPUs.
             stream_dtype: of what lies between its large products; by default `dtype` (docs/inference.md).
-            vae_dtype: compute dtype of the VAE.
+            vae_dtype: compute dtype of the VAE; "auto" is float16 on GPUs, float32 elsewhere.
             cache_dir: where converted downloads are kept.
             mesh: see the class.
             track: wraps the converter's loop over tensors, as tqdm does.
@@ -105,7 +104,7 @@ class MoebiusInpaintPipeline:
         found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
         return cls(
             load_unet(found.unet, placement=replicated(mesh), **_dtypes(dtype, stream_dtype)),
-            load_vae(found.vae, dtype=_known("vae_dtype", vae_dtype), placement=replicated(mesh)),
+            load_vae(found.vae, dtype=_vae_dtype(vae_dtype), placement=replicated(mesh)),
             guidance_scale=found.guidance_scale,
             variant=found.variant,
             mesh=mesh,
@@ -120,7 +119,7 @@ class MoebiusInpaintPipeline:
         seed: int = 0,
         dtype: Dtype = "auto",
         stream_dtype: Dtype | None = None,
-        vae_dtype: Dtype = jnp.float32,
+        vae_dtype: Dtype = "auto",
         mesh: Mesh | None = None,
     ) -> "MoebiusInpaintPipeline":
         """The full-size network (or the given sizes) with seeded random weights: to try the machinery out."""
@@ -129,11 +128,8 @@ class MoebiusInpaintPipeline:
         # Not jitted: a program of a thousand small random arrays takes longer to compile than to run.
         unet = UNet(config, rngs=KeyStream(jax.random.key(seed)), **_dtypes(dtype, stream_dtype))
         unet.eval()
-        sizes = vae_config or VAEConfig()
-        init = jax.jit(vae_model.init_params, static_argnums=0)
-        vae = VAE(
-            params=init(sizes, jax.random.key(seed)), config=sizes, dtype=_known("vae_dtype", vae_dtype)
-        )
+        rngs = KeyStream(jax.random.key(seed))
+        vae = VAE(vae_config or VAEConfig(), dtype=_vae_dtype(vae_dtype), rngs=rngs)
         return cls(unet, vae, mesh=mesh)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -245,11 +241,19 @@ def _step_callback(pipe: MoebiusInpaintPipeline, callback: StepEnd | None) -> An
 
 
 def _dtypes(dtype: Dtype, stream_dtype: Dtype | None) -> dict[str, Dtype]:
-    dtype = auto_dtype() if isinstance(dtype, str) and dtype == "auto" else _known("dtype", dtype)
+    dtype = auto_dtype() if _is_auto(dtype) else _known("dtype", dtype)
     return {
         "dtype": dtype,
         "stream_dtype": dtype if stream_dtype is None else _known("stream_dtype", stream_dtype),
     }
+
+
+def _vae_dtype(dtype: Dtype) -> Dtype:
+    return auto_vae_dtype() if _is_auto(dtype) else _known("vae_dtype", dtype)
+
+
+def _is_auto(dtype: Dtype) -> bool:
+    return isinstance(dtype, str) and dtype == "auto"
 
 
 def _known(name: str, dtype: Dtype) -> Dtype:
@@ -258,5 +262,5 @@ def _known(name: str, dtype: Dtype) -> Dtype:
             return jnp.dtype(dtype)
     except TypeError:
         pass
-    choices = f"{'auto, ' if name == 'dtype' else ''}float32, float16 or bfloat16"
+    choices = f"{'' if name == 'stream_dtype' else 'auto, '}float32, float16 or bfloat16"
     raise UserError(f"{name} is {dtype!r}; expected {choices}")

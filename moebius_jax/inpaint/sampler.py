@@ -70,7 +70,7 @@ class Sampler:
         self.mesh = mesh or make_mesh(jax.local_devices())
         self._graphdef, params = nnx.split(inference_copy(unet))
         self._params = jax.device_put(params, replicated(self.mesh))
-        self._vae = jax.device_put(vae, replicated(self.mesh))
+        self._vae = jax.device_put(inference_copy(vae), replicated(self.mesh))
         self.config = unet.config
         self.image_size = unet.config.latent_size * vae.config.factor
 

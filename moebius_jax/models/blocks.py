@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
 from moebius_jax.models.config import UNetConfig
-from moebius_jax.models.convolutions import Conv3x3
+from moebius_jax.models.convolutions import Conv3x3, Padding
 from moebius_jax.models.linear import Linear, PointwiseConv, Product
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
@@ -148,10 +148,17 @@ class Transformer(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """3x3 convolution, stride 2, padding 1 on every side."""
+    """3x3 convolution at stride 2."""
 
-    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
-        self.conv = Conv3x3(channels, channels, stride=2, precision=precision, rngs=rngs)
+    def __init__(
+        self,
+        channels: int,
+        *,
+        padding: Padding = ((1, 1), (1, 1)),
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv = Conv3x3(channels, channels, stride=2, padding=padding, precision=precision, rngs=rngs)
 
     def __call__(self, x: Map) -> Map:
         return self.conv(x)

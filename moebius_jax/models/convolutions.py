@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax import lax
 from jaxtyping import Array, Float
 
+from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
+from moebius_jax.models.kernels.depthwise import depthwise_sums
+from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import PointwiseConv, Product, summed
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
@@ -23,41 +27,60 @@ class DepthwiseConv(nnx.Module):
     """3x3 convolution of each channel by itself, padding 1.
 
     Nine shifted multiply-adds in fp32: a grouped convolution of the same size took 2.5 times as long on
-    CPU, and XLA fuses the sum with what surrounds it.
-
-    Args:
-        channels: of the map.
-        use_bias: whether it has a bias.
-        dtype: of the result.
-        param_dtype: of the parameters.
-        rngs: for the initial weights.
+    CPU, and XLA fuses the sum with what surrounds it. The result is in the dtype of the products around it.
     """
 
     RELEASED: ClassVar[Table] = {"kernel": Released("weight", DEPTHWISE)}
 
-    def __init__(
-        self, channels: int, *, use_bias: bool, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ) -> None:
-        self.kernel = nnx.Param(kaiming_uniform(rngs.params(), (3, 3, channels), param_dtype, fan_in=9))
-        self.bias = (
-            nnx.Param(kaiming_uniform(rngs.params(), (channels,), param_dtype, fan_in=9))
-            if use_bias
-            else None
-        )
-        self.dtype = dtype
+    def __init__(self, channels: int, *, use_bias: bool, precision: Precision, rngs: nnx.Rngs) -> None:
+        def drawn(*shape: int) -> nnx.Param:
+            return nnx.Param(kaiming_uniform(rngs.params(), shape, precision.param_dtype, fan_in=9))
+
+        self.kernel = drawn(3, 3, channels)
+        self.bias = drawn(channels) if use_bias else None
+        self.dtype, _ = precision.operands()
+        self.platform = precision.platform
 
     def __call__(self, x: Map) -> Map:
-        _, H, W, _ = x.shape
         kernel = self.kernel[...].astype(jnp.float32)
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        y = sum(
-            padded[:, i : i + H, j : j + W].astype(jnp.float32) * kernel[i, j]
-            for i in range(3)
-            for j in range(3)
-        )
+        if forms.fused_depthwise_gradient(self.dtype, self.platform):
+            y = _convolved(x, kernel, forms.kernels_interpreted(self.platform))
+        else:
+            y = _taps(x, kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
+
+
+def _taps(x: Map, kernel: Float[Array, "3 3 C"]) -> Map:
+    """The convolution, in fp32."""
+    _, H, W, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(
+        padded[:, i : i + H, j : j + W].astype(jnp.float32) * kernel[i, j] for i in range(3) for j in range(3)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolved(x: Map, kernel: Float[Array, "3 3 C"], interpret: bool) -> Map:
+    """`_taps`, with a kernel of ours for its kernel's gradient."""
+    del interpret
+    return _taps(x, kernel)
+
+
+def _convolved_fwd(x: Map, kernel: Array, interpret: bool) -> tuple[Map, tuple[Map, Array]]:
+    return _convolved(x, kernel, interpret), (x, kernel)
+
+
+def _convolved_bwd(interpret: bool, saved: tuple[Map, Array], cotangent: Map) -> tuple[Map, Array]:
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    run = functools.partial(depthwise_sums, interpret=interpret)
+    sums = split_over_batch(run, batched=(True, True))(x, cotangent)
+    return _taps(cotangent, kernel[::-1, ::-1]).astype(x.dtype), sums.sum((0, 1)).reshape(kernel.shape)
+
+
+_convolved.defvjp(_convolved_fwd, _convolved_bwd)
 
 
 class DepthwiseSeparableConv(nnx.Module):
@@ -78,13 +101,7 @@ class DepthwiseSeparableConv(nnx.Module):
     LAST_WEIGHT: ClassVar[str] = "pointwise.kernel"
 
     def __init__(self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
-        self.depthwise = DepthwiseConv(
-            in_channels,
-            use_bias=False,
-            dtype=precision.stream_dtype,
-            param_dtype=precision.param_dtype,
-            rngs=rngs,
-        )
+        self.depthwise = DepthwiseConv(in_channels, use_bias=False, precision=precision, rngs=rngs)
         self.norm1 = BatchNorm(in_channels, precision=precision)
         self.pointwise = PointwiseConv(
             in_channels, out_channels, use_bias=False, precision=precision, rngs=rngs
@@ -110,24 +127,36 @@ class DepthwiseSeparableConv(nnx.Module):
         return shapes["conv_dw.weight"][0], shapes["conv_pw.weight"][0]
 
 
+Padding = tuple[tuple[int, int], tuple[int, int]]  # before and after, of rows and of columns
+
+
 class Conv3x3(nnx.Conv):
-    """3x3 convolution with bias and padding 1 on every side, also at stride 2 (unlike "SAME")."""
+    """3x3 convolution with bias, unless told otherwise with padding 1 on every side, also at stride 2."""
 
     RELEASED: ClassVar[Table] = {"kernel": Released("weight", CONV)}
     LANDMARK: ClassVar[str] = "weight"
     LAST_WEIGHT: ClassVar[str] = "kernel"
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int = 1, precision: Precision, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        padding: Padding = ((1, 1), (1, 1)),
+        precision: Precision,
+        rngs: nnx.Rngs,
     ) -> None:
         init = functools.partial(_init, fan_in=9 * in_channels)
         dtype, multiply = precision.operands()
+        if not isinstance(multiply, lax.Precision):
+            multiply = None  # convolutions take no algorithm; a GPU's default is the one meant
         super().__init__(
             in_channels,
             out_channels,
             (3, 3),
             strides=stride,
-            padding=((1, 1), (1, 1)),
+            padding=padding,
             kernel_init=init,
             bias_init=init,
             dtype=dtype,

@@ -26,7 +26,7 @@ class GEGLU(Part):
 
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.proj_in = Linear(sizes.channels, 8 * sizes.channels, **common)
+        self.proj_in = Linear(sizes.channels, 8 * sizes.channels, precision=precision.hidden(), rngs=rngs)
         self.proj_out = Linear(4 * sizes.channels, sizes.channels, **common)
 
     def __call__(self, x: Map) -> Map:
@@ -46,11 +46,10 @@ class MixFFN(Part):
     def __init__(self, sizes: BlockSizes, *, precision: Precision, rngs: nnx.Rngs) -> None:
         hidden = int(sizes.ffn_ratio * sizes.channels)
         common = {"precision": precision, "rngs": rngs}
-        self.inverted_conv = PointwiseConv(sizes.channels, 2 * hidden, use_bias=True, **common)
-        self.depth_conv = DepthwiseConv(
-            2 * hidden, use_bias=True, dtype=precision.dtype, param_dtype=precision.param_dtype, rngs=rngs
-        )
-        self.dtype = precision.dtype
+        # The widest maps of the network.
+        wide = {"precision": precision.hidden(), "rngs": rngs}
+        self.inverted_conv = PointwiseConv(sizes.channels, 2 * hidden, use_bias=True, **wide)
+        self.depth_conv = DepthwiseConv(2 * hidden, use_bias=True, **common)
         self.point_conv = PointwiseConv(hidden, sizes.channels, use_bias=False, **common)
 
     def onto(self, stream: Map, x: Map) -> Map:
@@ -58,8 +57,7 @@ class MixFFN(Part):
 
     def __call__(self, x: Map, *, add: Sequence[Array] = ()) -> Map:
         """`add`: maps added to the result."""
-        # The widest maps of the network: what is kept of them is in the bulk's dtype.
-        hidden = self.inverted_conv(x, then=jax.nn.silu).astype(self.dtype)
+        hidden = self.inverted_conv(x, then=jax.nn.silu)
         x, gate = jnp.split(self.depth_conv(hidden), 2, axis=-1)
         return self.point_conv(x * jax.nn.silu(gate), add=add)
 

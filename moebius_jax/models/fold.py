@@ -1,4 +1,6 @@
-"""BatchNorm folded into the weights before it, for inference."""
+"""What becomes of a network for inference: BatchNorm folded, and work on weights done once."""
+
+from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -6,25 +8,26 @@ from flax import nnx
 from moebius_jax.models.blocks import TransformerBlock
 from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.norms import BatchNorm
-from moebius_jax.models.unet import UNet
+
+Network = TypeVar("Network", bound=nnx.Module)
 
 
-def fold_batch_norm(unet: UNet) -> UNet:
-    """A copy of `unet` without BatchNorm layers that computes the same function in evaluation mode.
+def fold_batch_norm(network: Network) -> Network:
+    """A copy of `network` without BatchNorm layers that computes the same function in evaluation mode.
 
     A module's `FOLDS` names the bias-free linear layer before each of its BatchNorms: y = (W x)·scale + bias
     is one layer with weight W·scale and that bias. The result is for inference: it has other parameters than
     the release and can be neither trained further nor exported. Networks without BatchNorm come back as
     plain copies.
     """
-    unet = nnx.clone(unet)
-    for _, module in nnx.iter_modules(unet):
+    network = nnx.clone(network)
+    for _, module in nnx.iter_modules(network):
         for norm, layer in getattr(module, "FOLDS", {}).items():
             if getattr(module, norm) is not None:
                 _fold(getattr(module, layer), getattr(module, norm))
                 setattr(module, norm, None)
-    unet.eval()
-    return unet
+    network.eval()
+    return network
 
 
 def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
@@ -37,18 +40,18 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
         layer.use_bias = True
 
 
-def inference_copy(unet: UNet) -> UNet:
-    """`unet` with BatchNorm folded, and with all done to its weights that is done at every call otherwise.
+def inference_copy(network: Network) -> Network:
+    """`network` with BatchNorm folded, and with all done to its weights that is done at every call otherwise.
 
     Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
-    unet = fold_batch_norm(unet)
+    network = fold_batch_norm(network)
     # A module before its parts: it may make something of a weight that its part then rounds.
-    modules = [module for _, module in sorted(nnx.iter_modules(unet), key=lambda item: len(item[0]))]
+    modules = [module for _, module in sorted(nnx.iter_modules(network), key=lambda item: len(item[0]))]
     for module in modules:
         if isinstance(module, TransformerBlock):
             module.fold_norms()
     for module in modules:
         if callable(freeze := getattr(module, "freeze", None)):
             freeze()
-    return unet
+    return network

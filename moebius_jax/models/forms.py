@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax import lax
 
 from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.parts import PositionOrder
@@ -34,6 +35,14 @@ def unfused_position_order(width: int, platform: str | None) -> PositionOrder:
     return "toeplitz" if width > (16 if _or_running(platform) == "tpu" else 32) else "banded"
 
 
+def thin_products(platform: str | None) -> lax.Precision | lax.DotAlgorithmPreset:
+    """How fp32 operands beside a half-precision bulk are multiplied."""
+    # Of HIGH, a TPU makes three passes in bfloat16; a GPU tensor-float-32 or plain fp32, by autotuning.
+    if _or_running(platform) == "gpu" and not kernels_interpreted(platform):
+        return lax.DotAlgorithmPreset.TF32_TF32_F32
+    return lax.Precision.HIGH
+
+
 def fused_products(dtype: Dtype, platform: str | None) -> bool:
     """Whether products over the channels take bias, activation and sum into their kernel at inference."""
     # XLA's own fuse a whole map that is there already, but neither a bias nor a sum just computed.
@@ -56,10 +65,15 @@ def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> 
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
+def fused_depthwise_gradient(dtype: Dtype, platform: str | None) -> bool:
+    """Whether a depthwise kernel's gradient is one kernel in training rather than nine reductions."""
+    return _has_kernels(dtype, platform)
+
+
 def upsampling_in_phases(platform: str | None) -> bool:
     """Whether a doubled map's 3x3 convolution is done as four 2x2 convolutions of the map itself."""
     # 4/9 of the multiplications; on TPUs interleaving the results costs more than that.
-    return _or_running(platform) == "gpu"
+    return _or_running(platform) != "tpu"
 
 
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:

@@ -7,13 +7,21 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import lax
 
+from moebius_jax.models import forms
+
 DTYPES = ("float32", "float16", "bfloat16")  # that networks compute and are kept in
-AUTO = {"cpu": jnp.float32, "gpu": jnp.float16, "tpu": jnp.bfloat16}
+AUTO = {"gpu": jnp.float16, "tpu": jnp.bfloat16}
+AUTO_VAE = {"gpu": jnp.float16}  # bfloat16 is up to 7 grey levels off, float16 one at most
 
 
 def auto_dtype(platform: str | None = None) -> Dtype:
-    """What a platform samples in unless told otherwise; None is the running one."""
+    """What a platform's U-Nets sample in unless told otherwise; None is the running one."""
     return AUTO.get(platform or jax.default_backend(), jnp.float32)
+
+
+def auto_vae_dtype(platform: str | None = None) -> Dtype:
+    """The same for VAEs."""
+    return AUTO_VAE.get(platform or jax.default_backend(), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +34,10 @@ class Precision:
 
     Where that is too much, in training above all, only the *bulk* is in `dtype`: operands of the
     feed-forward, of the residual blocks' and resampling convolutions, of the teacher's mixers and of the
-    products with Local-λ's lambdas. What lies between them, and the *thin* products that feed the residual
-    stream everywhere (projections in and around the student's mixers, shortcuts, first and last convolution,
-    time and context), is in a wider `stream_dtype`. With bfloat16 and fp32 that ends at 1.7 %.
+    products with Local-λ's lambdas, and the maps that nothing else reads. What else lies between them, and
+    the *thin* products that feed the residual stream everywhere (projections in and around the student's
+    mixers, shortcuts, first and last convolution, time and context), is in a wider `stream_dtype`. With
+    bfloat16 and fp32 that ends at 1.7 %.
 
     Attributes:
         dtype: of the bulk's operands; sums are accumulated in fp32.
@@ -44,17 +53,26 @@ class Precision:
     all_thin: bool = False
     platform: str | None = None
 
-    def operands(self, thin: bool = False) -> tuple[Dtype, lax.Precision | None]:
+    def operands(self, thin: bool = False) -> tuple[Dtype, lax.Precision | lax.DotAlgorithmPreset | None]:
         """Dtype of a product's operands and how it is multiplied.
 
-        Accelerators multiply fp32 in fewer bits by default, on TPUs in bfloat16's. Thin fp32 products beside
-        a half-precision bulk are HIGH: three bfloat16 passes there, tensor-float-32 on GPUs. An all-fp32
-        network leaves it to the user's `jax_default_matmul_precision`.
+        Accelerators multiply fp32 in fewer bits by default, on TPUs in bfloat16's: too few beside a
+        half-precision bulk. An all-fp32 network leaves it to the user's `jax_default_matmul_precision`.
         """
         if not (thin or self.all_thin):
             return self.dtype, None
-        is_mixed = jnp.dtype(self.stream_dtype) != jnp.dtype(self.dtype)
-        return self.stream_dtype, lax.Precision.HIGH if is_mixed else None
+        if jnp.dtype(self.stream_dtype) == jnp.dtype(self.dtype):
+            return self.stream_dtype, None
+        return self.stream_dtype, forms.thin_products(self.platform)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the bulk is in half precision."""
+        return jnp.dtype(self.dtype).itemsize == 2
+
+    def hidden(self) -> "Precision":
+        """The dtypes of a product whose result only the bulk reads: it is kept in the bulk's."""
+        return dataclasses.replace(self, stream_dtype=self.operands()[0])
 
     def thin(self) -> "Precision":
         """The dtypes of a part that is thin throughout."""

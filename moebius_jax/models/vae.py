@@ -1,25 +1,28 @@
-"""The image autoencoder: diffusers' `FlaxAutoencoderKL` behind one small NHWC interface.
+"""The image autoencoder: a KL autoencoder of the SDXL layout (docs/model.md, "VAE")."""
 
-diffusers is imported on first use: it takes seconds, and it loads torch where torch is installed.
-"""
-
-import functools
-import logging
-import re
-from typing import Annotated, Any, ClassVar
+import dataclasses
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from moebius_jax.models.architecture import Architecture
-from moebius_jax.models.released import CONV, LINEAR, SAME, Released
+from moebius_jax.models.architecture import EXECUTION, Architecture
+from moebius_jax.models.blocks import Downsample, Upsample
+from moebius_jax.models.convolutions import Conv3x3
+from moebius_jax.models.linear import Linear, PointwiseConv, Product
+from moebius_jax.models.norms import GroupNorm
+from moebius_jax.models.precision import Precision
+from moebius_jax.models.released import Table
 from moebius_jax.schema import Above0, AtLeastOne, checked
 
-Params = dict[str, Any]
+Map = Float[Array, "B H W C"]
+
+EPS = 1e-6  # of every GroupNorm
+FLOAT16_SCALE = 2.0**-6  # see `VAE.freeze`
 
 
 @checked
@@ -31,6 +34,7 @@ class VAEConfig(Architecture):
         layers_per_block: residual blocks of an encoder level; a decoder level has one more.
         latent_channels: of a latent; the encoder yields twice as many (mean, logvar).
         scaling_factor: latents are multiplied by it after encoding, divided before decoding.
+        platform: whose forms of a computation are run (`models.forms`); None is the running one's.
     """
 
     NOUN: ClassVar[str] = "VAE"
@@ -39,6 +43,7 @@ class VAEConfig(Architecture):
     layers_per_block: AtLeastOne = 2
     latent_channels: AtLeastOne = 4
     scaling_factor: Above0 = 0.13025
+    platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     @property
     def factor(self) -> int:
@@ -62,26 +67,41 @@ class Posterior:
         return self.mean + self.std * noise
 
 
-@struct.dataclass
-class VAE:
-    """Encoder and decoder with their weights; a pytree, so it may be an argument of a jitted function.
+class VAE(nnx.Module):
+    """Encoder and decoder.
 
-    Attributes:
-        params: diffusers' parameter tree.
+    Args:
         config: sizes.
-        dtype: compute dtype. Half precision is faster, but SDXL decoders are known to overflow in fp16.
+        dtype: compute dtype. Only an `inference_copy` keeps large maps within float16's range.
+        param_dtype: dtype the parameters are kept in.
+        rngs: the stream "params" draws the initial weights.
     """
 
-    params: Params
-    config: VAEConfig = struct.field(pytree_node=False)
-    dtype: Dtype = struct.field(pytree_node=False, default=jnp.float32)
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        precision = Precision(
+            dtype=dtype, stream_dtype=dtype, param_dtype=param_dtype, platform=config.platform
+        )
+        common = {"precision": precision, "rngs": rngs}
+        latents = config.latent_channels
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.encoder = Encoder(config, **common)
+        self.decoder = Decoder(config, **common)
+        self.quant_conv = PointwiseConv(2 * latents, 2 * latents, **common)
+        self.post_quant_conv = PointwiseConv(latents, latents, **common)
 
     def posterior(self, images: Float[Array, "B H W 3"]) -> Posterior:
         """Encodes images in [-1, 1]; H and W multiples of `config.factor`."""
-        module = _module(self.config, jnp.dtype(self.dtype))
-        nchw = jnp.transpose(images, (0, 3, 1, 2)).astype(self.dtype)
-        dist = module.apply({"params": self.params}, nchw, method=module.encode).latent_dist
-        return Posterior(mean=dist.mean.astype(jnp.float32), logvar=dist.logvar.astype(jnp.float32))
+        moments = self.quant_conv(self.encoder(images.astype(self.dtype)))
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean=mean, logvar=jnp.clip(logvar, -30, 20))
 
     def encode(
         self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w c"] | None = None
@@ -90,71 +110,179 @@ class VAE:
         posterior = self.posterior(images)
         return self.scaled(posterior.mean if noise is None else posterior.sample(noise))
 
-    def scaled(self, latents: Float[Array, "B h w d"]) -> Float[Array, "B h w d"]:
+    def scaled(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         """Latents as the U-Nets see them: of about unit variance."""
         return latents * self.config.scaling_factor
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Images, nominally in [-1, 1], fp32, of scaled latents."""
-        module = _module(self.config, jnp.dtype(self.dtype))
-        # diffusers tells NHWC latents from NCHW ones by their last axis.
         unscaled = (latents / self.config.scaling_factor).astype(self.dtype)
-        images = module.apply({"params": self.params}, unscaled, method=module.decode).sample
-        return jnp.transpose(images, (0, 2, 3, 1)).astype(jnp.float32)
+        return self.decoder(self.post_quant_conv(unscaled)).astype(jnp.float32)
+
+    def freeze(self) -> None:
+        """For inference in float16: maps are carried at 1/64 of their size.
+
+        The released decoder's reach beyond 65,504. But only GroupNorms read them, which do not care for a
+        factor (their ε is divided by its square), so the function stays what it is, to the last bit where
+        nothing is rounded.
+        """
+        if self.dtype != jnp.float16 or self.encoder.scale != 1:
+            return
+        for half in (self.encoder, self.decoder):
+            for path, module in nnx.iter_modules(half):
+                if isinstance(module, GroupNorm):
+                    module.epsilon *= FLOAT16_SCALE**2
+                elif isinstance(module, Encoder | Decoder | ResnetBlock | Attention):
+                    module.scale = FLOAT16_SCALE
+                elif path[-1] not in {"conv_out", "to_q", "to_k", "to_v"} and hasattr(module, "bias"):
+                    module.bias = nnx.Param(module.bias[...] * FLOAT16_SCALE)
 
 
-def abstract_params(config: VAEConfig) -> Params:
-    """The parameter tree as shapes."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+class ResnetBlock(nnx.Module):
+    """GN → SiLU → 3x3 → GN → SiLU → 3x3, + shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        self.norm1 = GroupNorm(in_channels, eps=EPS, **common)
+        self.conv1 = Conv3x3(in_channels, out_channels, **common)
+        self.norm2 = GroupNorm(out_channels, eps=EPS, **common)
+        self.conv2 = Conv3x3(out_channels, out_channels, **common)
+        self.conv_shortcut = (
+            PointwiseConv(in_channels, out_channels, **common) if in_channels != out_channels else None
+        )
+        self.scale = 1.0
+
+    def __call__(self, x: Map) -> Map:
+        y = self.conv1(self.norm1(x, then=self.activated))
+        shortcut = x if self.conv_shortcut is None else Product(x, self.conv_shortcut)
+        return self.conv2(self.norm2(y, then=self.activated), add=(shortcut,))
+
+    def activated(self, y: Map) -> Map:
+        """SiLU, of the size the next map is carried at."""
+        return jax.nn.silu(y) * self.scale
 
 
-def released(path: str, rank: int) -> Released:
-    """How the release keeps the parameter `path` (dotted) of this rank."""
-    name = path
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    if not path.endswith(".kernel"):
-        return Released(name, SAME)
-    return Released(name, CONV if rank == 4 else LINEAR)
+class Attention(nnx.Module):
+    """Each position looks at all, with one head: x += out(softmax(q·kᵀ/√C) v), of GN(x)."""
+
+    RELEASED: ClassVar[Table] = {"to_out": "to_out.0"}
+
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        self.group_norm = GroupNorm(channels, eps=EPS, **common)
+        self.to_q = Linear(channels, channels, **common)
+        self.to_k = Linear(channels, channels, **common)
+        self.to_v = Linear(channels, channels, **common)
+        self.to_out = Linear(channels, channels, **common)
+        self.scale = 1.0
+
+    def __call__(self, x: Map) -> Map:
+        B, _, _, C = x.shape
+        y = self.group_norm(x)
+        q, k, v = (layer(y).reshape(B, -1, C) for layer in (self.to_q, self.to_k, self.to_v))
+        logits = jnp.einsum("bnd,bld->bnl", q * C**-0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bnl,bld->bnd", weights, v).reshape(x.shape)
+        return self.to_out(y * self.scale, add=(x,))
 
 
-# diffusers' Flax names → its torch names, in order.
-_RENAMES = (
-    (r"(blocks|resnets|attentions|samplers)_(\d+)", r"\1.\2"),
-    (r"\.query\.", ".to_q."),
-    (r"\.key\.", ".to_k."),
-    (r"\.value\.", ".to_v."),
-    (r"\.proj_attn\.", ".to_out.0."),
-    (r"\.(kernel|scale)$", ".weight"),
-)
+class MidBlock(nnx.Module):
+    """Residual, attention, residual at the lowest resolution."""
+
+    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        self.resnets = nnx.List([ResnetBlock(channels, channels, **common) for _ in range(2)])
+        self.attentions = nnx.List([Attention(channels, **common)])
+
+    def __call__(self, x: Map) -> Map:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def init_params(config: VAEConfig, key: Array) -> Params:
-    """Freshly drawn parameters, fp32."""
-    module = _module(config, jnp.dtype(jnp.float32))
-    images = jnp.zeros((1, 3, 2 * config.factor, 2 * config.factor))
-    return module.init(key, images)["params"]
+class Level(nnx.Module):
+    """Residual blocks, then the map halved or doubled (not on the last level of either half)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        resample: Downsample | Upsample | None,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        widths = [in_channels, *[channels] * (blocks - 1)]
+        self.resnets = nnx.List(
+            [ResnetBlock(width, channels, precision=precision, rngs=rngs) for width in widths]
+        )
+        self.resample = resample
+
+    def __call__(self, x: Map) -> Map:
+        for block in self.resnets:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
 
 
-@functools.lru_cache(maxsize=8)
-def _module(config: VAEConfig, dtype: Dtype) -> Any:
-    from diffusers.models.vae_flax import FlaxAutoencoderKL
+class DownLevel(Level):
+    """Of the encoder."""
 
-    # Every construction announces that diffusers 0.40 removes these classes. pyproject.toml pins < 0.40.
-    logger = logging.getLogger("diffusers.models.vae_flax")
-    if _drop_deprecation not in logger.filters:
-        logger.addFilter(_drop_deprecation)
-    levels = len(config.channels)
-    return FlaxAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        scaling_factor=config.scaling_factor,
-        dtype=dtype,
-    )
+    RELEASED: ClassVar[Table] = {"resample": "downsamplers.0"}
 
 
-def _drop_deprecation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Flax classes are deprecated")
+class UpLevel(Level):
+    """Of the decoder."""
+
+    RELEASED: ClassVar[Table] = {"resample": "upsamplers.0"}
+
+
+class Encoder(nnx.Module):
+    """3x3 → levels, each but the last halving the map → middle → GN → SiLU → 3x3, to twice the latents."""
+
+    def __init__(self, config: VAEConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        widths = config.channels
+        self.conv_in = Conv3x3(3, widths[0], **common)
+        # The release pads only below and on the right before it halves a map.
+        down = [Downsample(width, padding=((0, 1), (0, 1)), **common) for width in widths[:-1]]
+        self.down_blocks = nnx.List(
+            [
+                DownLevel(before, width, config.layers_per_block, resample, **common)
+                for before, width, resample in zip((widths[0], *widths), widths, (*down, None), strict=False)
+            ]
+        )
+        self.mid_block = MidBlock(widths[-1], **common)
+        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **common)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels, **common)
+        self.scale = 1.0
+
+    def __call__(self, images: Map) -> Map:
+        x = self.conv_in(images * self.scale)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), then=jax.nn.silu))
+
+
+class Decoder(nnx.Module):
+    """3x3 → middle → levels, each but the last doubling the map → GN → SiLU → 3x3, to an image."""
+
+    def __init__(self, config: VAEConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"precision": precision, "rngs": rngs}
+        widths = config.channels[::-1]
+        self.conv_in = Conv3x3(config.latent_channels, widths[0], **common)
+        self.mid_block = MidBlock(widths[0], **common)
+        up = [Upsample(width, **common) for width in widths[:-1]]
+        self.up_blocks = nnx.List(
+            [
+                UpLevel(before, width, config.layers_per_block + 1, resample, **common)
+                for before, width, resample in zip((widths[0], *widths), widths, (*up, None), strict=False)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **common)
+        self.conv_out = Conv3x3(widths[-1], 3, **common)
+        self.scale = 1.0
+
+    def __call__(self, latents: Map) -> Map:
+        x = self.mid_block(self.conv_in(latents * self.scale))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(self.conv_norm_out(x, then=jax.nn.silu))

@@ -13,6 +13,8 @@ from moebius_jax.inpaint.latents import encode_moments
 from moebius_jax.models import VAE
 from moebius_jax.sharding import batch_sharding
 from moebius_jax.training.config import TrainConfig
+from moebius_jax.weights.names import counterparts
+from moebius_jax.weights.tensors import network_tensors
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
@@ -59,8 +61,9 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
 def encoder_digest(vae: VAE) -> str:
     """What tells latents of different encoders apart. Caches hold it: another form would refuse them all."""
     total = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(vae.params)):
-        total.update(np.ascontiguousarray(leaf).tobytes())
+    tensors, released = network_tensors(vae), counterparts(vae.config)
+    for name in sorted(tensors, key=lambda name: released[name].names):
+        total.update(np.ascontiguousarray(tensors[name]).tobytes())
     return total.hexdigest()[:16]
 
 

@@ -88,6 +88,8 @@ class TrainConfig:
         batch_norm: statistics of the "global" batch, or of each "device" as the release.
         dtype: compute dtype of student, teacher and the losses' networks; weights and optimiser are fp32.
         stream_dtype: see `moebius_jax.models.precision`.
+        teacher_dtype: of the whole teacher. "auto" is float16 on GPUs where the student is in half precision,
+            which is nearer to float32 than the student's two; elsewhere those.
         vae_dtype: compute dtype of the VAE.
         fsdp: devices that share one copy of weights and optimiser state; the other axis is `data`.
         guidance_scale: the finished model's default; 1 where all data are background samples.
@@ -114,6 +116,7 @@ class TrainConfig:
     batch_norm: Literal["global", "device"] = "global"
     dtype: Compute = "bfloat16"
     stream_dtype: Compute = "float32"
+    teacher_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     vae_dtype: Compute = "bfloat16"
     fsdp: AtLeastOne = 1
     guidance_scale: AtLeast0 = DEFAULT_GUIDANCE

@@ -8,12 +8,12 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from moebius_jax.distillation.loss import Loss
 from moebius_jax.errors import UserError
 from moebius_jax.models import VAE, UNet, UNetConfig, inference_copy
-from moebius_jax.models import vae as vae_model
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.sharding import replicated, tensor_sharding, tree_shardings
 from moebius_jax.training.config import TrainConfig
@@ -70,8 +70,11 @@ def load_image_codec(config: TrainConfig, mesh: Mesh) -> VAE | None:
         return None
     if isinstance(config.vae, str):
         return load_vae(config.vae, dtype=dtype, placement=replicated(mesh))
-    init = jax.jit(vae_model.init_params, static_argnums=0, out_shardings=replicated(mesh))
-    return VAE(params=init(config.vae, jax.random.key(config.seed + 3)), config=config.vae, dtype=dtype)
+
+    def draw() -> VAE:
+        return VAE(config.vae, dtype=dtype, rngs=KeyStream(jax.random.key(config.seed + 3)))
+
+    return jax.jit(draw, out_shardings=replicated(mesh))()
 
 
 def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tensors]:
@@ -96,7 +99,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
 
 def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork[UNet]:
     """The teacher in the dtypes it is multiplied in."""
-    dtypes = {"dtype": jnp.dtype(config.dtype), "stream_dtype": jnp.dtype(config.stream_dtype)}
+    dtypes = _teacher_dtypes(config)
     if isinstance(config.teacher, UNetConfig):
         architecture = config.teacher
     else:
@@ -115,7 +118,19 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
     if abstract or isinstance(config.teacher, UNetConfig):
         return _drawn(draw, mesh, abstract)
     network = inference_copy(load_unet(config.teacher, placement=_placement(mesh), **dtypes))
-    return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
+    tensors = network_tensors(network)
+    # What was made of the weights lies as the compiler left it.
+    place = jax.jit(lambda tensors: tensors, out_shardings=tree_shardings(mesh, tensors))
+    return FrozenNetwork(bare=Bare(network), tensors=place(tensors))
+
+
+def _teacher_dtypes(config: TrainConfig) -> dict[str, Dtype]:
+    dtype, stream_dtype = config.dtype, config.stream_dtype
+    if config.teacher_dtype != "auto":
+        dtype = stream_dtype = config.teacher_dtype
+    elif dtype != "float32" and (config.student.platform or jax.default_backend()) == "gpu":
+        dtype = stream_dtype = "float16"
+    return {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(stream_dtype)}
 
 
 def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork:

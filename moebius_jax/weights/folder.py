@@ -25,6 +25,8 @@ from moebius_jax.schema import checked, one_of, read_json
 from moebius_jax.weights.kinds import KINDS, kind_of
 from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
 
+VERSION = 2  # in 1 the VAE's tensors had other names
+
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
 
@@ -33,7 +35,7 @@ class _ConfigFile:
     """`config.json` as it is written."""
 
     format: Literal["moebius-jax"]
-    version: Literal[1]
+    version: Literal[1, 2]
     kind: Annotated[str, one_of(KINDS)]
     dtype: Literal["float32", "float16", "bfloat16"]
     architecture: dict[str, Any]
@@ -86,7 +88,7 @@ def save(
         )
     config = _ConfigFile(
         format="moebius-jax",
-        version=1,
+        version=VERSION,
         kind=kind_of(architecture),
         dtype=dtype,
         architecture=architecture.to_dict(),
@@ -110,7 +112,7 @@ def read_config(folder: Path) -> FolderConfig:
     """Reads `config.json`.
 
     Raises:
-        UserError: not a folder of ours, or written by a newer version.
+        UserError: not a folder of ours, written by a newer version, or a VAE written by an older one.
     """
     path = folder / "config.json"
     if not path.is_file() or not (folder / "weights").is_dir():
@@ -121,6 +123,8 @@ def read_config(folder: Path) -> FolderConfig:
         )
         raise UserError(f"{folder}: {found}{hint}")
     found = read_json(path, _ConfigFile)
+    if found.kind == "vae" and found.version == 1:
+        raise UserError(f"{folder}: a VAE converted by moebius-jax 0.1; convert it again")
     try:
         architecture = KINDS[found.kind].architecture.from_dict(found.architecture)
     except ValueError as error:

@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from moebius_jax.models import (
+    VAE,
     ELatentLPIPS,
     ELatentLPIPSConfig,
     Inception,
@@ -22,17 +23,16 @@ class Kind:
 
     Attributes:
         architecture: its configuration.
-        network: built as `network(architecture, dtype=…, param_dtype=…, rngs=…)`; None for the VAE, whose
-            module is diffusers'.
+        network: built as `network(architecture, dtype=…, param_dtype=…, rngs=…)`.
     """
 
     architecture: type[Architecture]
-    network: type[nnx.Module] | None
+    network: type[nnx.Module]
 
 
 KINDS: dict[str, Kind] = {
     "unet": Kind(UNetConfig, UNet),
-    "vae": Kind(VAEConfig, None),
+    "vae": Kind(VAEConfig, VAE),
     "elatentlpips": Kind(ELatentLPIPSConfig, ELatentLPIPS),
     "inception": Kind(InceptionConfig, Inception),
 }

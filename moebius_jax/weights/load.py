@@ -20,7 +20,7 @@ from moebius_jax.models import (
 )
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.weights.folder import FolderConfig, Placement, read_config, restore, save
-from moebius_jax.weights.tensors import abstract_network, fill, nest, network_tensors, statistics_of
+from moebius_jax.weights.tensors import abstract_network, fill, network_tensors, statistics_of
 
 
 def load_network(
@@ -36,7 +36,7 @@ def load_network(
 
     Args:
         folder: made by `convert_weights.py` or a `save` function.
-        expected: what it has to be. Not for the VAE, see `load_vae`.
+        expected: what it has to be.
         param_dtype: dtype the parameters are kept in; None keeps the stored one.
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
             device.
@@ -85,18 +85,9 @@ def load_unet(
     )
 
 
-def load_vae(
-    folder: str | Path,
-    *,
-    dtype: Dtype = jnp.float32,
-    param_dtype: Dtype = jnp.float32,
-    placement: Placement = None,
-) -> VAE:
-    """The VAE in a converted folder; arguments and errors as for `load_network`."""
-    folder = Path(folder)
-    config = _require(folder, VAEConfig)
-    tensors = restore(folder, config, param_dtype=param_dtype, placement=placement)
-    return VAE(params=nest(tensors), config=config.architecture, dtype=dtype)
+def load_vae(folder: str | Path, *, param_dtype: Dtype | None = jnp.float32, **options: Any) -> VAE:
+    """The VAE in a converted folder; options and errors as for `load_network`."""
+    return load_network(folder, VAEConfig, param_dtype=param_dtype, **options)
 
 
 def load_elatentlpips(folder: str | Path, **options: Any) -> ELatentLPIPS:
@@ -111,7 +102,7 @@ def load_inception(folder: str | Path, **options: Any) -> Inception:
 
 def save_network(
     folder: str | Path,
-    network: nnx.Module | VAE,
+    network: nnx.Module,
     *,
     source: dict[str, Any] | None = None,
     overwrite: bool = False,

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from moebius_jax.models import VAEConfig
-from moebius_jax.models import vae as vae_model
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.released import Layout, Released
 from moebius_jax.weights.tensors import abstract_network, abstract_tensors
@@ -56,12 +54,6 @@ def counterparts(architecture: Architecture) -> Mapping[str, Counterpart]:
     Raises:
         TypeError: a module does not say how a matrix of its lies in the release.
     """
-    if isinstance(architecture, VAEConfig):
-        return {
-            path: _counterpart((said.name,), said, len(abstract.shape))
-            for path, abstract in abstract_tensors(architecture).items()
-            if (said := vae_model.released(path, len(abstract.shape)))
-        }
     network = abstract_network(architecture)
     rename = getattr(network, "released_names", lambda name: (name,))
     found = {}

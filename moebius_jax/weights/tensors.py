@@ -12,8 +12,6 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array
 
-from moebius_jax.models import VAE, VAEConfig
-from moebius_jax.models import vae as vae_model
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.weights.kinds import KINDS, kind_of
@@ -22,10 +20,8 @@ Tensors = dict[str, Array]
 Network = TypeVar("Network", bound=nnx.Module)
 
 
-def network_tensors(network: nnx.Module | VAE) -> Tensors:
+def network_tensors(network: nnx.Module) -> Tensors:
     """Parameters and BatchNorm statistics by dotted name."""
-    if isinstance(network, VAE):
-        return flatten(network.params)
     return {name: variable[...] for name, variable in _variables(network, nnx.Param, nnx.BatchStat)}
 
 
@@ -64,7 +60,7 @@ class Bare(Generic[Network]):
 def abstract_network(
     architecture: Architecture, *, param_dtype: Dtype = jnp.float32, **dtypes: Dtype
 ) -> nnx.Module:
-    """A network of shapes instead of arrays; `dtypes` are the network's other ones. Not for the VAE."""
+    """A network of shapes instead of arrays; `dtypes` are the network's other ones."""
     build = KINDS[kind_of(architecture)].network
     return nnx.eval_shape(
         lambda: build(architecture, param_dtype=param_dtype, rngs=KeyStream(jax.random.key(0)), **dtypes)
@@ -74,16 +70,12 @@ def abstract_network(
 @functools.cache
 def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Dotted name → shape and fp32 dtype of every tensor of an architecture."""
-    if isinstance(architecture, VAEConfig):
-        return flatten(vae_model.abstract_params(architecture))
     return Bare(abstract_network(architecture)).shapes
 
 
 @functools.cache
 def statistics_of(architecture: Architecture) -> frozenset[str]:
     """Which of them are BatchNorm's running statistics; they stay fp32 in every folder."""
-    if isinstance(architecture, VAEConfig):
-        return frozenset()
     return frozenset(name for name, _ in _variables(abstract_network(architecture), nnx.BatchStat))
 
 
@@ -98,7 +90,7 @@ def count_parameters(architecture: Architecture) -> int:
     return sum(a.size for name, a in abstract_tensors(architecture).items() if name not in statistics)
 
 
-def digest(network: nnx.Module | VAE) -> str:
+def digest(network: nnx.Module) -> str:
     """SHA-256 of a network's tensors: names, shapes, dtypes and values, whatever folder they came from."""
     total = hashlib.sha256()
     for name, value in sorted(network_tensors(network).items()):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from moebius_jax.models.kernels.common import Elementwise, power_of_two
 
 ROWS = 64  # positions of a piece
+PIECES = 128  # sums of more are added up before the second kernel, each program of which reads them all
 COLUMNS = 64  # channels a program works on, at least; whole groups of them
 
 
@@ -55,8 +56,10 @@ def group_norm(
         name="group_sums",
         **options,
     )(rows)
+    if pieces > PIECES:
+        sums = sums.sum(1, keepdims=True)
     return pl.pallas_call(
-        functools.partial(_normalise, **sizes, pieces=pieces, eps=eps, then=then),
+        functools.partial(_normalise, **sizes, pieces=sums.shape[1], eps=eps, then=then),
         grid=(B, pieces, pl.cdiv(C, used)),
         out_shape=jax.ShapeDtypeStruct((B, N, C), dtype),
         name="group_norm",

@@ -48,7 +48,12 @@ def position_term(
 
     Returns:
         [B, H, W, h, v] in the dtype of `q`.
+
+    Raises:
+        ValueError: another order.
     """
+    if order not in {"conv3d", "banded", "toeplitz"}:
+        raise ValueError(f"the position term has no order {order!r} of its own")
     if order == "conv3d":
         return _times(q, conv3d(val, kernel) + bias)
     band = banded_kernel(kernel, val.shape[2]) if band is None else band
