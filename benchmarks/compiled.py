@@ -3,6 +3,7 @@
     python -m benchmarks.compiled --target h200                  # one guided step of one image
     python -m benchmarks.compiled --target v5e --batch-size 8
     python -m benchmarks.compiled --target h200 --vae            # encoder and decoder
+    python -m benchmarks.compiled --target h200 --train --batch-size 8          # a distillation step
     python -m benchmarks.compiled --target h200 --save           # make this the table to compare with
 
 NVIDIA's and Google's compilers run on a plain x86 Linux machine. The program is compiled for a described
@@ -29,7 +30,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -37,15 +37,19 @@ from jax.sharding import Mesh
 from benchmarks import hlo
 from benchmarks.common import wrapped_calls
 from benchmarks.programs import core, core_inputs, placed
+from benchmarks.train import ROWS, SIZES, configure, lowered
 from moebius_jax.cli.terminal import run
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.errors import UserError
 from moebius_jax.hardware import slice_devices
 from moebius_jax.inpaint.latents import decode, encode
-from moebius_jax.models import VAE, VAEConfig
-from moebius_jax.models import vae as vae_model
-from moebius_jax.models.precision import auto_dtype
-from moebius_jax.sharding import replicated
+from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
+from moebius_jax.sharding import make_mesh, replicated
+from moebius_jax.training.networks import load_frozen
+from moebius_jax.training.optimizer import run_optimizer
+from moebius_jax.weights.tensors import abstract_network
 
 HERE = Path(__file__).parent
 TABLE = HERE / "compiled.json"
@@ -70,6 +74,10 @@ def parse() -> argparse.Namespace:
     add("--dtype", help="of the network; by default what the target samples in")
     add("--stream-dtype", help="by default as --dtype")
     add("--vae", action="store_true", help="encoder and decoder instead of the denoising loop")
+    add("--train", action="store_true", help="a distillation step of --batch-size samples instead")
+    add("--sizes", choices=SIZES, default="reduced", help="of its networks (default reduced)")
+    add("--row", choices=ROWS, default="distillation, paper", help="what the step consists of")
+    add("--remat", action="store_true", help="compute activations again in its backward pass")
     add("--hlo", type=Path, metavar="FILE", help="also write the compiled program here")
     add("--largest", type=int, default=0, metavar="N", help="also list the N longest kernels")
     add("--save", action="store_true", help=f"put the result into {TABLE.name}")
@@ -117,10 +125,10 @@ def loop_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, frozenset[s
 
 def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Encoder and decoder of 512 px images, lowered when called."""
-    config = VAEConfig()
-    params = jax.eval_shape(functools.partial(vae_model.init_params, config), jax.random.key(0))
-    place = replicated(mesh)
-    vae = VAE(params=placed(params, place), config=config, dtype=jnp.dtype(args.dtype))
+    config, place = VAEConfig(platform=PLATFORM[args.target]), replicated(mesh)
+    build = functools.partial(VAE, config, dtype=jnp.dtype(args.dtype))
+    vae = nnx.eval_shape(lambda: inference_copy(build(rngs=KeyStream(jax.random.key(0)))))
+    vae = placed(vae, place)
     B, shape = args.batch_size, jax.ShapeDtypeStruct
     noise, images, holes = placed(
         (
@@ -134,6 +142,17 @@ def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         "encode": lambda: encode.lower(vae, images, holes, noise, noise),
         "decode": lambda: decode.lower(vae, noise, truncate=False),
     }
+
+
+def train_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, frozenset[str]]:
+    """A distillation step, lowered, and the names of its networks' modules."""
+    config = configure(args, args.row, args.batch_size, PLATFORM[args.target])
+    networks = load_frozen(config, mesh, abstract=True)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    student = abstract_network(config.student)
+    names = {type(module).__name__ for _, module in nnx.iter_modules(student)} - {"UNet"}
+    with wrapped_calls(student, scoped):
+        return lowered(config, mesh, networks, optimizer), frozenset(names)
 
 
 def seconds(kernel: hlo.Kernel, target: str) -> float:
@@ -210,12 +229,17 @@ def main() -> int:
 
 def count(args: argparse.Namespace) -> int:
     """Compiles what the arguments name, counts and shows it."""
-    args.dtype = args.dtype or jnp.dtype(auto_dtype(PLATFORM[args.target])).name
-    mesh = Mesh(np.array([device_for(args.target)]), ("data",))
+    auto = auto_vae_dtype if args.vae else auto_dtype
+    if args.train:
+        args.dtype, args.stream_dtype = args.dtype or "bfloat16", args.stream_dtype or "float32"
+    args.dtype = args.dtype or jnp.dtype(auto(PLATFORM[args.target])).name
+    mesh = make_mesh([device_for(args.target)])
     results: dict[str, dict[str, Group]] = {}
     if args.vae:
         for name, lower in vae_programs(args, mesh).items():
             results |= counted(name, lower(), frozenset(), args)
+    elif args.train:
+        results |= counted(f"{args.sizes}, {args.row}", *train_program(args, mesh), args)
     else:
         results |= counted("denoising", *loop_program(args, mesh), args)
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {}

@@ -244,11 +244,15 @@ def _flops(
         length = math.prod(left.dims[int(i)] for i in (summed[1] if summed else "").split(",") if i)
         found[_unit(left.dtype, made)] += 2 * math.prod(made.arrays[0].dims) * length
     elif made.op == "convolution" or "__cudnn$conv" in made.attributes:
-        kernel = inside[made.operands[1]].arrays[0]
-        out = made.arrays[0].dims
-        # Every element of the kernel meets every position of the result.
+        first, second = (inside[name].arrays[0] for name in made.operands[:2])
+        kernel, out = second, made.arrays[0]
+        if "$convBackwardInput" in made.attributes:
+            out = first
+        elif "$convBackwardFilter" in made.attributes:
+            kernel, out = out, second
+        # Every element of the kernel meets every position of what the forward pass results in.
         features = _output_features(made, kernel)
-        found[_unit(kernel.dtype, made)] += 2 * math.prod(out) * math.prod(kernel.dims) / features
+        found[_unit(kernel.dtype, made)] += 2 * math.prod(out.dims) * math.prod(kernel.dims) / features
     elif made.op == "custom-call" and made.scope.endswith("/pallas_call"):
         operands = [inside[name].arrays[0] for name in made.operands]
         count = OWN_KERNELS.get(made.scope.split("/")[-2], lambda _: 0)(operands)

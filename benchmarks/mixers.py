@@ -4,6 +4,7 @@ python -m benchmarks.mixers                     # forward, and forward + backwar
 python -m benchmarks.mixers --batch 16 --dtype bfloat16
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import get_args
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
-from moebius_jax.models.forms import position_order
+from moebius_jax.models.forms import kernels_interpreted, position_order
+from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
@@ -20,6 +22,7 @@ from moebius_jax.models.parts import PositionOrder
 LEVELS = ((64, 40), (32, 80), (16, 160))  # side of the map, depth k = v, of the released levels
 HEADS, WINDOW = 8, 15
 GLA = "GLA scan"
+FUSED = "fused"  # a GPU's kernel, with the content term; its gradient is that of the other orders
 
 
 def forward_and_both(function: Callable[..., jax.Array], arrays: list[jax.Array], repeats: int) -> str:
@@ -35,8 +38,10 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=2)
     options.add_argument("--dtype", default="float32")
-    orders = [order for order in get_args(PositionOrder) if order != "auto"]
-    options.add_argument("--orders", nargs="+", default=[*orders, GLA], choices=[*orders, GLA])
+    # Interpreted, where there is no GPU, the kernel takes minutes.
+    left_out = {"auto", FUSED} if kernels_interpreted(None) else {"auto"}
+    orders = [order for order in get_args(PositionOrder) if order not in left_out]
+    options.add_argument("--orders", nargs="+", default=[*orders, GLA], choices=[*orders, FUSED, GLA])
     args = options.parse_args()
 
     def draw(i: int, *shape: int) -> jax.Array:
@@ -49,6 +54,13 @@ def main() -> int:
             return forward_and_both(gated_linear_attention, arrays, args.repeats)
         kernel, bias = draw(2, WINDOW, WINDOW, v)[0] / WINDOW, draw(3, v)[0]
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
+        if name == FUSED:
+            q, val = arrays[:2]
+            call = jax.jit(
+                functools.partial(local_lambda, dtype=q.dtype, interpret=kernels_interpreted(None))
+            )
+            arrays = [q, draw(4, side, side, v), val, padded_window(kernel), bias]
+            return f"{1e3 * median_seconds(lambda: call(*arrays), args.repeats):.3g}"
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
         return f"**{found}**" if position_order(side, 8, jnp.float32, None) == name else found
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
 from moebius_jax.data.config import DataConfig, open_dataset
@@ -29,7 +30,7 @@ from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import abstract_batch, encoded, to_devices
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.loading import first_batches
-from moebius_jax.training.networks import TEACHER, load_frozen
+from moebius_jax.training.networks import TEACHER, FrozenNetwork, load_frozen
 from moebius_jax.training.optimizer import OptimizerConfig, run_optimizer
 from moebius_jax.training.state import abstract_state, initial_state
 from train import make_update, step_flops
@@ -37,6 +38,12 @@ from train import make_update, step_flops
 TINY = {"num_heads": 4, "latent_size": 16, "embedding_dim": 32, "context_dim": 32, "layers_per_block": 1}
 SIZES = {
     "full": (UNetConfig.student(), UNetConfig.teacher(), ELatentLPIPSConfig()),
+    # Two levels of one layer, at full width: what the full step is made of, compiled in a minute.
+    "reduced": (
+        UNetConfig.student(channels=(320, 640), transformers=(True, True), layers_per_block=1),
+        UNetConfig.teacher(channels=(320, 640, 640), transformers=(True, True, False), layers_per_block=1),
+        ELatentLPIPSConfig(),
+    ),
     "tiny": (
         UNetConfig.student(channels=(32, 64), transformers=(True, True), **TINY),
         UNetConfig.teacher(channels=(32, 64, 64), transformers=(True, True, False), **TINY),
@@ -68,11 +75,14 @@ def parse() -> argparse.Namespace:
     return options.parse_args()
 
 
-def configure(args: argparse.Namespace, row: str, batch_size: int) -> TrainConfig:
+def configure(
+    args: argparse.Namespace, row: str, batch_size: int, platform: str | None = None
+) -> TrainConfig:
+    """The run of a row; `platform` is the one it is compiled for, where it is another."""
     student, teacher, network = SIZES[args.sizes]
     terms, balance, optimizer = ROWS[row]
     return TrainConfig(
-        student=student.replace(remat=args.remat),
+        student=student.replace(remat=args.remat, platform=platform),
         teacher=teacher,
         loss=LossConfig(terms=terms, balance=balance, perceptual=Perceptual(network=network)),
         optimizer=OptimizerConfig(name=optimizer),
@@ -83,15 +93,22 @@ def configure(args: argparse.Namespace, row: str, batch_size: int) -> TrainConfi
     )
 
 
+def lowered(
+    config: TrainConfig, mesh: Mesh, networks: dict[str, FrozenNetwork], optimizer: Any
+) -> jax.stages.Lowered:
+    """The step of a run."""
+    frozen = {name: network.tensors for name, network in networks.items()}
+    update = make_update(config, mesh, networks, optimizer)
+    return update.lower(abstract_state(config, mesh, optimizer), frozen, abstract_batch(config, mesh))
+
+
 def measure(args: argparse.Namespace, row: str, batch_size: int) -> Row:
     config = configure(args, row, batch_size)
     mesh = make_mesh(jax.devices()[:1])
     networks = load_frozen(config, mesh, abstract=args.costs_only)
     frozen = {name: network.tensors for name, network in networks.items()}
     optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
-    update = make_update(config, mesh, networks, optimizer)
-    shapes = abstract_state(config, mesh, optimizer)
-    step, seconds = compiled_in(update.lower(shapes, frozen, abstract_batch(config, mesh)))
+    step, seconds = compiled_in(lowered(config, mesh, networks, optimizer))
     result: Row = {"row": row, "batch": batch_size, "compile_s": seconds}
     flops = step_flops(step, config, mesh)
     if flops:
@@ -144,8 +161,8 @@ def count_parts(args: argparse.Namespace, batch_size: int) -> list[Row]:
         "perceptual, with gradient": jax.jit(perceive).lower(perceptual.tensors, latents, latents, keys),
     }
     return [
-        {"row": name, "batch": batch_size, "tflop": lowered.compile().cost_analysis()["flops"] / 1e12}
-        for name, lowered in parts.items()
+        {"row": name, "batch": batch_size, "tflop": part.compile().cost_analysis()["flops"] / 1e12}
+        for name, part in parts.items()
     ]
 
 
