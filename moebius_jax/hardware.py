@@ -58,6 +58,6 @@ def slice_devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu missing, or whatever it makes of the name
         raise UserError(
-            f'--aot {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a slice '
-            "such as v5e:4x8, v4:2x2x4 or v6e:4x4"
+            f'compiling for {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a '
+            "slice such as v5e:4x8, v4:2x2x4 or v6e:4x4"
         ) from None

@@ -284,7 +284,7 @@ def test_wrong_input_is_one_line(arguments, message, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--distributed"], "no cluster could be joined"), (["--aot", "v99:1x1"], "--aot v99:1x1: ")],
+    [(["--distributed"], "no cluster could be joined"), (["--aot", "v99:1x1"], "compiling for v99:1x1: ")],
 )
 def test_wrong_surroundings_are_one_line(arguments, message, train):
     status, _, err = finish(train(TINY, *arguments))

@@ -174,7 +174,8 @@ class TestGroupNorm:
 class TestDepthwiseGradient:
     # Ragged pieces and channels; several pieces of an image.
     @pytest.mark.parametrize("shape", [(2, 5, 7, 70), (1, 20, 33, 64)])
-    def test_is_the_plain_form(self, shape, monkeypatch):
+    @pytest.mark.parametrize("form", ["taps, own gradient", "convolution"])
+    def test_is_the_plain_form(self, shape, form, monkeypatch):
         conv = DepthwiseConv(
             shape[-1], use_bias=True, precision=Precision(), rngs=KeyStream(jax.random.key(0))
         )
@@ -182,17 +183,25 @@ class TestDepthwiseGradient:
         def gradients():
             return jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x))), argnums=(0, 1))(conv, maps(*shape))
 
-        plain = gradients()
-        monkeypatch.setattr(forms, "fused_depthwise_gradient", lambda *_: True)
-        ours = gradients()
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        plain, y = gradients(), conv(maps(*shape))
+        monkeypatch.setattr(forms, "depthwise", lambda *_: form)
+        assert synth.relative_error(conv(maps(*shape)), np.asarray(y)) < 1e-5
+        for a, b in zip(jax.tree.leaves(gradients()), jax.tree.leaves(plain), strict=True):
             assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
     def test_a_sharded_batch_is_summed_over_devices(self, monkeypatch):
-        monkeypatch.setattr(forms, "fused_depthwise_gradient", lambda *_: True)
+        monkeypatch.setattr(forms, "depthwise", lambda *_: "taps, own gradient")
         conv = DepthwiseConv(16, use_bias=False, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         x, mesh = maps(8, 6, 5, 16), make_mesh(jax.devices())
         gradient = jax.jit(jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x)))))
         alone = gradient(conv, x).kernel[...]
         shared = gradient(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
         np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
+
+    def test_choice(self):
+        def chosen(platform, batch, dtype=jnp.bfloat16):
+            return forms.depthwise(batch, dtype, platform)
+
+        assert [chosen("tpu", batch) for batch in (2, 8, 24)] == ["taps", "convolution", "convolution"]
+        assert chosen("gpu", 2) == "taps, own gradient"
+        assert {chosen(p, 8, jnp.float32) for p in ("cpu", "gpu", "tpu")} == {"taps"}

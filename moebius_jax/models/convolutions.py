@@ -1,8 +1,8 @@
 """Convolutions on NHWC maps: depthwise, depthwise-separable, and the plain 3x3 they stand in for."""
 
 import functools
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +43,23 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Map) -> Map:
         kernel = self.kernel[...].astype(jnp.float32)
-        if forms.fused_depthwise_gradient(self.dtype, self.platform):
-            y = _convolved(x, kernel, forms.kernels_interpreted(self.platform))
-        else:
+        form = forms.depthwise(len(x), self.dtype, self.platform)
+        if form == "taps":
             y = _taps(x, kernel)
+        elif form == "convolution":
+            y = _convolved(x.astype(self.dtype), kernel, _grouped, _grouped_gradient)
+        else:
+            interpret = forms.kernels_interpreted(self.platform)
+            y = _convolved(x, kernel, _taps, functools.partial(_summed_gradient, interpret=interpret))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
 
 
-def _taps(x: Map, kernel: Float[Array, "3 3 C"]) -> Map:
+Kernel = Float[Array, "3 3 C"]
+
+
+def _taps(x: Map, kernel: Kernel) -> Map:
     """The convolution, in fp32."""
     _, H, W, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -61,23 +68,64 @@ def _taps(x: Map, kernel: Float[Array, "3 3 C"]) -> Map:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolved(x: Map, kernel: Float[Array, "3 3 C"], interpret: bool) -> Map:
-    """`_taps`, with a kernel of ours for its kernel's gradient."""
-    del interpret
-    return _taps(x, kernel)
+def _grouped(x: Map, kernel: Kernel) -> Map:
+    """The same, as a grouped convolution in the map's dtype."""
+    return lax.conv_general_dilated(
+        x,
+        kernel[:, :, None].astype(x.dtype),
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+        preferred_element_type=jnp.float32,
+    )
 
 
-def _convolved_fwd(x: Map, kernel: Array, interpret: bool) -> tuple[Map, tuple[Map, Array]]:
-    return _convolved(x, kernel, interpret), (x, kernel)
+def _grouped_gradient(x: Map, cotangent: Map) -> Kernel:
+    """Gradient of the kernel: for each channel a convolution of the map with the cotangent as its window."""
+    return lax.conv_general_dilated(
+        x,
+        cotangent,
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        batch_group_count=x.shape[-1],
+        preferred_element_type=jnp.float32,
+    )[:, :, 0]
 
 
-def _convolved_bwd(interpret: bool, saved: tuple[Map, Array], cotangent: Map) -> tuple[Map, Array]:
-    x, kernel = saved
-    cotangent = cotangent.astype(x.dtype)
+def _summed_gradient(x: Map, cotangent: Map, *, interpret: bool) -> Kernel:
+    """The same by a kernel of ours."""
     run = functools.partial(depthwise_sums, interpret=interpret)
     sums = split_over_batch(run, batched=(True, True))(x, cotangent)
-    return _taps(cotangent, kernel[::-1, ::-1]).astype(x.dtype), sums.sum((0, 1)).reshape(kernel.shape)
+    return sums.sum((0, 1)).reshape(3, 3, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolved(
+    x: Map,
+    kernel: Kernel,
+    convolve: Callable[[Map, Kernel], Map],
+    kernel_gradient: Callable[[Map, Map], Kernel],
+) -> Map:
+    """The convolution in one form, and its kernel's gradient in another than differentiation makes of it."""
+    del kernel_gradient
+    return convolve(x, kernel)
+
+
+def _convolved_fwd(x: Map, kernel: Kernel, *form: Any) -> tuple[Map, tuple[Map, Kernel]]:
+    return _convolved(x, kernel, *form), (x, kernel)
+
+
+def _convolved_bwd(
+    convolve: Callable[..., Map],
+    kernel_gradient: Callable[..., Kernel],
+    saved: tuple[Map, Kernel],
+    cotangent: Map,
+) -> tuple[Map, Kernel]:
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    return convolve(cotangent, kernel[::-1, ::-1]).astype(x.dtype), kernel_gradient(x, cotangent)
 
 
 _convolved.defvjp(_convolved_fwd, _convolved_bwd)
