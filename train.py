@@ -53,7 +53,13 @@ from moebius_jax.training.inputs import loss_keys, noised_inputs, step_keys
 from moebius_jax.training.loading import training_loader
 from moebius_jax.training.logs import Progress, RunLog, Stopwatch, Trace
 from moebius_jax.training.metrics import Metrics, balance_metrics, first_bad_metric
-from moebius_jax.training.networks import TEACHER, FrozenNetwork, load_frozen, load_image_codec
+from moebius_jax.training.networks import (
+    TEACHER,
+    FrozenNetwork,
+    hint_of_range,
+    load_frozen,
+    load_image_codec,
+)
 from moebius_jax.training.optimizer import ema_update, learning_rate_schedule, run_optimizer
 from moebius_jax.training.overrides import describe
 from moebius_jax.training.preview import SampleGrids, preview_grid
@@ -251,8 +257,9 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
             checkpoints.wait()
             before = f"the last checkpoint before it is {checkpoints.latest}"
             none = "there is no checkpoint yet"
+            hint = hint_of_range(config)
             raise UserError(
-                f"step {step}: {bad} is {float(metrics[bad])}; {before if checkpoints.latest else none}"
+                f"step {step}: {bad} is {float(metrics[bad])}; {before if checkpoints.latest else none}{hint}"
             )
         if step % config.log.every == 0 or step == config.steps:
             values = {name: float(value) for name, value in metrics.items()} | watch.rates()

@@ -105,7 +105,10 @@ def test_not_a_folder_of_ours(tmp_path):
     [
         (lambda c: c.update(format="other"), r"config\.json: format is 'other'; expected 'moebius-jax'"),
         (lambda c: c.update(version=99), "version is 99; expected 1 or 2"),
-        (lambda c: c.update(version=1, kind="vae"), "a VAE converted by moebius-jax 0.1; convert it again"),
+        (
+            lambda c: c.update(version=1, kind="vae"),
+            "a VAE as moebius-jax 0.1 kept it; convert its release file again",
+        ),
         (lambda c: c.update(kind="text encoder"), "kind is 'text encoder'; expected one of unet, vae"),
         (lambda c: c["architecture"].pop("channels"), r"architecture\.channels: missing field"),
         (lambda c: c["architecture"].update(num_heads=3), r"architecture\.channels .* must be a multiple"),

@@ -3,6 +3,7 @@
 Each download runs in a process of its own: huggingface_hub reads its environment when it is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -99,6 +100,18 @@ def test_a_pipeline_from_the_hub(server, home):
     result = run(code, home, server[0])
     assert result.returncode == 0, result.stderr
     assert last_line(result.stdout) == "2.0 256"
+
+
+@pytest.mark.slow
+def test_a_vae_kept_by_an_older_version_is_converted_again(server, home):
+    fetch = FETCH.format("hustvl/PixelHacker", "vae")
+    folder = Path(last_line(run(fetch, home, server[0]).stdout))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "version": 1}))
+    again = run(fetch, home, server[0])
+    assert again.returncode == 0, again.stderr
+    assert last_line(again.stdout) == f"{folder}-2"
+    assert json.loads((Path(f"{folder}-2") / "config.json").read_text())["version"] == 2
 
 
 SAMPLE = ["sample.py", "--image", "{0}/i.png", "--mask", "{0}/m.png", "--output", "{0}/o.png"]

@@ -174,7 +174,7 @@ class TestGroupNorm:
 class TestDepthwiseGradient:
     # Ragged pieces and channels; several pieces of an image.
     @pytest.mark.parametrize("shape", [(2, 5, 7, 70), (1, 20, 33, 64)])
-    @pytest.mark.parametrize("form", ["taps, own gradient", "convolution"])
+    @pytest.mark.parametrize("form", ["kernel", "convolution"])
     def test_is_the_plain_form(self, shape, form, monkeypatch):
         conv = DepthwiseConv(
             shape[-1], use_bias=True, precision=Precision(), rngs=KeyStream(jax.random.key(0))
@@ -184,13 +184,13 @@ class TestDepthwiseGradient:
             return jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x))), argnums=(0, 1))(conv, maps(*shape))
 
         plain, y = gradients(), conv(maps(*shape))
-        monkeypatch.setattr(forms, "depthwise", lambda *_: form)
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
         assert synth.relative_error(conv(maps(*shape)), np.asarray(y)) < 1e-5
         for a, b in zip(jax.tree.leaves(gradients()), jax.tree.leaves(plain), strict=True):
             assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
     def test_a_sharded_batch_is_summed_over_devices(self, monkeypatch):
-        monkeypatch.setattr(forms, "depthwise", lambda *_: "taps, own gradient")
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: "kernel")
         conv = DepthwiseConv(16, use_bias=False, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         x, mesh = maps(8, 6, 5, 16), make_mesh(jax.devices())
         gradient = jax.jit(jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x)))))
@@ -198,10 +198,31 @@ class TestDepthwiseGradient:
         shared = gradient(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
         np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
 
-    def test_choice(self):
-        def chosen(platform, batch, dtype=jnp.bfloat16):
-            return forms.depthwise(batch, dtype, platform)
+    @pytest.mark.parametrize("form", ["kernel", "convolution"])
+    def test_half_precision_is_no_further_off(self, form, monkeypatch):
+        """The sums over a map are in fp32."""
+        weights = KeyStream(jax.random.key(0))
+        half = Precision(dtype=jnp.bfloat16)
+        conv = DepthwiseConv(32, use_bias=True, precision=half, rngs=weights)
 
-        assert [chosen("tpu", batch) for batch in (2, 8, 24)] == ["taps", "convolution", "convolution"]
-        assert chosen("gpu", 2) == "taps, own gradient"
-        assert {chosen(p, 8, jnp.float32) for p in ("cpu", "gpu", "tpu")} == {"taps"}
+        def gradient():
+            return jax.grad(lambda conv: jnp.sum(jnp.square(conv(maps(4, 24, 24, 32).astype(jnp.bfloat16)))))(
+                conv
+            )
+
+        plain = gradient()
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
+        ours = gradient()
+        assert ours.kernel.dtype == jnp.float32
+        assert synth.relative_error(ours.kernel[...], np.asarray(plain.kernel[...])) < 1e-4
+
+    def test_choice(self):
+        def chosen(platform, dtype=jnp.bfloat16):
+            return forms.depthwise_gradient(dtype, platform)
+
+        assert [chosen(platform) for platform in ("cpu", "gpu", "tpu")] == [
+            "autodiff",
+            "kernel",
+            "convolution",
+        ]
+        assert {chosen(platform, jnp.float32) for platform in ("cpu", "gpu", "tpu")} == {"autodiff"}

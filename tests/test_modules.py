@@ -174,7 +174,7 @@ def _equations(jaxpr):
 
 def test_batch_statistics_of_a_map_far_from_zero():
     """One pass loses nothing where the running mean is near; a plain difference of sums would lose it all."""
-    norm = BatchNorm(4, precision=Precision())
+    norm = BatchNorm(4, precision=Precision(dtype=jnp.bfloat16))
     norm.mean[...] = jnp.full(4, 3000.0)
     x = 3000 + jnp.asarray(synth.inputs("x", (2, 16, 16, 4)))
     exact = np.asarray(x, np.float64)

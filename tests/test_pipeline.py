@@ -347,3 +347,13 @@ class TestLoading:
         with pytest.raises(UserError, match="use bfloat16"):
             with_large_numbers(jax.numpy.float16)(photo, mask, **STEPS)
         with_large_numbers(jax.numpy.bfloat16)(photo, mask, **STEPS)
+
+    def test_large_maps_of_a_float16_vae_stay_in_range(self, tiny_pipeline, photo, mask):
+        vae = fill(abstract_network(TINY_VAE, dtype=jax.numpy.float16), network_tensors(tiny_pipeline.vae))
+        for half in (vae.encoder, vae.decoder):
+            for array in (half.conv_in.kernel, half.conv_in.bias):
+                array.set_value(3e4 * array[...])
+        assert not jax.numpy.isfinite(vae.decode(10 * jax.numpy.ones((1, 8, 8, 4)))).all()
+        MoebiusInpaintPipeline(tiny_pipeline.unet, vae, mesh=make_mesh(jax.devices()[:1]))(
+            photo, mask, **STEPS
+        )

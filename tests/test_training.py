@@ -30,7 +30,7 @@ from moebius_jax.training.batches import (
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import first_bad_metric
-from moebius_jax.training.networks import _teacher_dtypes, load_frozen, load_initial_tensors
+from moebius_jax.training.networks import hint_of_range, load_frozen, load_initial_tensors, teacher_dtypes
 from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
 from moebius_jax.training.validation import Validation
@@ -168,12 +168,23 @@ def test_a_gpus_teacher_is_in_float16():
 
     def dtypes(platform, **changes):
         student = config.student.replace(platform=platform)
-        return tuple(map(str, _teacher_dtypes(config.replace(student=student, **changes)).values()))
+        return tuple(map(str, teacher_dtypes(config.replace(student=student, **changes)).values()))
 
     assert dtypes("gpu", dtype="bfloat16") == ("float16", "float16")
     assert dtypes("tpu", dtype="bfloat16") == ("bfloat16", "float32")
     assert dtypes("gpu", dtype="float32") == ("float32", "float32")
     assert dtypes("gpu", dtype="bfloat16", teacher_dtype="bfloat16") == ("bfloat16", "bfloat16")
+
+    half = config.replace(dtype="bfloat16", teacher_dtype="float16")
+    (teacher,) = (
+        load_frozen(half, make_mesh(jax.devices()[:1]), abstract=True)[name] for name in ("teacher",)
+    )
+    assert (
+        teacher.bare({k: jnp.zeros(s.shape, s.dtype) for k, s in teacher.bare.shapes.items()}).precision.dtype
+        == jnp.float16
+    )
+    assert "try teacher_dtype=bfloat16" in hint_of_range(half)
+    assert hint_of_range(config) == ""
 
 
 def test_networks_and_encoders_of_different_channels_are_refused():

@@ -11,6 +11,7 @@ import pytest
 import synth
 from conftest import TINY_UNET, network_from_synth
 from flax import nnx
+from jax import lax
 
 from moebius_jax import UNet, fold_batch_norm
 from moebius_jax.models import forms, inference_copy
@@ -289,11 +290,13 @@ def test_old_gpus_run_the_plain_forms(monkeypatch):
         device = types.SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(forms, "_or_running", lambda _: "gpu")
         monkeypatch.setattr(forms.jax, "local_devices", lambda: [device])
-        forms._compiles_kernels.cache_clear()
+        forms._runs_ampere.cache_clear()
         try:
-            return forms.fused_products(jnp.float16, None)
+            named = isinstance(forms.thin_products(None), lax.DotAlgorithmPreset)
+            assert named == forms.fused_products(jnp.float16, None)
+            return named
         finally:
-            forms._compiles_kernels.cache_clear()
+            forms._runs_ampere.cache_clear()
 
     assert [chosen(c) for c in ("7.5", "8.0", "9.0", "12.0", "gfx90a")] == [False, True, True, True, False]
 

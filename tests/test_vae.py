@@ -8,7 +8,8 @@ import synth
 from conftest import TINY_VAE, network_from_synth
 from flax import nnx
 
-from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models import VAE, VAEConfig, forms, inference_copy
+from moebius_jax.models.initializers import KeyStream
 
 
 def pictures(pixels: int) -> jax.Array:
@@ -95,6 +96,28 @@ def test_carrying_maps_smaller_changes_nothing_but_rounding(vae_mini):
     assert synth.relative_error(*means) < 1e-6
 
 
+@pytest.mark.slow
+def test_a_gpus_forms(vae_mini, monkeypatch):
+    """What samples on a GPU, its kernels interpreted."""
+    monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
+    half = network_from_synth("vae_mini", execution={"platform": "gpu"}, dtype=jnp.float16)
+    half = inference_copy(half)
+    assert "group_norm" in str(jax.make_jaxpr(VAE.decode)(half, latents(64)))
+    assert 0 < synth.relative_error(decode(half, latents(64)), decode(vae_mini, latents(64))) < 0.01
+    means = (posterior(vae, pictures(64)).mean for vae in (half, vae_mini))
+    assert 0 < synth.relative_error(*means) < 0.01
+
+
+def test_logvar_stays_in_its_range():
+    vae = VAE(TINY_VAE, rngs=KeyStream(jax.random.key(0)))
+    vae.quant_conv.bias.set_value(jnp.full(8, 1e3))
+    assert vae.posterior(jnp.zeros((1, 8, 8, 3))).logvar.max() == 20
+    vae.quant_conv.bias.set_value(jnp.full(8, -1e3))
+    assert vae.posterior(jnp.zeros((1, 8, 8, 3))).logvar.min() == -30
+
+
 def test_bad_config_is_named():
+    with pytest.raises(ValueError, match="48 must be a multiple of 32"):
+        VAEConfig(channels=(32, 48))
     with pytest.raises(ValueError, match="shift: unknown field"):
         VAEConfig.from_dict({**TINY_VAE.to_dict(), "shift": 0})

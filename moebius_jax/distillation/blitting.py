@@ -102,10 +102,16 @@ def transform(images: Float[Array, "B S S C"], inverse: Float[Array, "B 3 3"]) -
     """Resamples square maps, reflected beyond their edges, through `inverse_map`'s result."""
     size = images.shape[1]
     up, down = _widen_and_double(size), _halve(size)
-    multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    fine = multiply("ys,xr,bsrc->byxc", up, up, images.astype(jnp.float32))
+    fine = _resized(images.astype(jnp.float32), up)
     sampled = jax.vmap(functools.partial(_sample, out=down.shape[1]))(fine, inverse)
-    return multiply("ys,xr,bsrc->byxc", down, down, sampled)
+    return _resized(sampled, down)
+
+
+def _resized(images: Float[Array, "B S S C"], matrix: Float[Array, "T S"]) -> Float[Array, "B T T C"]:
+    """`matrix` along the columns, then along the rows."""
+    # In two steps: as one einsum, XLA's compiler for GPUs fails on the first (jax 0.10.2, without a device).
+    multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    return multiply("ys,bsxc->byxc", matrix, multiply("xr,bsrc->bsxc", matrix, images))
 
 
 def _sample(image: Float[Array, "N N C"], inverse: Float[Array, "3 3"], *, out: int) -> Float[Array, "M M C"]:

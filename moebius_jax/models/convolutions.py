@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,14 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Map) -> Map:
         kernel = self.kernel[...].astype(jnp.float32)
-        form = forms.depthwise(len(x), self.dtype, self.platform)
-        if form == "taps":
+        form = forms.depthwise_gradient(self.dtype, self.platform)
+        if form == "autodiff":
             y = _taps(x, kernel)
         elif form == "convolution":
-            y = _convolved(x.astype(self.dtype), kernel, _grouped, _grouped_gradient)
+            y = _convolved(x, kernel, _convolved_gradient)
         else:
             interpret = forms.kernels_interpreted(self.platform)
-            y = _convolved(x, kernel, _taps, functools.partial(_summed_gradient, interpret=interpret))
+            y = _convolved(x, kernel, functools.partial(_summed_gradient, interpret=interpret))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
@@ -68,20 +68,7 @@ def _taps(x: Map, kernel: Kernel) -> Map:
     )
 
 
-def _grouped(x: Map, kernel: Kernel) -> Map:
-    """The same, as a grouped convolution in the map's dtype."""
-    return lax.conv_general_dilated(
-        x,
-        kernel[:, :, None].astype(x.dtype),
-        window_strides=(1, 1),
-        padding=((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _grouped_gradient(x: Map, cotangent: Map) -> Kernel:
+def _convolved_gradient(x: Map, cotangent: Map) -> Kernel:
     """Gradient of the kernel: for each channel a convolution of the map with the cotangent as its window."""
     return lax.conv_general_dilated(
         x,
@@ -101,31 +88,25 @@ def _summed_gradient(x: Map, cotangent: Map, *, interpret: bool) -> Kernel:
     return sums.sum((0, 1)).reshape(3, 3, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolved(
-    x: Map,
-    kernel: Kernel,
-    convolve: Callable[[Map, Kernel], Map],
-    kernel_gradient: Callable[[Map, Map], Kernel],
-) -> Map:
-    """The convolution in one form, and its kernel's gradient in another than differentiation makes of it."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolved(x: Map, kernel: Kernel, kernel_gradient: Callable[[Map, Map], Kernel]) -> Map:
+    """`_taps`, with another form of its kernel's gradient than differentiation makes."""
     del kernel_gradient
-    return convolve(x, kernel)
+    return _taps(x, kernel)
 
 
-def _convolved_fwd(x: Map, kernel: Kernel, *form: Any) -> tuple[Map, tuple[Map, Kernel]]:
-    return _convolved(x, kernel, *form), (x, kernel)
+def _convolved_fwd(
+    x: Map, kernel: Kernel, kernel_gradient: Callable[[Map, Map], Kernel]
+) -> tuple[Map, tuple[Map, Kernel]]:
+    return _convolved(x, kernel, kernel_gradient), (x, kernel)
 
 
 def _convolved_bwd(
-    convolve: Callable[..., Map],
-    kernel_gradient: Callable[..., Kernel],
-    saved: tuple[Map, Kernel],
-    cotangent: Map,
+    kernel_gradient: Callable[[Map, Map], Kernel], saved: tuple[Map, Kernel], cotangent: Map
 ) -> tuple[Map, Kernel]:
     x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
-    return convolve(cotangent, kernel[::-1, ::-1]).astype(x.dtype), kernel_gradient(x, cotangent)
+    return _taps(cotangent, kernel[::-1, ::-1]).astype(x.dtype), kernel_gradient(x, cotangent)
 
 
 _convolved.defvjp(_convolved_fwd, _convolved_bwd)

@@ -39,7 +39,7 @@ def unfused_position_order(width: int, platform: str | None) -> PositionOrder:
 def thin_products(platform: str | None) -> lax.Precision | lax.DotAlgorithmPreset:
     """How fp32 operands beside a half-precision bulk are multiplied."""
     # Of HIGH, a TPU makes three passes in bfloat16; a GPU tensor-float-32 or plain fp32, by autotuning.
-    if _or_running(platform) == "gpu" and not kernels_interpreted(platform):
+    if _is_recent_gpu(platform) and not kernels_interpreted(platform):
         return lax.DotAlgorithmPreset.TF32_TF32_F32
     return lax.Precision.HIGH
 
@@ -66,17 +66,16 @@ def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> 
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
-def depthwise(
-    batch: int, dtype: Dtype, platform: str | None
-) -> Literal["taps", "taps, own gradient", "convolution"]:
-    """Form of a depthwise convolution; the second differs from the first in its kernel's gradient."""
+def depthwise_gradient(dtype: Dtype, platform: str | None) -> Literal["autodiff", "kernel", "convolution"]:
+    """Form of the gradient of a depthwise convolution's weights, which autodiff makes nine reductions of."""
     if _has_kernels(dtype, platform):
-        return "taps, own gradient"
-    # TPUs lay the batch along their registers' eight rows: 0.6 of the taps' time at eight items, the kernel's
-    # gradient 0.17 of it; at two items 2.6 times as long.
-    if _or_running(platform) == "tpu" and jnp.dtype(dtype).itemsize == 2 and batch % 8 == 0:
+        return "kernel"
+    # 0.17 of the nine reductions' time at eight items a device, 0.3 at twelve. The convolution itself is
+    # faster as XLA's own too at eight (0.6), but not at twelve (0.9) and four (2.5), and nothing here knows
+    # how many items a device has.
+    if _or_running(platform) == "tpu" and jnp.dtype(dtype).itemsize == 2:
         return "convolution"
-    return "taps"
+    return "autodiff"
 
 
 def upsampling_in_phases(platform: str | None) -> bool:
@@ -87,14 +86,16 @@ def upsampling_in_phases(platform: str | None) -> bool:
 
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
     """Our kernels are for half precision: they would multiply fp32 in fewer bits than asked for."""
-    if jnp.dtype(dtype).itemsize != 2 or _or_running(platform) != "gpu":
-        return False
-    return platform is not None or _compiles_kernels()
+    return jnp.dtype(dtype).itemsize == 2 and _is_recent_gpu(platform)
+
+
+def _is_recent_gpu(platform: str | None) -> bool:
+    return _or_running(platform) == "gpu" and (platform is not None or _runs_ampere())
 
 
 @functools.cache
-def _compiles_kernels() -> bool:
-    """Triton wants an NVIDIA GPU of compute capability 8 (Ampere) or above; others run XLA's forms."""
+def _runs_ampere() -> bool:
+    """Whether it is an NVIDIA GPU of compute capability 8 or above, which Triton and TF32 want."""
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     major = capability.partition(".")[0]
     return major.isdecimal() and int(major) >= 8

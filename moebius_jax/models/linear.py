@@ -160,28 +160,28 @@ def _product(
 ) -> Array:
     """x·kernel, as `lax.dot_general` says it."""
     if preferred_element_type != x.dtype:
-        return _widened(x, kernel, preferred_element_type, precision)
+        return _in_another_dtype(x, kernel, preferred_element_type, precision)
     return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _widened(x: Array, kernel: Array, dtype: Dtype, precision: lax.PrecisionLike) -> Array:
-    """x·kernel in a wider dtype than theirs; gradients are products in theirs.
+def _in_another_dtype(x: Array, kernel: Array, dtype: Dtype, precision: lax.PrecisionLike) -> Array:
+    """x·kernel in another dtype than theirs; its gradients are products in theirs.
 
-    JAX's own would be products of the wide cotangent, several times as slow, and round only their results.
+    JAX's own would be products of an fp32 cotangent, several times as slow, which round only their results.
     """
     return lax.dot_general(
         x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, preferred_element_type=dtype
     )
 
 
-def _widened_fwd(
+def _in_another_dtype_fwd(
     x: Array, kernel: Array, dtype: Dtype, precision: lax.PrecisionLike
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _widened(x, kernel, dtype, precision), (x, kernel)
+    return _in_another_dtype(x, kernel, dtype, precision), (x, kernel)
 
 
-def _widened_bwd(
+def _in_another_dtype_bwd(
     _: Dtype, precision: lax.PrecisionLike, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
@@ -191,7 +191,7 @@ def _widened_bwd(
     return of_x, lax.dot_general(x, cotangent, ((rows, rows), ((), ())), precision=precision)
 
 
-_widened.defvjp(_widened_fwd, _widened_bwd)
+_in_another_dtype.defvjp(_in_another_dtype_fwd, _in_another_dtype_bwd)
 
 
 class Product(NamedTuple):

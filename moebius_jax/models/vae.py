@@ -14,7 +14,7 @@ from moebius_jax.models.architecture import EXECUTION, Architecture
 from moebius_jax.models.blocks import Downsample, Upsample
 from moebius_jax.models.convolutions import Conv3x3
 from moebius_jax.models.linear import Linear, PointwiseConv, Product
-from moebius_jax.models.norms import GroupNorm
+from moebius_jax.models.norms import GROUPS, GroupNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
 from moebius_jax.schema import Above0, AtLeastOne, checked
@@ -44,6 +44,13 @@ class VAEConfig(Architecture):
     latent_channels: AtLeastOne = 4
     scaling_factor: Above0 = 0.13025
     platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+
+    def __post_init__(self) -> None:
+        for width in self.channels:
+            if width % GROUPS:
+                raise ValueError(
+                    f"channels {self.channels}: {width} must be a multiple of {GROUPS} (GroupNorm)"
+                )
 
     @property
     def factor(self) -> int:
@@ -122,9 +129,9 @@ class VAE(nnx.Module):
     def freeze(self) -> None:
         """For inference in float16: maps are carried at 1/64 of their size.
 
-        The released decoder's reach beyond 65,504. But only GroupNorms read them, which do not care for a
-        factor (their ε is divided by its square), so the function stays what it is, to the last bit where
-        nothing is rounded.
+        The released decoder's reach beyond 65,504. But only GroupNorms, which do not care for a factor (their
+        ε is divided by its square), and linear layers read them, whose biases are made smaller too. So the
+        function stays what it is, to the last bit where nothing is rounded.
         """
         if self.dtype != jnp.float16 or self.encoder.scale != 1:
             return

@@ -99,7 +99,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
 
 def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork[UNet]:
     """The teacher in the dtypes it is multiplied in."""
-    dtypes = _teacher_dtypes(config)
+    dtypes = teacher_dtypes(config)
     if isinstance(config.teacher, UNetConfig):
         architecture = config.teacher
     else:
@@ -120,11 +120,19 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
     network = inference_copy(load_unet(config.teacher, placement=_placement(mesh), **dtypes))
     tensors = network_tensors(network)
     # What was made of the weights lies as the compiler left it.
-    place = jax.jit(lambda tensors: tensors, out_shardings=tree_shardings(mesh, tensors))
+    place = jax.jit(lambda tensors: tensors, donate_argnums=0, out_shardings=tree_shardings(mesh, tensors))
     return FrozenNetwork(bare=Bare(network), tensors=place(tensors))
 
 
-def _teacher_dtypes(config: TrainConfig) -> dict[str, Dtype]:
+def hint_of_range(config: TrainConfig) -> str:
+    """What to say beside numbers that are not finite, where a teacher in float16 may be why."""
+    if config.loss.needs_teacher and teacher_dtypes(config)["dtype"] == jnp.float16:
+        return "; the teacher may have left float16's range: try teacher_dtype=bfloat16"
+    return ""
+
+
+def teacher_dtypes(config: TrainConfig) -> dict[str, Dtype]:
+    """`dtype` and `stream_dtype` of the teacher."""
     dtype, stream_dtype = config.dtype, config.stream_dtype
     if config.teacher_dtype != "auto":
         dtype = stream_dtype = config.teacher_dtype

@@ -25,7 +25,7 @@ from moebius_jax.schema import checked, one_of, read_json
 from moebius_jax.weights.kinds import KINDS, kind_of
 from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
 
-VERSION = 2  # in 1 the VAE's tensors had other names
+VAE_VERSION = 2  # in 1 its tensors had other names
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
@@ -88,7 +88,7 @@ def save(
         )
     config = _ConfigFile(
         format="moebius-jax",
-        version=VERSION,
+        version=VAE_VERSION if kind_of(architecture) == "vae" else 1,
         kind=kind_of(architecture),
         dtype=dtype,
         architecture=architecture.to_dict(),
@@ -108,6 +108,19 @@ def save(
         (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
+def is_outdated(folder: Path) -> bool:
+    """Whether it is a VAE of an older version, whose tensors have other names."""
+    try:
+        found = read_json(folder / "config.json", _ConfigFile)
+    except (UserError, OSError):
+        return False
+    return _is_outdated(found)
+
+
+def _is_outdated(found: _ConfigFile) -> bool:
+    return found.kind == "vae" and found.version < VAE_VERSION
+
+
 def read_config(folder: Path) -> FolderConfig:
     """Reads `config.json`.
 
@@ -123,8 +136,11 @@ def read_config(folder: Path) -> FolderConfig:
         )
         raise UserError(f"{folder}: {found}{hint}")
     found = read_json(path, _ConfigFile)
-    if found.kind == "vae" and found.version == 1:
-        raise UserError(f"{folder}: a VAE converted by moebius-jax 0.1; convert it again")
+    if _is_outdated(found):
+        raise UserError(
+            f"{folder}: a VAE as moebius-jax 0.1 kept it; convert its release file again "
+            "(convert_weights.py), and name that folder with vae= or --vae"
+        )
     try:
         architecture = KINDS[found.kind].architecture.from_dict(found.architecture)
     except ValueError as error:

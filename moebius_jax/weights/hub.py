@@ -9,6 +9,7 @@ import jax
 
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.weights.convert import Track, convert_file
+from moebius_jax.weights.folder import VAE_VERSION, is_outdated
 
 
 class HubUnreachable(UserError):
@@ -63,6 +64,8 @@ def fetch(
     # The Hub cache's layout: models--owner--name/snapshots/COMMIT/subfolder/file.
     commit = file.parents[1].name
     folder = (cache or default_cache()) / repository.replace("/", "--") / commit / subfolder
+    if folder.exists() and is_outdated(folder):
+        folder = folder.with_name(f"{folder.name}-{VAE_VERSION}")
     if not folder.exists():
         try:
             _convert(file, folder, track)
