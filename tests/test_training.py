@@ -176,13 +176,9 @@ def test_a_gpus_teacher_is_in_float16():
     assert dtypes("gpu", dtype="bfloat16", teacher_dtype="bfloat16") == ("bfloat16", "bfloat16")
 
     half = config.replace(dtype="bfloat16", teacher_dtype="float16")
-    (teacher,) = (
-        load_frozen(half, make_mesh(jax.devices()[:1]), abstract=True)[name] for name in ("teacher",)
-    )
-    assert (
-        teacher.bare({k: jnp.zeros(s.shape, s.dtype) for k, s in teacher.bare.shapes.items()}).precision.dtype
-        == jnp.float16
-    )
+    teacher = load_frozen(half, make_mesh(jax.devices()[:1]), abstract=True)["teacher"]
+    blank = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in teacher.bare.shapes.items()}
+    assert teacher.bare(blank).precision.dtype == jnp.float16
     assert "try teacher_dtype=bfloat16" in hint_of_range(half)
     assert hint_of_range(config) == ""
 

@@ -241,7 +241,7 @@ def _step_callback(pipe: MoebiusInpaintPipeline, callback: StepEnd | None) -> An
 
 
 def _dtypes(dtype: Dtype, stream_dtype: Dtype | None) -> dict[str, Dtype]:
-    dtype = auto_dtype() if _is_auto(dtype) else _known("dtype", dtype)
+    dtype = _known("dtype", dtype, auto=auto_dtype)
     return {
         "dtype": dtype,
         "stream_dtype": dtype if stream_dtype is None else _known("stream_dtype", stream_dtype),
@@ -249,18 +249,17 @@ def _dtypes(dtype: Dtype, stream_dtype: Dtype | None) -> dict[str, Dtype]:
 
 
 def _vae_dtype(dtype: Dtype) -> Dtype:
-    return auto_vae_dtype() if _is_auto(dtype) else _known("vae_dtype", dtype)
+    return _known("vae_dtype", dtype, auto=auto_vae_dtype)
 
 
-def _is_auto(dtype: Dtype) -> bool:
-    return isinstance(dtype, str) and dtype == "auto"
-
-
-def _known(name: str, dtype: Dtype) -> Dtype:
+def _known(name: str, dtype: Dtype, *, auto: Callable[[], Dtype] | None = None) -> Dtype:
+    """`dtype`, or what "auto" stands for where there is such a choice."""
+    if auto is not None and isinstance(dtype, str) and dtype == "auto":
+        return auto()
     try:
         if jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype)
     except TypeError:
         pass
-    choices = f"{'' if name == 'stream_dtype' else 'auto, '}float32, float16 or bfloat16"
+    choices = f"{'' if auto is None else 'auto, '}float32, float16 or bfloat16"
     raise UserError(f"{name} is {dtype!r}; expected {choices}")

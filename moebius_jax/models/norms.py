@@ -95,9 +95,9 @@ class LayerNorm(nnx.LayerNorm):
         self.one_pass = precision.is_half and forms.one_pass_rows(precision.platform)
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
-        options = {"eps": self.epsilon, "scale": self.scale[...], "bias": self.bias[...]}
-        options["one_pass"] = self.one_pass
-        return normalised(x, (x.ndim - 1,), **options).astype(self.dtype)
+        scale, bias = self.scale[...], self.bias[...]
+        y = normalised(x, (x.ndim - 1,), eps=self.epsilon, scale=scale, bias=bias, one_pass=self.one_pass)
+        return y.astype(self.dtype)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -173,9 +173,8 @@ class BatchNorm(nnx.Module):
         if not self.one_pass:
             return moments(x, axes, one_pass=False)
         near = lax.stop_gradient(self.mean[...])
-        x = x - near
-        mean = x.mean(axes, keepdims=True)
-        return near + mean, jnp.maximum(jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean), 0)
+        mean, var = moments(x - near, axes, one_pass=True)
+        return near + mean, var
 
     def affine(self, mean: Float[Array, "*n C"], var: Float[Array, "*n C"]) -> tuple[Array, Array]:
         """The layer as y = x·scale + bias for given statistics, in fp32."""
