@@ -3,22 +3,32 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help sample test test-fast lint format clean
+.PHONY: help sample demo test test-fast lint format clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# Rebuilt when the dependencies change.
-$(VENV)/.installed: pyproject.toml
+# Rebuilt when the dependencies change. Sampling needs a quarter of what the tests need.
+$(VENV)/.runs: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.runs
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-sample: $(VENV)/.installed  ## inpaint a photograph; look at outputs/sample_grid.png
-	$(BIN)/python examples/photo.py outputs/photo.png outputs/mask.png
-	$(BIN)/python sample.py --image outputs/photo.png --mask outputs/mask.png --output outputs/sample.png \
-		--grid --overwrite --allow-untrained
+sample: $(VENV)/.runs  ## inpaint a photograph with the network that comes along; look at outputs/sample_grid.png
+	$(BIN)/python sample.py --model tiny --image examples/coffee.jpg --mask examples/coffee_mask.png \
+		--output outputs/sample.png --grid --overwrite
 	@echo "original | mask | result: outputs/sample_grid.png"
+
+$(VENV)/.serves: $(VENV)/.runs
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+demo: $(VENV)/.serves  ## serve a page to paint on, on this machine: http://127.0.0.1:7860
+	$(BIN)/python demo.py
 
 # The TPU compiler in an environment of its own (see pyproject.toml); one test is skipped where it cannot be had.
 $(VENV)-aot/.installed: pyproject.toml

@@ -153,7 +153,7 @@ def test_masks_that_look_wrong_warn(sample, files):
         (["--process-id", "2"], {}, "--process-id is 2; expected 0 to 0"),
         (["--variant", "ft_ffhq"], {}, "holds one model"),
         (["--model", "/nowhere/at/all"], {}, "neither a folder nor a Hub repository"),
-        (["--model", "nowhere", "--allow-untrained"], {}, "neither a folder nor a Hub repository"),
+        (["--model", "owner/nowhere"], {}, "the Hub cannot be reached"),
         (["--mask-blur", "nan"], {}, "mask_blur is nan"),
         (["--guidance-scale", "nan"], {}, "guidance_scale is nan"),
         ([], {"image": "images/a.png", "mask": "masks/a.png", "output": "out.gif"}, "found .gif"),
@@ -177,23 +177,15 @@ def test_empty_folder(sample, files):
     assert "no images here (looked for .png" in err
 
 
-def test_untrained_only_when_allowed(files, monkeypatch, capsys):
-    """Without the Hub the full-size network would run untrained; here it is only asked for."""
-    from conftest import TINY_UNET, TINY_VAE
-
-    from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
-
-    untrained = MoebiusInpaintPipeline.untrained
-    monkeypatch.setattr(
-        MoebiusInpaintPipeline, "untrained", lambda **options: untrained(TINY_UNET, TINY_VAE, **options)
-    )
+def test_without_the_hub_the_packaged_model_paints(files, monkeypatch, capsys):
     arguments = ["--image", str(files / "images/a.png"), "--mask", str(files / "masks/a.png")]
     arguments += ["--output", str(files / "o.png"), "--num-inference-steps", "2", "--no-compilation-cache"]
     monkeypatch.setenv("HF_HOME", str(files / "hf"))
-    assert main(arguments) == 1
-    assert "the Hub cannot be reached" in capsys.readouterr().err
-    assert main([*arguments, "--allow-untrained"]) == 0
-    assert "running with UNTRAINED random weights" in capsys.readouterr().err
+    for named in (["--model", "hustvl/Moebius"], ["--variant", "ft_ffhq"]):
+        assert main([*arguments, *named]) == 1
+        assert "the Hub cannot be reached" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "painting with tiny, the small network that comes along" in capsys.readouterr().err
     assert (files / "o.png").exists()
 
 

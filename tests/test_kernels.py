@@ -174,7 +174,7 @@ class TestGroupNorm:
 class TestDepthwiseGradient:
     # Ragged pieces and channels; several pieces of an image.
     @pytest.mark.parametrize("shape", [(2, 5, 7, 70), (1, 20, 33, 64)])
-    @pytest.mark.parametrize("form", ["kernel", "convolution"])
+    @pytest.mark.parametrize("form", ["kernel", "convolution", "scan"])
     def test_is_the_plain_form(self, shape, form, monkeypatch):
         conv = DepthwiseConv(
             shape[-1], use_bias=True, precision=Precision(), rngs=KeyStream(jax.random.key(0))
@@ -183,22 +183,26 @@ class TestDepthwiseGradient:
         def gradients():
             return jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x))), argnums=(0, 1))(conv, maps(*shape))
 
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: "autodiff")
         plain, y = gradients(), conv(maps(*shape))
         monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
         assert synth.relative_error(conv(maps(*shape)), np.asarray(y)) < 1e-5
         for a, b in zip(jax.tree.leaves(gradients()), jax.tree.leaves(plain), strict=True):
             assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
-    def test_a_sharded_batch_is_summed_over_devices(self, monkeypatch):
-        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: "kernel")
+    @pytest.mark.parametrize("form", ["kernel", "scan"])
+    def test_a_sharded_batch_is_summed_over_devices(self, form, monkeypatch):
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
         conv = DepthwiseConv(16, use_bias=False, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         x, mesh = maps(8, 6, 5, 16), make_mesh(jax.devices())
         gradient = jax.jit(jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x)))))
         alone = gradient(conv, x).kernel[...]
-        shared = gradient(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
+        program = gradient.lower(conv, jax.device_put(x, batch_sharding(mesh))).compile()
+        assert "all-gather" not in program.as_text()
+        shared = program(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
         np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("form", ["kernel", "convolution"])
+    @pytest.mark.parametrize("form", ["kernel", "convolution", "scan"])
     def test_half_precision_is_no_further_off(self, form, monkeypatch):
         """The sums over a map are in fp32."""
         weights = KeyStream(jax.random.key(0))
@@ -210,6 +214,7 @@ class TestDepthwiseGradient:
                 conv
             )
 
+        monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: "autodiff")
         plain = gradient()
         monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
         ours = gradient()
@@ -221,8 +226,9 @@ class TestDepthwiseGradient:
             return forms.depthwise_gradient(dtype, platform)
 
         assert [chosen(platform) for platform in ("cpu", "gpu", "tpu")] == [
-            "autodiff",
+            "scan",
             "kernel",
             "convolution",
         ]
-        assert {chosen(platform, jnp.float32) for platform in ("cpu", "gpu", "tpu")} == {"autodiff"}
+        full = [chosen(platform, jnp.float32) for platform in ("cpu", "gpu", "tpu")]
+        assert full == ["scan", "autodiff", "autodiff"]

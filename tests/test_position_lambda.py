@@ -55,11 +55,14 @@ def test_gradients_agree(order):
 
 
 def test_auto_chooses_by_size_and_platform():
-    def order(width, platform, dtype=jnp.float32, heads=8):
-        return position_order(width, heads, dtype, platform)
+    depths = {64: 40, 32: 80, 16: 160}  # the released student's
+
+    def order(width, platform, dtype=jnp.float32, heads=8, depth=None):
+        return position_order(width, heads, depth or depths[width], 15, dtype, platform)
 
     assert order(64, "gpu") == "toeplitz"
-    assert order(32, "gpu") == "banded"
+    assert order(32, "gpu") == order(32, "cpu") == "banded"
+    assert order(32, "cpu", depth=8) == order(16, "cpu", depth=16) == "toeplitz"
     assert order(64, "gpu", jnp.float16) == order(16, "gpu", jnp.bfloat16) == "fused"
     assert order(64, "gpu", jnp.float16, heads=6) == "toeplitz"
     assert order(32, "tpu") == "toeplitz"

@@ -10,6 +10,7 @@ from moebius_jax.cli.terminal import progress
 from moebius_jax.cluster import join_cluster
 from moebius_jax.errors import UserError
 from moebius_jax.extensions import load_extension
+from moebius_jax.inpaint.model_folder import TINY, is_here
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 from moebius_jax.models.precision import DTYPES
 from moebius_jax.weights.hub import HubUnreachable
@@ -17,11 +18,17 @@ from moebius_jax.weights.hub import HubUnreachable
 DEFAULT_MODEL = "hustvl/Moebius"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pretrained (default)") -> None:
-    """--model, --extension, --variant, --vae, the three dtypes and --allow-untrained."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    default: str = DEFAULT_MODEL,
+    variant: str = "pretrained (default)",
+) -> None:
+    """--model, --extension, --variant, --vae, and the three dtypes."""
     add = parser.add_argument_group("model").add_argument
     add(
-        "--model", default=DEFAULT_MODEL, help=f"converted folder or Hub repository (default {DEFAULT_MODEL})"
+        "--model",
+        help=f"converted folder, Hub repository, or {TINY}, a small network that comes along (default {default})",
     )
     add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
@@ -44,9 +51,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, variant: str = "pret
         default="auto",
         help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
     )
-    add(
-        "--allow-untrained", action="store_true", help="if the Hub cannot be reached, run with random weights"
-    )
 
 
 def add_extension_argument(parser: argparse.ArgumentParser) -> None:
@@ -68,27 +72,37 @@ def _extension(text: str) -> Path:
     return Path(text)
 
 
-def load_pipeline(args: argparse.Namespace, variant: str | None) -> MoebiusInpaintPipeline:
+def load_pipeline(
+    args: argparse.Namespace, variant: str | None, *, or_tiny: bool = False
+) -> MoebiusInpaintPipeline:
     """The pipeline the arguments name.
+
+    Args:
+        args: with what `add_model_arguments` adds.
+        variant: of the released weights.
+        or_tiny: where no model is named and the default cannot be had, `TINY` takes its place, with a line
+            that says so.
 
     Raises:
         UserError: it cannot be had.
     """
     dtypes = {name: getattr(args, name) for name in ("dtype", "stream_dtype", "vae_dtype")}
-    if not Path(args.model).exists():
-        print(f"{args.model}: no such folder here, asking the Hub …", file=sys.stderr)
+    model = args.model or DEFAULT_MODEL
+    if not is_here(model):
+        print(f"{model}: no such folder here, asking the Hub …", file=sys.stderr)
     try:
         return MoebiusInpaintPipeline.from_pretrained(
-            args.model, variant=variant, vae=args.vae, track=progress, **dtypes
+            model, variant=variant, vae=args.vae, track=progress, **dtypes
         )
-    except HubUnreachable as error:
-        if not args.allow_untrained:
+    except HubUnreachable:
+        if args.model or args.variant or args.vae or not or_tiny:
             raise
         print(
-            f"{args.model} cannot be had here: running with UNTRAINED random weights ({error})",
+            f"{model} cannot be had here: painting with {TINY}, the small network that comes along. --model "
+            "names another",
             file=sys.stderr,
         )
-        return MoebiusInpaintPipeline.untrained(seed=0, **dtypes)
+        return MoebiusInpaintPipeline.from_pretrained(TINY, **dtypes)
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:

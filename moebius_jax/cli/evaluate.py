@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moebius_jax.cli.arguments import (
+    DEFAULT_MODEL,
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
@@ -74,15 +75,14 @@ def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
         enable_compilation_cache()
     benchmark = Benchmark(settings, scores=not args.sample_only, track=progress, say=print)
     # Models that come in variants have the protocol's, unless another is asked for.
-    variant = args.variant or (None if holds_one_model(Path(args.model)) else protocol.variant)
-    untrained = "--allow-untrained: the weights may be random, see the model's name and digest"
+    model = args.model or DEFAULT_MODEL
+    variant = args.variant or (None if holds_one_model(model) else protocol.variant)
     report = benchmark.run(
         load_pipeline(args, variant),
-        name=str(args.model),
+        name=model,
         process=process,
         processes=processes,
         command=command,
-        notes=[untrained] if args.allow_untrained else [],
     )
     if report:
         print(report.figures())

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from moebius_jax.cli.arguments import (
+    DEFAULT_MODEL,
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
@@ -17,6 +18,7 @@ from moebius_jax.cli.arguments import (
 )
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
 from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
+from moebius_jax.inpaint.model_folder import TINY
 from moebius_jax.inpaint.pairing import plan_tasks
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="mask (white = repaint), or folder of masks",
     )
     add("--output", type=Path, required=True, metavar="FILE|DIR", help="result, or folder for results (PNG)")
-    add_model_arguments(parser)
+    add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--num-inference-steps", type=int, default=20, metavar="N", help="default 20")
@@ -142,7 +144,7 @@ def _sample(args: argparse.Namespace) -> int:
         if not args.no_compilation_cache:
             enable_compilation_cache()
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
-        pipe = load_pipeline(args, args.variant)
+        pipe = load_pipeline(args, args.variant, or_tiny=True)
         if args.guidance_scale is None:
             sampling = dataclasses.replace(sampling, guidance_scale=pipe.guidance_scale)
         with progress(None, desc="inpainting", total=len(todo), unit="image") as bar:

@@ -16,6 +16,7 @@ DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
+TINY = "tiny"  # the model that comes with the package (docs/tiny.md)
 _FILE, UNET, VAE = "pipeline.json", "unet", "vae"
 
 
@@ -55,9 +56,19 @@ def write_model_folder(folder: Path, *, guidance_scale: float, overwrite: bool) 
         (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
 
 
-def holds_one_model(folder: Path) -> bool:
-    """Whether a folder is one model, so that no variant needs to be named."""
-    return any((folder / name).is_file() for name in (_FILE, "config.json"))
+def is_here(path_or_hub_id: str | Path) -> bool:
+    """Whether a model is on this machine already: a folder, or `TINY`."""
+    return _folder(path_or_hub_id).exists()
+
+
+def holds_one_model(path_or_hub_id: str | Path) -> bool:
+    """Whether it is one model, so that no variant needs to be named."""
+    return any((_folder(path_or_hub_id) / name).is_file() for name in (_FILE, "config.json"))
+
+
+def _folder(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    return Path(__file__).parents[1] / TINY if str(folder) == TINY and not folder.exists() else folder
 
 
 def find_model(
@@ -76,7 +87,7 @@ def find_model(
     Raises:
         UserError: nothing usable there, or not reachable.
     """
-    folder, named = Path(path_or_hub_id), variant or "pretrained"
+    folder, named = _folder(path_or_hub_id), variant or "pretrained"
     if not folder.exists():
         cache = Path(cache_dir) if cache_dir else None
         unet = hub.fetch(str(path_or_hub_id), named, cache, track)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from moebius_jax.schema import checked, parse_json
 
 EXECUTION = {"execution": True}  # marks fields that choose how to compute, not what
+ADDED = {"added": True}  # marks fields that folders may lack, having been written before they were thought of
 
 
 @checked
@@ -30,7 +31,9 @@ class Architecture:
         Raises:
             ValueError: an unknown or missing field, or a value that is out of range.
         """
-        if odd := sorted(set(values) ^ set(cls._stored())):
+        stored = cls._stored()
+        added = {f.name for f in dataclasses.fields(cls) if f.metadata.get("added")}
+        if odd := sorted((set(values) ^ set(stored)) - (added - set(values))):
             raise ValueError(f"{odd[0]}: {'unknown' if odd[0] in values else 'missing'} field")
         return parse_json(json.dumps(values), cls)
 

@@ -48,6 +48,8 @@ class DepthwiseConv(nnx.Module):
             y = _taps(x, kernel)
         elif form == "convolution":
             y = _convolved(x, kernel, _convolved_gradient)
+        elif form == "scan":
+            y = _convolved(x, kernel, _scanned_gradient)
         else:
             interpret = forms.kernels_interpreted(self.platform)
             y = _convolved(x, kernel, functools.partial(_summed_gradient, interpret=interpret))
@@ -79,6 +81,22 @@ def _convolved_gradient(x: Map, cotangent: Map) -> Kernel:
         batch_group_count=x.shape[-1],
         preferred_element_type=jnp.float32,
     )[:, :, 0]
+
+
+def _scanned_gradient(x: Map, cotangent: Map) -> Kernel:
+    """The same, one item after the other."""
+    sums = split_over_batch(_sums_by_item, batched=(True, True))(x, cotangent)
+    return sums.sum(0).reshape(3, 3, -1)
+
+
+def _sums_by_item(x: Map, cotangent: Map) -> Float[Array, "B 9 C"]:
+    _, H, W, _ = x.shape
+
+    def sums(item: tuple[Array, Array]) -> Float[Array, "9 C"]:
+        padded, g = (a.astype(jnp.float32) for a in item)
+        return jnp.stack([(padded[i : i + H, j : j + W] * g).sum((0, 1)) for i in range(3) for j in range(3)])
+
+    return lax.map(sums, (jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), cotangent))
 
 
 def _summed_gradient(x: Map, cotangent: Map, *, interpret: bool) -> Kernel:

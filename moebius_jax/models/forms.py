@@ -21,19 +21,25 @@ def kernels_interpreted(platform: str | None) -> bool:
     return _or_running(platform) != "gpu"
 
 
-def position_order(width: int, heads: int, dtype: Dtype, platform: str | None) -> PositionOrder:
+def position_order(
+    width: int, heads: int, depth: int, window: int, dtype: Dtype, platform: str | None
+) -> PositionOrder:
     """Order of Local-λ's position term, on a map `width` positions wide."""
     # One kernel with the content term; it needs a power of two of heads.
     if _has_kernels(dtype, platform) and power_of_two(heads) == heads:
         return "fused"
-    return unfused_position_order(width, platform)
+    return unfused_position_order(width, heads, depth, window, platform)
 
 
-def unfused_position_order(width: int, platform: str | None) -> PositionOrder:
-    """The best of XLA's."""
-    # Small maps: the band is smaller than λp. On an H200 and on CPUs the two cross between 32 and 64
-    # positions a side. On TPUs memory traffic decides: by the compiler's count they cross between 16 and 32.
-    return "toeplitz" if width > (16 if _or_running(platform) == "tpu" else 32) else "banded"
+def unfused_position_order(
+    width: int, heads: int, depth: int, window: int, platform: str | None
+) -> PositionOrder:
+    """The best of XLA's: the one with less in memory for each position, q·w on the window's rows or λp."""
+    # The released student's two cross between 32 and 64 positions a side on an H200 and on CPUs, and between
+    # 16 and 32 on TPUs, by the compiler's count. Narrow networks have a small λp, whatever the map: at 32
+    # positions and a depth of 8, "banded" takes 25 times as long on a CPU.
+    banded = heads * window * width * (2 if _or_running(platform) == "tpu" else 1)
+    return "banded" if banded < depth**2 else "toeplitz"
 
 
 def thin_products(platform: str | None) -> lax.Precision | lax.DotAlgorithmPreset:
@@ -66,8 +72,14 @@ def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> 
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
-def depthwise_gradient(dtype: Dtype, platform: str | None) -> Literal["autodiff", "kernel", "convolution"]:
+DepthwiseGradient = Literal["autodiff", "scan", "kernel", "convolution"]
+
+
+def depthwise_gradient(dtype: Dtype, platform: str | None) -> DepthwiseGradient:
     """Form of the gradient of a depthwise convolution's weights, which autodiff makes nine reductions of."""
+    # Item by item the map stays in the cache: 0.3 to 0.5 of the nine reductions' time.
+    if _or_running(platform) == "cpu":
+        return "scan"
     if _has_kernels(dtype, platform):
         return "kernel"
     # 0.17 of the nine reductions' time at eight items a device, 0.3 at twelve. The convolution itself is

@@ -15,7 +15,7 @@ from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
 
-GROUPS = 32  # GroupNorm groups of every published network
+GROUPS = 32  # of every GroupNorm of every published network
 
 
 def moments(x: Float[Array, "..."], axes: tuple[int, ...], *, one_pass: bool) -> tuple[Array, Array]:
@@ -41,14 +41,16 @@ def normalised(
 
 
 class GroupNorm(nnx.GroupNorm):
-    """GroupNorm over 32 groups."""
+    """GroupNorm, over 32 groups unless told otherwise."""
 
     RELEASED: ClassVar[Table] = {"scale": "weight"}
 
-    def __init__(self, channels: int, *, eps: float, precision: Precision, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, channels: int, *, groups: int = GROUPS, eps: float, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         super().__init__(
             channels,
-            GROUPS,
+            groups,
             epsilon=eps,
             dtype=precision.stream_dtype,
             param_dtype=precision.param_dtype,
@@ -68,11 +70,11 @@ class GroupNorm(nnx.GroupNorm):
         """The norm, then an activation."""
         if self.is_frozen and forms.fused_group_norm(self.dtype, self.platform):
             interpret = forms.kernels_interpreted(self.platform)
-            options = {"groups": GROUPS, "eps": self.epsilon, "then": then, "dtype": self.dtype}
+            options = {"groups": self.num_groups, "eps": self.epsilon, "then": then, "dtype": self.dtype}
             run = functools.partial(group_norm, **options, interpret=interpret)
             return split_over_batch(run, batched=(True, False, False))(x, self.scale[...], self.bias[...])
-        grouped = x.reshape(*x.shape[:-1], GROUPS, -1)
-        scale, bias = (p[...].reshape(GROUPS, -1) for p in (self.scale, self.bias))
+        grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)
+        scale, bias = (p[...].reshape(self.num_groups, -1) for p in (self.scale, self.bias))
         axes = (*range(1, x.ndim - 1), x.ndim)
         y = normalised(grouped, axes, eps=self.epsilon, scale=scale, bias=bias, one_pass=self.one_pass)
         y = y.reshape(x.shape).astype(self.dtype)

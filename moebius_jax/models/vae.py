@@ -10,7 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from moebius_jax.models.architecture import EXECUTION, Architecture
+from moebius_jax.models.architecture import ADDED, EXECUTION, Architecture
 from moebius_jax.models.blocks import Downsample, Upsample
 from moebius_jax.models.convolutions import Conv3x3
 from moebius_jax.models.linear import Linear, PointwiseConv, Product
@@ -34,6 +34,8 @@ class VAEConfig(Architecture):
         layers_per_block: residual blocks of an encoder level; a decoder level has one more.
         latent_channels: of a latent; the encoder yields twice as many (mean, logvar).
         scaling_factor: latents are multiplied by it after encoding, divided before decoding.
+        norm_groups: of every GroupNorm. No tensor tells: a file's are taken to be the released 32. With as
+            many groups as channels a map's mean, and with it an image's colour, would be normalised away.
         platform: whose forms of a computation are run (`models.forms`); None is the running one's.
     """
 
@@ -43,13 +45,14 @@ class VAEConfig(Architecture):
     layers_per_block: AtLeastOne = 2
     latent_channels: AtLeastOne = 4
     scaling_factor: Above0 = 0.13025
+    norm_groups: AtLeastOne = dataclasses.field(default=GROUPS, metadata=ADDED)
     platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         for width in self.channels:
-            if width % GROUPS:
+            if width % self.norm_groups:
                 raise ValueError(
-                    f"channels {self.channels}: {width} must be a multiple of {GROUPS} (GroupNorm)"
+                    f"channels {self.channels}: {width} must be a multiple of norm_groups = {self.norm_groups}"
                 )
 
     @property
@@ -148,11 +151,14 @@ class VAE(nnx.Module):
 class ResnetBlock(nnx.Module):
     """GN → SiLU → 3x3 → GN → SiLU → 3x3, + shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.norm1 = GroupNorm(in_channels, eps=EPS, **common)
+        norm = {"groups": groups, "eps": EPS, **common}
+        self.norm1 = GroupNorm(in_channels, **norm)
         self.conv1 = Conv3x3(in_channels, out_channels, **common)
-        self.norm2 = GroupNorm(out_channels, eps=EPS, **common)
+        self.norm2 = GroupNorm(out_channels, **norm)
         self.conv2 = Conv3x3(out_channels, out_channels, **common)
         self.conv_shortcut = (
             PointwiseConv(in_channels, out_channels, **common) if in_channels != out_channels else None
@@ -174,9 +180,9 @@ class Attention(nnx.Module):
 
     RELEASED: ClassVar[Table] = {"to_out": "to_out.0"}
 
-    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
+    def __init__(self, channels: int, *, groups: int, precision: Precision, rngs: nnx.Rngs) -> None:
         common = {"precision": precision, "rngs": rngs}
-        self.group_norm = GroupNorm(channels, eps=EPS, **common)
+        self.group_norm = GroupNorm(channels, groups=groups, eps=EPS, **common)
         self.to_q = Linear(channels, channels, **common)
         self.to_k = Linear(channels, channels, **common)
         self.to_v = Linear(channels, channels, **common)
@@ -196,8 +202,8 @@ class Attention(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual, attention, residual at the lowest resolution."""
 
-    def __init__(self, channels: int, *, precision: Precision, rngs: nnx.Rngs) -> None:
-        common = {"precision": precision, "rngs": rngs}
+    def __init__(self, channels: int, *, groups: int, precision: Precision, rngs: nnx.Rngs) -> None:
+        common = {"groups": groups, "precision": precision, "rngs": rngs}
         self.resnets = nnx.List([ResnetBlock(channels, channels, **common) for _ in range(2)])
         self.attentions = nnx.List([Attention(channels, **common)])
 
@@ -215,13 +221,13 @@ class Level(nnx.Module):
         blocks: int,
         resample: Downsample | Upsample | None,
         *,
+        groups: int,
         precision: Precision,
         rngs: nnx.Rngs,
     ) -> None:
         widths = [in_channels, *[channels] * (blocks - 1)]
-        self.resnets = nnx.List(
-            [ResnetBlock(width, channels, precision=precision, rngs=rngs) for width in widths]
-        )
+        common = {"groups": groups, "precision": precision, "rngs": rngs}
+        self.resnets = nnx.List([ResnetBlock(width, channels, **common) for width in widths])
         self.resample = resample
 
     def __call__(self, x: Map) -> Map:
@@ -247,18 +253,19 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
         common = {"precision": precision, "rngs": rngs}
+        normed = {"groups": config.norm_groups, **common}
         widths = config.channels
         self.conv_in = Conv3x3(3, widths[0], **common)
         # The release pads only below and on the right before it halves a map.
         down = [Downsample(width, padding=((0, 1), (0, 1)), **common) for width in widths[:-1]]
         self.down_blocks = nnx.List(
             [
-                DownLevel(before, width, config.layers_per_block, resample, **common)
+                DownLevel(before, width, config.layers_per_block, resample, **normed)
                 for before, width, resample in zip((widths[0], *widths), widths, (*down, None), strict=False)
             ]
         )
-        self.mid_block = MidBlock(widths[-1], **common)
-        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **common)
+        self.mid_block = MidBlock(widths[-1], **normed)
+        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **normed)
         self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels, **common)
         self.scale = 1.0
 
@@ -274,17 +281,18 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
         common = {"precision": precision, "rngs": rngs}
+        normed = {"groups": config.norm_groups, **common}
         widths = config.channels[::-1]
         self.conv_in = Conv3x3(config.latent_channels, widths[0], **common)
-        self.mid_block = MidBlock(widths[0], **common)
+        self.mid_block = MidBlock(widths[0], **normed)
         up = [Upsample(width, **common) for width in widths[:-1]]
         self.up_blocks = nnx.List(
             [
-                UpLevel(before, width, config.layers_per_block + 1, resample, **common)
+                UpLevel(before, width, config.layers_per_block + 1, resample, **normed)
                 for before, width, resample in zip((widths[0], *widths), widths, (*up, None), strict=False)
             ]
         )
-        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **common)
+        self.conv_norm_out = GroupNorm(widths[-1], eps=EPS, **normed)
         self.conv_out = Conv3x3(widths[-1], 3, **common)
         self.scale = 1.0
 

@@ -80,23 +80,25 @@ class LocalLambda(Part):
         q = q.reshape(B, H, W, self.num_heads, -1)
         kernel, bias = self.position.kernel[...], self.position.bias[...]
         q, val, kernel, bias = (a.astype(self.dtype) for a in (q, val, kernel, bias))
-        order = self._order(W)
+        order = self._order(W, val.shape[-1])
         if order == "fused":
             return self._fused(q, key, val, kernel, bias, add=add)
         y = self._sum(q, key, val, kernel, bias, order=order).reshape(B, H, W, C)
         return y if add is None else add + y
 
-    def _order(self, width: int) -> PositionOrder:
+    def _order(self, width: int, depth: int) -> PositionOrder:
         if self.order != "auto":
             return self.order
-        return forms.position_order(width, self.num_heads, self.dtype, self.platform)
+        window = self.position.kernel.shape[0]
+        return forms.position_order(width, self.num_heads, depth, window, self.dtype, self.platform)
 
     def _sum(
         self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
     ) -> Float[Array, "B H W h v"]:
         """Content and position term, one after the other."""
-        key = jax.nn.softmax(key.astype(jnp.float32), axis=(1, 2)).astype(self.dtype)
-        content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", key, val))
+        flat = key.reshape(len(key), -1, key.shape[-1])  # ONNX knows a softmax over one axis only
+        weights = jax.nn.softmax(flat.astype(jnp.float32), axis=1).astype(self.dtype).reshape(key.shape)
+        content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", weights, val))
         is_prepared = self.band is not None and self.map_size == q.shape[2]
         band = self.band[...] if is_prepared else None
         return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order, band=band)
@@ -113,7 +115,7 @@ class LocalLambda(Part):
         run = split_over_batch(run, batched=(True, True, True, False, False, *(True for _ in others)))
         if self.padded_window is not None:
             return run(q, key, val, self.padded_window[...], bias, *others).reshape(B, H, W, -1)
-        order = forms.unfused_position_order(W, self.platform)
+        order = forms.unfused_position_order(W, h, val.shape[-1], len(kernel), self.platform)
 
         def plain(*args: Array) -> Array:
             return sum(args[5:], self._sum(*args[:5], order=order))
@@ -132,7 +134,7 @@ class LocalLambda(Part):
             self.to_all = nnx.data(Linear.join([self.to_q, self.to_k, self.to_v]))
             self.to_q = self.to_k = self.to_v = None
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
-        kernel, order = self.position.kernel[...].astype(self.dtype), self._order(self.map_size)
+        kernel, order = self.position.kernel[...].astype(self.dtype), self._order(self.map_size, len(self.position.bias))
         if order == "fused":
             self.padded_window = nnx.data(nnx.Param(padded_window(kernel)))
         elif order != "conv3d":

@@ -1,0 +1,1 @@
+"""A page to paint on: `painter` knows pictures and the pipeline, `page` knows gradio. Needs the `demo` extra."""

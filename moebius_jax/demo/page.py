@@ -1,0 +1,228 @@
+"""The page: upload a photo, paint over what should go, look at the results.
+
+It listens to nobody but this machine unless told otherwise, and loads nothing from elsewhere.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
+from moebius_jax.errors import UserError
+from moebius_jax.imaging.picture import SUFFIXES
+
+# Names of fonts, not gradio's Font objects, so that nothing is asked of Google.
+_SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+_MONO = ("ui-monospace", "Consolas", "monospace")
+_CSS = """
+#editor, #photo { min-height: 320px; }
+.gradio-container { max-width: 1100px !important; margin: auto; }
+"""
+
+
+class Photo(gr.Image):
+    """An image component that hands over the uploaded file as it is: `Painter` reads it, and says what is wrong."""
+
+    is_template = True  # for gradio: the parent's part of the page
+
+    def preprocess(self, payload: Any) -> str | None:
+        return None if payload is None else payload.path
+
+
+def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
+    """The page, not launched yet; `launch` does."""
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# {title}\nUpload, drop or paste a photo, paint over what should go, press **Inpaint**.")
+        with gr.Row():
+            with gr.Column():
+                photo = Photo(
+                    label="Photo",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    elem_id="photo",
+                )
+                editor = gr.ImageEditor(
+                    label="Paint over what should go",
+                    type="numpy",
+                    format="png",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(colors=["#ff3366"], color_mode="fixed", default_size=40),
+                    eraser=gr.Eraser(default_size=40),
+                    canvas_size=(PREVIEW, PREVIEW),
+                    visible=False,
+                    elem_id="editor",
+                )
+                another = gr.Button("Another photo", visible=False, size="sm", elem_id="another")
+                settings = _settings(painter)
+            with gr.Column():
+                run = gr.Button("Inpaint", variant="primary", elem_id="run")
+                status = gr.Markdown(elem_id="status")
+                slider = gr.ImageSlider(
+                    label="Before and after", type="filepath", format="png", visible=False, elem_id="slider"
+                )
+                gallery = gr.Gallery(
+                    label="Results", format="png", columns=4, height=180, visible=False, elem_id="gallery"
+                )
+                download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
+        paths = gr.State([])
+        _wire(painter, page, locals())
+    return page.queue(default_concurrency_limit=1, max_size=20)
+
+
+def _settings(painter: Painter) -> list[gr.components.Component]:
+    """Controls in the order of `Wishes`, and the uploaded mask before them."""
+    default = Wishes()
+    with gr.Accordion("More", open=False):
+        mask = Photo(label="Mask (white = repaint), of the photo's size", type="filepath", sources=["upload"])
+        guidance = gr.Slider(
+            0, 10, painter.pipeline.guidance_scale, step=0.1, label="Guidance",
+            info="1 takes half the time; more steps away from the foreground branch",
+        )  # fmt: skip
+        steps = gr.Slider(1, 100, default.steps, step=1, label="Steps")
+        seed = gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
+        results = gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from")
+        dilation = gr.Slider(
+            0, 64, default.mask_dilation, step=1, label="Grow the mask (pixels)",
+            info="an object leaves a ghost where the mask stops at its edge",
+        )  # fmt: skip
+        blur = gr.Slider(0, 32, default.mask_blur, step=0.5, label="Soft edge (pixels of the model's square)")
+    return [mask, guidance, steps, seed, results, dilation, blur]
+
+
+def _wire(painter: Painter, page: gr.Blocks, parts: dict[str, Any]) -> None:
+    photo, editor, another = parts["photo"], parts["editor"], parts["another"]
+    slider, gallery, download, paths = parts["slider"], parts["gallery"], parts["download"], parts["paths"]
+
+    def show(path: str | None) -> list[Any]:
+        if path is None:
+            return [gr.skip()] * 3
+        with _notices():
+            preview = painter.preview(path)
+        return [gr.update(visible=False), gr.update(value=preview, visible=True), gr.update(visible=True)]
+
+    def clear() -> list[Any]:
+        return [
+            gr.update(value=None, visible=True),
+            gr.update(value=None, visible=False),
+            gr.update(visible=False),
+            *[gr.update(visible=False)] * 3,
+            "",
+        ]
+
+    def paint(
+        photo: str | None,
+        editor: dict[str, Any] | None,
+        mask: str | None,
+        guidance_scale: float,
+        steps: int,
+        seed: int,
+        results: int,
+        mask_dilation: int,
+        mask_blur: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio is told that a function reports)
+    ) -> Iterator[list[Any]]:
+        """Inpaints `photo` where the editor's layers or `mask` are white; yields the results so far."""
+        if photo is None:
+            raise gr.Error("upload a photo first", title="Nothing to inpaint")
+        wishes = Wishes(
+            guidance_scale=guidance_scale,
+            steps=int(steps),
+            seed=int(seed),
+            results=int(results),
+            mask_dilation=int(mask_dilation),
+            mask_blur=mask_blur,
+        )
+        progress(0, desc="reading the photo")
+        with _notices():
+            picture = painter.open(photo)
+            marked = painter.mask(picture, strokes_of((editor or {}).get("layers") or []), mask)
+        before = _before(painter, photo)
+        found: list[str] = []
+
+        def on_step(done: int, total: int) -> None:
+            progress((done, total), desc=f"painting result {len(found) + 1} of {wishes.results}", unit="steps")
+
+        progress(0, desc="preparing (the first picture compiles the program)")
+        with _notices():
+            for path in painter.paint(picture, marked, wishes, on_step):
+                found.append(str(path))
+                yield [
+                    gr.update(value=(before, str(path)), visible=True),
+                    gr.update(value=found, visible=wishes.results > 1),
+                    gr.update(value=str(path), visible=True),
+                    found,
+                    f"{len(found)} of {wishes.results} · seed {wishes.seed + len(found) - 1}",
+                ]
+
+    def choose(paths: list[str], photo: str, event: gr.SelectData) -> list[Any]:
+        chosen = paths[event.index]
+        return [gr.update(value=(_before(painter, photo), chosen)), gr.update(value=chosen)]
+
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    photo.upload(show, photo, [photo, editor, another], **quiet)
+    outputs = [slider, gallery, download, paths, parts["status"]]
+    another.click(clear, None, [photo, editor, another, slider, gallery, download, parts["status"]], **quiet)
+    inputs = [photo, editor, *parts["settings"]]
+    parts["run"].click(paint, inputs, outputs, api_name="inpaint")
+    gallery.select(choose, [paths, photo], [slider, download], **quiet)
+
+
+def _before(painter: Painter, photo: str) -> np.ndarray:
+    return painter.open(photo).rgb
+
+
+class _notices:  # noqa: N801 (used as a function)
+    """What a visitor can put right is a notice on the page."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise gr.Error(str(error), title="Cannot be done", duration=None) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the page is served.
+
+    Attributes:
+        host: 127.0.0.1 is this machine alone; 0.0.0.0 all networks it is in.
+        port: None takes the first free one from 7860 on.
+        max_megabytes: of an uploaded file.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    max_megabytes: float = 50.0
+
+
+def launch(page: gr.Blocks, address: Address, **options: Any) -> Any:
+    """Serves the page until it is interrupted; `options` are gradio's.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    theme = gr.themes.Base(font=list(_SANS), font_mono=list(_MONO))
+    try:
+        return page.launch(
+            server_name=address.host,
+            server_port=address.port,
+            max_file_size=int(address.max_megabytes * 1e6),
+            theme=theme,
+            css=_CSS,
+            footer_links=["api"],
+            share=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            **options,
+        )
+    except OSError as error:
+        raise UserError(f"{address.host}:{address.port or ''}: the page cannot be served ({error})") from None

@@ -1,0 +1,57 @@
+"""What a caller of the programs must know beside their inputs: sizes, and the solvers' tables."""
+
+from typing import Any
+
+import numpy as np
+
+from moebius_jax.diffusion.solvers import solver_steps
+from moebius_jax.export.programs import COEFFICIENTS, Program
+from moebius_jax.inpaint.sampler import SamplingOptions
+from moebius_jax.models import VAE, UNet
+
+FORMAT, VERSION = "moebius-jax-export", 1
+SCHEDULES = {"ddim": (10, 20, 50), "dpmpp_2m": (5, 10, 20)}  # steps, of each solver
+
+
+def manifest(unet: UNet, vae: VAE, exported: list[Program], *, guidance_scale: float) -> dict[str, Any]:
+    """`manifest.json`, less what is known only of files (docs/export.md)."""
+    defaults = SamplingOptions()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "image_size": unet.config.latent_size * vae.config.factor,
+        "latent_shape": list(unet.config.latent_shape),
+        "factor": vae.config.factor,
+        "guidance_scale": guidance_scale,
+        "strength": defaults.strength,
+        "noise_offset": defaults.noise_offset,
+        "coefficients": list(COEFFICIENTS),
+        "schedules": {
+            name: {str(steps): _table(name, steps, defaults.strength) for steps in counts}
+            for name, counts in SCHEDULES.items()
+        },
+        "programs": {
+            program.name: {
+                "inputs": [
+                    {"name": name, "shape": list(shape), "dtype": dtype}
+                    for name, (shape, dtype) in program.inputs.items()
+                ],
+                "outputs": [
+                    {"name": name, "shape": list(shape), "dtype": "float32"}
+                    for name, shape in program.outputs.items()
+                ],
+            }
+            for program in exported
+        },
+    }
+
+
+def _table(solver: str, steps: int, strength: float) -> dict[str, Any]:
+    table = solver_steps(solver, steps, strength)
+    columns = np.stack([np.asarray(getattr(table, name), np.float64) for name in COEFFICIENTS], axis=-1)
+    return {
+        "timesteps": np.asarray(table.timesteps).tolist(),
+        "coefficients": columns.tolist(),
+        "start_alpha": float(table.start_alpha),
+        "start_sigma": float(table.start_sigma),
+    }

@@ -1,0 +1,125 @@
+"""What is exported: encoder, denoising step and decoder as functions of arrays alone."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moebius_jax.diffusion.denoise import branch_categories, guided_noise, solver_step, unet_network
+from moebius_jax.diffusion.solvers import SolverSteps
+from moebius_jax.models import VAE, UNet, inference_copy
+
+COEFFICIENTS = ("alpha", "sigma", "keep", "move", "lookback")  # of a step, in this order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One function, and what it takes and gives; "B" in a shape is the batch.
+
+    Attributes:
+        name: of its files.
+        graphdef, weights: of the network it runs, as `nnx.split` has them.
+        function: of the network, then of the inputs in order.
+        inputs: name → (shape, dtype).
+        outputs: name → shape; all float32.
+    """
+
+    name: str
+    graphdef: nnx.GraphDef
+    weights: nnx.State
+    function: Callable[..., Any]
+    inputs: Mapping[str, tuple[tuple[int | str, ...], str]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+
+    def __call__(self, weights: nnx.State, *inputs: Array) -> Any:
+        return self.function(nnx.merge(self.graphdef, weights), *inputs)
+
+    def arguments(self, batch: Any) -> list[jax.ShapeDtypeStruct]:
+        """The inputs' shapes at a batch, a number or a symbolic dimension."""
+        return [
+            jax.ShapeDtypeStruct(tuple(batch if n == "B" else n for n in shape), jnp.dtype(dtype))
+            for shape, dtype in self.inputs.values()
+        ]
+
+
+def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
+    """The three programs of a model.
+
+    Args:
+        unet, vae: in full, not folded, computing in the dtypes the programs shall compute in.
+        guided: whether a step runs both branches; without, its guidance scale must be one.
+    """
+    size, latents = unet.config.latent_size * vae.config.factor, unet.config.latent_shape
+    image, small, mask = ("B", size, size, 3), ("B", *latents), ("B", *latents[:2], 1)
+
+    def encode(vae: VAE, images: Float[Array, "B S S 3"]) -> tuple[Array, Array]:
+        posterior = vae.posterior(images)
+        return vae.scaled(posterior.mean), vae.scaled(posterior.std)
+
+    def step(
+        unet: UNet,
+        latents: Float[Array, "B h w c"],
+        before: Float[Array, "B h w c"],
+        mask: Float[Array, "B h w 1"],
+        masked_latents: Float[Array, "B h w c"],
+        timestep: Int[Array, " 1"],
+        coefficients: Float[Array, " 5"],
+        guidance_scale: Float[Array, " 1"],
+    ) -> tuple[Array, Array]:
+        zero = jnp.zeros(())
+        now = SolverSteps(
+            timesteps=timestep,
+            start_alpha=zero,
+            start_sigma=zero,
+            **{name: coefficients[i] for i, name in enumerate(COEFFICIENTS)},
+        )
+        rows, predict = unet_network(unet)(timestep, branch_categories(len(latents), guided=guided))
+        row = jax.tree.map(lambda leaf: leaf[0], rows)
+        noise = guided_noise(
+            lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale[0], guided=guided
+        )
+        return solver_step(latents, noise, before, now)
+
+    def decode(vae: VAE, latents: Float[Array, "B h w c"]) -> Array:
+        return vae.decode(latents)
+
+    (unet_def, unet_weights), (vae_def, vae_weights) = (
+        nnx.split(inference_copy(network)) for network in (unet, vae)
+    )
+    whole_vae = {"graphdef": vae_def, "weights": vae_weights}
+    floats = {name: (shape, "float32") for name, shape in (("latents", small), ("before", small))}
+    return [
+        Program(
+            name="encoder",
+            function=encode,
+            inputs={"images": (image, "float32")},
+            outputs={"mean": small, "std": small},
+            **whole_vae,
+        ),
+        Program(
+            name="step",
+            graphdef=unet_def,
+            weights=unet_weights,
+            function=step,
+            inputs={
+                **floats,
+                "mask": (mask, "float32"),
+                "masked_latents": (small, "float32"),
+                "timestep": ((1,), "int32"),
+                "coefficients": ((len(COEFFICIENTS),), "float32"),
+                "guidance_scale": ((1,), "float32"),
+            },
+            outputs={"latents": small, "clean": small},
+        ),
+        Program(
+            name="decoder",
+            function=decode,
+            inputs={"latents": (small, "float32")},
+            outputs={"images": image},
+            **whole_vae,
+        ),
+    ]

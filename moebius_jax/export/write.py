@@ -1,0 +1,137 @@
+"""A folder of exported programs, and whether they compute what the model does."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moebius_jax.export import onnx, stablehlo
+from moebius_jax.export.manifest import manifest
+from moebius_jax.export.programs import Program, programs
+from moebius_jax.files import replace_when_complete
+from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
+from moebius_jax.schema import AtLeastOne, checked
+
+FORMATS: dict[str, ModuleType] = {"stablehlo": stablehlo, "onnx": onnx}
+MANIFEST = "manifest.json"
+
+
+@checked
+class ExportOptions:
+    """How a model is exported.
+
+    Attributes:
+        format: a key of `FORMATS`.
+        batch: items of a call; None leaves it open where the format can ("stablehlo"), else one.
+        guided: whether a step runs both branches of guidance; None where the model's scale is not one.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    format: str = "stablehlo"
+    batch: AtLeastOne | None = None
+    guided: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far an exported program is from the model, for seeded inputs.
+
+    Attributes:
+        program, output: names.
+        relative: largest difference over the largest value.
+    """
+
+    program: str
+    output: str
+    relative: float
+
+
+def export_model(
+    pipeline: MoebiusInpaintPipeline,
+    folder: Path,
+    options: ExportOptions,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Difference]:
+    """Writes a folder with the model's programs and `manifest.json`; it appears only when complete.
+
+    Args:
+        pipeline: the model, in the dtypes its programs shall compute in.
+        folder: to make.
+        options: see there.
+        overwrite: replace an earlier export.
+        say: told what is being done.
+
+    Returns:
+        How far each program's outputs are from the model's own.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    kind = FORMATS[options.format]
+    guided = pipeline.guidance_scale != 1 if options.guided is None else options.guided
+    exported = programs(pipeline.unet, pipeline.vae, guided=guided)
+    described = manifest(pipeline.unet, pipeline.vae, exported, guidance_scale=pipeline.guidance_scale)
+    described |= {"kind": options.format, "guided": guided, "batch": _batch(options)}
+    described |= {"opset": onnx.OPSET} if kind is onnx else {"platforms": list(stablehlo.PLATFORMS)}
+    ours = (MANIFEST, *(p.name + s for p in exported for s in (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)))
+    differences = []
+    with replace_when_complete(folder, overwrite=overwrite, ours=ours) as partial:
+        partial.mkdir()
+        for program in exported:
+            say(f"{program.name}: exporting")
+            files = kind.write(program, partial, options.batch)
+            described["programs"][program.name]["files"] = [_described(file) for file in files]
+            if kind is stablehlo:
+                version = stablehlo.calling_convention(partial, program.name)
+                described["calling_convention_version"] = version
+            say(f"{program.name}: comparing")
+            differences += _differences(kind, program, partial, options.batch or 1)
+        (partial / MANIFEST).write_text(json.dumps(described, indent=1) + "\n")
+    return differences
+
+
+def _batch(options: ExportOptions) -> int | None:
+    return options.batch or (None if options.format == "stablehlo" else 1)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _differences(kind: ModuleType, program: Program, folder: Path, batch: int) -> list[Difference]:
+    inputs = _seeded(program, batch)
+    ours = jax.tree.leaves(jax.jit(program)(program.weights, *map(jnp.asarray, inputs)))
+    theirs = kind.run(folder, program.name, inputs)
+    found = []
+    for name, a, b in zip(program.outputs, map(np.asarray, ours), theirs, strict=True):
+        relative = float(np.abs(a - b).max() / np.abs(a).max())
+        found.append(Difference(program=program.name, output=name, relative=relative))
+    return found
+
+
+def _seeded(program: Program, batch: int) -> list[np.ndarray]:
+    """Inputs of the size those of pictures have."""
+    rng = np.random.default_rng(0)
+    special = {
+        "mask": lambda shape: (rng.random(shape) < 0.5).astype(np.float32),
+        "timestep": lambda shape: np.full(shape, 500, np.int32),
+        "coefficients": lambda shape: np.array([0.6, 0.8, 0.7, 0.2, 0.0], np.float32).reshape(shape),
+        "guidance_scale": lambda shape: np.full(shape, 2.5, np.float32),
+        "images": lambda shape: rng.uniform(-1, 1, shape).astype(np.float32),
+    }
+    return [
+        special.get(name, lambda shape: rng.standard_normal(shape, np.float32))(argument.shape)
+        for name, argument in zip(program.inputs, program.arguments(batch), strict=True)
+    ]
