@@ -1,12 +1,12 @@
-"""Is the network that comes along better than painting without one? LPIPS in the hole, beside classical methods.
+"""Is the network that comes along better than painting without one? LPIPS in the hole, beside classics.
 
     python -m benchmarks.classical PHOTOS --size 128 --squares 8      # at the network's own size
     python -m benchmarks.classical PHOTOS --size 512 --squares 16     # cut out, inpainted, pasted back
 
-Random squares of at least SIZE pixels of every photograph in a folder that is as large, with LaMa's medium and thick
-masks, the same for all methods: OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic equation. Means
-with 95 % intervals of 10,000 bootstrap draws; pictures of the best, the median and the worst case with `--picture`.
-Needs the `eval` extra and opencv-python-headless.
+Random squares of at least SIZE pixels of every photograph in a folder that is as large, with LaMa's
+medium and thick masks, the same for all methods: OpenCV's Telea and Navier-Stokes, scikit-image's
+biharmonic equation. Means with 95 % intervals of 10,000 bootstrap draws; pictures of the best, the median
+and the worst case with `--picture`. Needs the `eval` extra and opencv-python-headless.
 """
 
 import sys
@@ -23,7 +23,8 @@ from moebius_jax.evaluation.metrics.lpips import LPIPS
 from moebius_jax.imaging.picture import SUFFIXES, read_picture
 from moebius_jax.sharding import make_mesh
 
-Method = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # image [H, W, 3], hole [H, W], number of the case
+# Of image [H, W, 3], hole [H, W] and the number of the case.
+Method = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 MASKS = ("medium_512", "thick_512")
 RADIUS = 3  # pixels of OpenCV's neighbourhood, its examples' own
 
@@ -42,7 +43,12 @@ def methods(model: str, steps: int) -> dict[str, Method]:
         return np.uint8(np.round(found.clip(0, 1) * 255))
 
     def ours(image: np.ndarray, hole: np.ndarray, number: int) -> np.ndarray:
-        options = {"num_inference_steps": steps, "mask_blur": 0, "output_type": "np", "image_indices": [number]}
+        options = {
+            "num_inference_steps": steps,
+            "mask_blur": 0,
+            "output_type": "np",
+            "image_indices": [number],
+        }
         return pipeline([image], [np.uint8(hole) * 255], **options).images[0]
 
     return {
@@ -115,7 +121,7 @@ def main() -> int:
 
 
 def draw(path: Path, todo: list, results: dict[str, list[np.ndarray]], lead: np.ndarray) -> None:
-    """Three rows: where we are furthest ahead of the best classical method, in the middle, furthest behind."""
+    """Three rows: furthest ahead of the best classical method, in the middle, furthest behind."""
     order = np.argsort(lead)
     rows = []
     for i in (order[0], order[len(order) // 2], order[-1]):

@@ -32,7 +32,9 @@ def get_config(stage: str = "whole") -> TrainConfig:
         ),
         data=DataConfig(
             kind="latents",
-            augment=AugmentConfig(image_size=128, masks=("thick_256", "medium_256", "thick_512", "medium_512")),
+            augment=AugmentConfig(
+                image_size=128, masks=("thick_256", "medium_256", "thick_512", "medium_512")
+            ),
             loader=LoaderConfig(threads=1, prefetch=2, max_bad_fraction=0.0),
         ),
         loss=LossConfig(terms=("task",)),

@@ -96,7 +96,7 @@ class TestPainter:
         picture = painter.open(file)
         with pytest.raises(UserError, match="nothing is marked"):
             painter.mask(picture, np.zeros((15, 20), bool), None)
-        with pytest.raises(UserError, match="mask is 4000 x 2000 pixels and photo.png is 200 x 150"):
+        with pytest.raises(UserError, match=r"mask is 4000 x 2000 pixels and photo\.png is 200 x 150"):
             painter.mask(picture, None, tmp_path / "wide.png")
         with pytest.raises(UserError, match="results is 3; expected 1 to 2"):
             next(painter.paint(picture, np.full((150, 200), 255, np.uint8), Wishes(results=3)))

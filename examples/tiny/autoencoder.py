@@ -2,10 +2,10 @@
 
     python examples/tiny/autoencoder.py WORK
 
-L1 and LPIPS (the first two layers of VGG16) of reconstructions, and a little KL; Muon, a moving average of the weights, fp32. It saves
-WORK/autoencoder.npz every few minutes and goes on from there when started again. Leaves WORK/vae, a folder as
-convert_weights.py makes them, and a picture of held-out squares beside their reconstructions, WORK/vae.png.
-Needs the `train` and `eval` extras.
+L1 and LPIPS (the first two layers of VGG16) of reconstructions, and a little KL; Muon, a moving average
+of the weights, fp32. It saves WORK/autoencoder.npz every few minutes and goes on from there when started
+again. Leaves WORK/vae, a folder as convert_weights.py makes them, and a picture of held-out squares
+beside their reconstructions, WORK/vae.png. Needs the `train` and `eval` extras.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Cuts cached latents into smaller maps, for a first stage of training on cheaper samples.
 
-    python examples/tiny/crops.py WORK/latents_train WORK/crops_train
+python examples/tiny/crops.py WORK/latents_train WORK/crops_train
 """
 
 import argparse
@@ -15,7 +15,10 @@ from moebius_jax.data.samples import LatentSample
 from moebius_jax.files import replace_when_complete
 
 SIDE, PER_SAMPLE = 16, 3
-LEAST, MOST = 0.04, 0.75  # of a crop that is hole: without a hole there is nothing to learn, nor without a rim
+LEAST, MOST = (
+    0.04,
+    0.75,
+)  # of a crop that is hole: one needs a hole to learn from, and a rim
 
 
 def main() -> int:

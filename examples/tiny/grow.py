@@ -1,6 +1,6 @@
-"""A U-Net for maps twice the side: only Interactive-λ's position tables know the size, and each row serves four.
+"""A U-Net for maps twice the side: only position tables know the size, and each of their rows serves four.
 
-    python examples/tiny/grow.py WORK/small/model/unet WORK/grown
+python examples/tiny/grow.py WORK/small/model/unet WORK/grown
 """
 
 import argparse

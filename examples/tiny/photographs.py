@@ -1,11 +1,11 @@
-"""Fetches the photographs that `tiny` is trained on, checks each against its hash, and cuts squares out of them.
+"""Fetches the photographs that `tiny` is trained on, checks their hashes, and cuts squares out of them.
 
     python examples/tiny/photographs.py WORK
 
-`photographs.tsv` lists them: package, file, author, licence, SHA-256, and whether a photograph is trained on or
-held out. Debian's packages are downloaded by apt-get (Debian, Ubuntu; nothing is installed); scikit-image's and
-scikit-learn's photographs come with those packages. Leaves WORK/train and WORK/held_out, squares of 128 pixels, and
-WORK/held_out_photographs, whole.
+`photographs.tsv` lists them: package, file, author, licence, SHA-256, and whether a photograph is trained
+on or held out. Debian's packages are downloaded by apt-get (Debian, Ubuntu; nothing is installed);
+scikit-image's and scikit-learn's photographs come with those packages. Leaves WORK/train and
+WORK/held_out, squares of 128 pixels, and WORK/held_out_photographs, whole.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def cut(image: Image.Image, count: int, seed: int) -> list[Image.Image]:
 
 
 def _name(file: str) -> str:
-    """The telling part of a path: Plasma's files are named by their sizes, their folders by what they show."""
+    """The telling part of a path: Plasma's files are named by their sizes."""
     path = Path(file)
     return path.parents[2].name if path.parent.name == "images" else path.stem
 

@@ -28,7 +28,8 @@ def add_model_arguments(
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
-        help=f"converted folder, Hub repository, or {TINY}, a small network that comes along (default {default})",
+        help=f"converted folder, Hub repository, or {TINY}, a small network that comes along (default "
+        f"{default})",
     )
     add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--no-guidance",
         action="store_true",
-        help="a step of one branch, half the work, for a guidance scale of 1 (a model whose scale is 1 always)",
+        help="a step of one branch, half the work, for a scale of 1 (as of a model whose own is 1)",
     )
     add("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)

@@ -1,1 +1,4 @@
-"""A page to paint on: `painter` knows pictures and the pipeline, `page` knows gradio. Needs the `demo` extra."""
+"""A page to paint on: `painter` knows pictures and the pipeline, `page` knows gradio.
+
+Needs the extra `demo`.
+"""

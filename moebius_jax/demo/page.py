@@ -3,9 +3,9 @@
 It listens to nobody but this machine unless told otherwise, and loads nothing from elsewhere.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,7 +13,6 @@ import numpy as np
 
 from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.picture import SUFFIXES
 
 # Names of fonts, not gradio's Font objects, so that nothing is asked of Google.
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -24,28 +23,22 @@ _CSS = """
 """
 
 
-class Photo(gr.Image):
-    """An image component that hands over the uploaded file as it is: `Painter` reads it, and says what is wrong."""
-
-    is_template = True  # for gradio: the parent's part of the page
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
+def _photo(**options: Any) -> gr.Image:
+    """An image component that hands over the uploaded file as it is: `Painter` reads it."""
+    component = gr.Image(type="filepath", image_mode=None, **options)
+    component.preprocess = lambda payload: None if payload is None else payload.path
+    return component
 
 
 def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
     """The page, not launched yet; `launch` does."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# {title}\nUpload, drop or paste a photo, paint over what should go, press **Inpaint**.")
+        gr.Markdown(
+            f"# {title}\nUpload, drop or paste a photo, paint over what should go, press **Inpaint**."
+        )
         with gr.Row():
             with gr.Column():
-                photo = Photo(
-                    label="Photo",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    elem_id="photo",
-                )
+                photo = _photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
                 editor = gr.ImageEditor(
                     label="Paint over what should go",
                     type="numpy",
@@ -72,15 +65,15 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
                 )
                 download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
         paths = gr.State([])
-        _wire(painter, page, locals())
-    return page.queue(default_concurrency_limit=1, max_size=20)
+        _wire(painter, locals())
+        return page.queue(default_concurrency_limit=1, max_size=20)
 
 
 def _settings(painter: Painter) -> list[gr.components.Component]:
     """Controls in the order of `Wishes`, and the uploaded mask before them."""
     default = Wishes()
     with gr.Accordion("More", open=False):
-        mask = Photo(label="Mask (white = repaint), of the photo's size", type="filepath", sources=["upload"])
+        mask = _photo(label="Mask (white = repaint), of the photo's size", sources=["upload"])
         guidance = gr.Slider(
             0, 10, painter.pipeline.guidance_scale, step=0.1, label="Guidance",
             info="1 takes half the time; more steps away from the foreground branch",
@@ -96,7 +89,7 @@ def _settings(painter: Painter) -> list[gr.components.Component]:
     return [mask, guidance, steps, seed, results, dilation, blur]
 
 
-def _wire(painter: Painter, page: gr.Blocks, parts: dict[str, Any]) -> None:
+def _wire(painter: Painter, parts: dict[str, Any]) -> None:
     photo, editor, another = parts["photo"], parts["editor"], parts["another"]
     slider, gallery, download, paths = parts["slider"], parts["gallery"], parts["download"], parts["paths"]
 
@@ -147,7 +140,9 @@ def _wire(painter: Painter, page: gr.Blocks, parts: dict[str, Any]) -> None:
         found: list[str] = []
 
         def on_step(done: int, total: int) -> None:
-            progress((done, total), desc=f"painting result {len(found) + 1} of {wishes.results}", unit="steps")
+            progress(
+                (done, total), desc=f"painting result {len(found) + 1} of {wishes.results}", unit="steps"
+            )
 
         progress(0, desc="preparing (the first picture compiles the program)")
         with _notices():
@@ -178,15 +173,13 @@ def _before(painter: Painter, photo: str) -> np.ndarray:
     return painter.open(photo).rgb
 
 
-class _notices:  # noqa: N801 (used as a function)
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
     """What a visitor can put right is a notice on the page."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            raise gr.Error(str(error), title="Cannot be done", duration=None) from None
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), title="Cannot be done", duration=None) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,8 @@ class Painter:
         height, width = picture.rgb.shape[:2]
         if height * width > self.max_megapixels * 1e6:
             raise UserError(
-                f"{path.name}: {width} x {height} pixels are {height * width / 1e6:.0f} megapixels; this page "
-                f"takes {self.max_megapixels:g}"
+                f"{path.name}: {width} x {height} pixels are {height * width / 1e6:.0f} megapixels; this "
+                f"page takes {self.max_megapixels:g}"
             )
         return dataclasses.replace(picture, name=path.name)
 
@@ -107,7 +107,7 @@ class Painter:
         picture: Picture,
         mask: UInt8[np.ndarray, "H W"],
         wishes: Wishes,
-        on_step: StepDone = lambda done, total: None,
+        on_step: StepDone = lambda *_: None,
     ) -> Iterator[Path]:
         """Results, each as soon as it is there, as PNG files of the photo's size and kind in a new folder.
 

@@ -80,7 +80,12 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
         rows, predict = unet_network(unet)(timestep, branch_categories(len(latents), guided=guided))
         row = jax.tree.map(lambda leaf: leaf[0], rows)
         noise = guided_noise(
-            lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale[0], guided=guided
+            lambda inputs: predict(inputs, row),
+            latents,
+            mask,
+            masked_latents,
+            guidance_scale[0],
+            guided=guided,
         )
         return solver_step(latents, noise, before, now)
 

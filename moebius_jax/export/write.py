@@ -84,7 +84,8 @@ def export_model(
     described = manifest(pipeline.unet, pipeline.vae, exported, guidance_scale=pipeline.guidance_scale)
     described |= {"kind": options.format, "guided": guided, "batch": _batch(options)}
     described |= {"opset": onnx.OPSET} if kind is onnx else {"platforms": list(stablehlo.PLATFORMS)}
-    ours = (MANIFEST, *(p.name + s for p in exported for s in (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)))
+    suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)
+    ours = (MANIFEST, *(program.name + suffix for program in exported for suffix in suffixes))
     differences = []
     with replace_when_complete(folder, overwrite=overwrite, ours=ours) as partial:
         partial.mkdir()

@@ -87,8 +87,8 @@ class MoebiusInpaintPipeline:
 
         Args:
             path_or_hub_id: a folder (from `save_pretrained`, a converted U-Net, or a converted copy of the
-                Hub's layout), a Hub repository, "hustvl/Moebius", or "tiny", the small network that comes with
-                the package (docs/tiny.md).
+                Hub's layout), a Hub repository, "hustvl/Moebius", or "tiny", the small network that comes
+                with the package (docs/tiny.md).
             variant: "pretrained" (default), "ft_places2", "ft_celebahq" or "ft_ffhq".
             vae: folder of a converted VAE; by default the one beside the U-Net, or hustvl/PixelHacker's.
             dtype: compute dtype of the U-Net; "auto" is float16 on GPUs, bfloat16 on TPUs, float32 on CPUs.

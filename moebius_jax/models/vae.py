@@ -52,7 +52,7 @@ class VAEConfig(Architecture):
         for width in self.channels:
             if width % self.norm_groups:
                 raise ValueError(
-                    f"channels {self.channels}: {width} must be a multiple of norm_groups = {self.norm_groups}"
+                    f"channels {self.channels}: {width} must be a multiple of norm_groups, {self.norm_groups}"
                 )
 
     @property

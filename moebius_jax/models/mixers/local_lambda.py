@@ -134,7 +134,8 @@ class LocalLambda(Part):
             self.to_all = nnx.data(Linear.join([self.to_q, self.to_k, self.to_v]))
             self.to_q = self.to_k = self.to_v = None
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
-        kernel, order = self.position.kernel[...].astype(self.dtype), self._order(self.map_size, len(self.position.bias))
+        kernel = self.position.kernel[...].astype(self.dtype)
+        order = self._order(self.map_size, kernel.shape[-1])
         if order == "fused":
             self.padded_window = nnx.data(nnx.Param(padded_window(kernel)))
         elif order != "conv3d":
