@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help sample demo test test-fast lint format clean
+.PHONY: help sample demo web test test-fast lint format clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -30,6 +30,19 @@ $(VENV)/.serves: $(VENV)/.runs
 demo: $(VENV)/.serves  ## serve a page to paint on, on this machine: http://127.0.0.1:7860
 	$(BIN)/python demo.py
 
+$(VENV)/.exports: $(VENV)/.runs
+	$(BIN)/python -m pip install --quiet --editable ".[export]"
+	touch $@
+
+# npm runs no script of a package's: onnxruntime-web needs none.
+web/node_modules: web/package-lock.json
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+web: web/node_modules $(VENV)/.exports  ## the same in the browser alone: http://127.0.0.1:8000
+	$(BIN)/python export.py tiny web/model --format onnx --overwrite
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory web 8000
+
 # The TPU compiler in an environment of its own (see pyproject.toml); one test is skipped where it cannot be had.
 $(VENV)-aot/.installed: pyproject.toml
 	-test -d $(VENV)-aot || $(PYTHON) -m venv $(VENV)-aot
@@ -40,8 +53,13 @@ WORKERS ?= 2
 # Files as the tests' conftest.py orders them: the long ones first.
 SPREAD := --dist loadfile --no-loadscope-reorder
 
+# The browser's tests are skipped where there is no npm.
+.PHONY: node
+node:
+	-command -v npm >/dev/null && $(MAKE) --no-print-directory web/node_modules
+
 # On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
-test: $(VENV)/.installed $(VENV)-aot/.installed  ## all tests, on the CPU, without network
+test: $(VENV)/.installed $(VENV)-aot/.installed node  ## all tests, on the CPU, without network
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD)
 
 test-fast: $(VENV)/.installed  ## the tests that compile little: a newcomer's inner loop

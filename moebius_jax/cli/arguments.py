@@ -1,21 +1,21 @@
-"""Arguments the programs share: which model, which extension, which share of the work."""
+"""Arguments the programs share: which model, which extension, which share of the work.
+
+A program's help and its errors about arguments come before jax is imported, which takes seconds.
+"""
 
 import argparse
 import sys
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from moebius_jax.cli.terminal import progress
 from moebius_jax.cluster import join_cluster
+from moebius_jax.defaults import DEFAULT_MODEL, DTYPES, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.extensions import load_extension
-from moebius_jax.inpaint.model_folder import TINY, is_here
-from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
-from moebius_jax.models.precision import DTYPES
-from moebius_jax.weights.hub import HubUnreachable
 
-DEFAULT_MODEL = "hustvl/Moebius"
+if TYPE_CHECKING:
+    from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 
 def add_model_arguments(
@@ -75,7 +75,7 @@ def _extension(text: str) -> Path:
 
 def load_pipeline(
     args: argparse.Namespace, variant: str | None, *, or_tiny: bool = False
-) -> MoebiusInpaintPipeline:
+) -> "MoebiusInpaintPipeline":
     """The pipeline the arguments name.
 
     Args:
@@ -87,6 +87,10 @@ def load_pipeline(
     Raises:
         UserError: it cannot be had.
     """
+    from moebius_jax.inpaint.model_folder import is_here
+    from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
+    from moebius_jax.weights.hub import HubUnreachable
+
     dtypes = {name: getattr(args, name) for name in ("dtype", "stream_dtype", "vae_dtype")}
     model = args.model or DEFAULT_MODEL
     if not is_here(model):
@@ -128,6 +132,8 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
         raise UserError("--coordinator is for --distributed; sharing files needs no connection")
     if not args.distributed:
         return args.process_id, args.num_processes
+    import jax
+
     several = args.num_processes > 1
     join_cluster(args.coordinator, *((args.num_processes, args.process_id) if several else ()))
     return jax.process_index(), jax.process_count()

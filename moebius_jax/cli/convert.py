@@ -6,10 +6,7 @@ from pathlib import Path
 
 from moebius_jax.cli.arguments import add_extension_argument
 from moebius_jax.cli.terminal import progress, run
-from moebius_jax.models.precision import DTYPES
-from moebius_jax.weights.convert import convert_file, export_file, verify_folder
-from moebius_jax.weights.hub import find_weights
-from moebius_jax.weights.tensors import count_parameters
+from moebius_jax.defaults import DTYPES
 
 _DESCRIPTION = """\
 Convert released weights (Moebius, PixelHacker, the ablations, the VAE, E-LatentLPIPS, FID's Inception) to a
@@ -69,12 +66,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from moebius_jax.weights.convert import export_file
+
     count = export_file(args.source, args.export, overwrite=args.overwrite)
     print(f"{args.export}: {count} tensors")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from moebius_jax.weights.convert import convert_file, verify_folder
+    from moebius_jax.weights.hub import find_weights
+    from moebius_jax.weights.tensors import count_parameters
+
     files = find_weights(args.source) if args.source.is_dir() else {"": args.source}
     for name, file in files.items():
         dest = args.dest / name

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from moebius_jax.cli.arguments import DEFAULT_MODEL, add_model_arguments, load_pipeline, require_positive
+from moebius_jax.cli.arguments import add_model_arguments, load_pipeline, require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, require_extra, run
-from moebius_jax.inpaint.model_folder import TINY
+from moebius_jax.defaults import DEFAULT_MODEL, TINY
 
 _DESCRIPTION = f"""\
 Serves a page: upload a photo, paint over what should go, look at the results.

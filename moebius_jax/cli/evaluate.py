@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moebius_jax.cli.arguments import (
-    DEFAULT_MODEL,
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
@@ -16,6 +15,7 @@ from moebius_jax.cli.arguments import (
     require_seed,
 )
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
+from moebius_jax.defaults import DEFAULT_MODEL
 from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.benchmark import BenchmarkSettings

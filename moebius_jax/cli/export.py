@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from moebius_jax.cli.terminal import require_extra, run
-from moebius_jax.inpaint.model_folder import TINY
+from moebius_jax.defaults import DTYPES, TINY
 
 _DESCRIPTION = """\
 Writes a model's encoder, denoising step and decoder for other runtimes, with a manifest.json of sizes, shapes
@@ -17,7 +17,6 @@ and the solvers' tables, and compares each program's outputs with the model's.
 How to call the programs: docs/export.md.
 """
 _EXTRAS = {"onnx": ("jax2onnx", "onnx", "onnxruntime"), "stablehlo": ()}
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--format", choices=tuple(_EXTRAS), default="stablehlo", help="default stablehlo")
     add("--variant", help="of the released weights: pretrained (default), ft_places2, …")
     add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
-    add("--dtype", choices=_DTYPES, default="float32", help="the programs compute in (default float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="the programs compute in (default float32)")
     add(
         "--batch-size",
         type=int,

@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from moebius_jax.cli.arguments import (
-    DEFAULT_MODEL,
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
@@ -17,11 +15,12 @@ from moebius_jax.cli.arguments import (
     require_seed,
 )
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
-from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
-from moebius_jax.inpaint.model_folder import TINY
+from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.inpaint.pairing import plan_tasks
-from moebius_jax.inpaint.sampler import SamplingOptions
-from moebius_jax.inpaint.stream import InpaintOptions
+
+if TYPE_CHECKING:
+    from moebius_jax.inpaint.sampler import SamplingOptions
+    from moebius_jax.inpaint.stream import InpaintOptions
 
 _DESCRIPTION = """\
 Repaint the masked part of an image, or of every image in a folder, with Moebius.
@@ -137,12 +136,16 @@ def _sample(args: argparse.Namespace) -> int:
     todo = [t for t in tasks if args.overwrite or not t.output.exists()]
     if skipped := len(tasks) - len(todo):
         print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
+    from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
+
     if args.grid and skipped:
         problems += add_missing_grids([t for t in tasks if t not in todo])
     if todo:
         options, sampling = _options(args)
         if not args.no_compilation_cache:
             enable_compilation_cache()
+        import jax
+
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
         pipe = load_pipeline(args, args.variant, or_tiny=True)
         if args.guidance_scale is None:
@@ -169,7 +172,10 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace) -> tuple[InpaintOptions, SamplingOptions]:
+def _options(args: argparse.Namespace) -> "tuple[InpaintOptions, SamplingOptions]":
+    from moebius_jax.inpaint.sampler import SamplingOptions
+    from moebius_jax.inpaint.stream import InpaintOptions
+
     options = InpaintOptions(
         mode=args.mode,
         invert_mask=args.invert_mask,

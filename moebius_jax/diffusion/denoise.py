@@ -45,7 +45,8 @@ def branch_categories(batch: int, *, guided: bool) -> Int[Array, " N"]:
     The two branches of an image lie next to each other in one batch of 2B, so a batch that is sharded over
     devices stays where it is.
     """
-    return jnp.tile(jnp.array([UNCONDITIONAL, CONDITIONAL] if guided else [CONDITIONAL]), batch)
+    branches = jnp.array([UNCONDITIONAL, CONDITIONAL] if guided else [CONDITIONAL])
+    return jnp.broadcast_to(branches, (batch, len(branches))).reshape(-1)
 
 
 def guided_noise(
@@ -62,7 +63,8 @@ def guided_noise(
     `predict` is called with a batch of `branch_categories`.
     """
     inputs = network_input(latents, mask, masked_latents)
-    B, n = len(latents), 2 if guided else 1
+    # Not len(): the batch of an exported program is a symbol.
+    B, n = latents.shape[0], 2 if guided else 1
     repeated = jnp.broadcast_to(inputs[:, None], (B, n, *inputs.shape[1:]))
     noise = predict(repeated.reshape(B * n, *inputs.shape[1:])).reshape(B, n, *latents.shape[1:])
     if not guided:

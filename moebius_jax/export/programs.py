@@ -16,7 +16,7 @@ from moebius_jax.models import VAE, UNet, inference_copy
 COEFFICIENTS = ("alpha", "sigma", "keep", "move", "lookback")  # of a step, in this order
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # jax.jit wants a hash
 class Program:
     """One function, and what it takes and gives; "B" in a shape is the batch.
 
@@ -77,7 +77,7 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
             start_sigma=zero,
             **{name: coefficients[i] for i, name in enumerate(COEFFICIENTS)},
         )
-        rows, predict = unet_network(unet)(timestep, branch_categories(len(latents), guided=guided))
+        rows, predict = unet_network(unet)(timestep, branch_categories(latents.shape[0], guided=guided))
         row = jax.tree.map(lambda leaf: leaf[0], rows)
         noise = guided_noise(
             lambda inputs: predict(inputs, row),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moebius_jax.defaults import TINY
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.schema import checked, read_json
@@ -16,7 +17,6 @@ DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
-TINY = "tiny"  # the model that comes with the package (docs/tiny.md)
 _FILE, UNET, VAE = "pipeline.json", "unet", "vae"
 
 

@@ -12,6 +12,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 from PIL import Image
 
+from moebius_jax.defaults import DTYPES
 from moebius_jax.diffusion.solvers import Solver
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.picture import Picture
@@ -22,7 +23,7 @@ from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.models.precision import DTYPES, auto_dtype, auto_vae_dtype
+from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
 from moebius_jax.weights.hub import Track
 from moebius_jax.weights.load import load_unet, load_vae, save_network

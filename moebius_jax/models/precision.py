@@ -9,7 +9,6 @@ from jax import lax
 
 from moebius_jax.models import forms
 
-DTYPES = ("float32", "float16", "bfloat16")  # that networks compute and are kept in
 AUTO = {"gpu": jnp.float16, "tpu": jnp.bfloat16}
 AUTO_VAE = {"gpu": jnp.float16}  # bfloat16 is up to 7 grey levels off, float16 one at most
 

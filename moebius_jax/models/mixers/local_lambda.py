@@ -96,7 +96,7 @@ class LocalLambda(Part):
         self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
     ) -> Float[Array, "B H W h v"]:
         """Content and position term, one after the other."""
-        flat = key.reshape(len(key), -1, key.shape[-1])  # ONNX knows a softmax over one axis only
+        flat = key.reshape(key.shape[0], -1, key.shape[-1])  # ONNX knows a softmax over one axis only
         weights = jax.nn.softmax(flat.astype(jnp.float32), axis=1).astype(self.dtype).reshape(key.shape)
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", weights, val))
         is_prepared = self.band is not None and self.map_size == q.shape[2]

@@ -1,0 +1,5 @@
+"""Names that programs show before anything is loaded."""
+
+DEFAULT_MODEL = "hustvl/Moebius"  # on the Hub
+TINY = "tiny"  # the model that comes with the package (docs/tiny.md)
+DTYPES = ("float32", "float16", "bfloat16")  # that networks compute and are kept in

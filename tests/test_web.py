@@ -1,0 +1,173 @@
+"""The page without a server: its arithmetic against the Python it repeats, and a picture in a browser."""
+
+import functools
+import http.server
+import json
+import pathlib
+import shutil
+import subprocess
+import threading
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_demo import browser, wait_for  # noqa: F401 (a fixture)
+
+from moebius_jax import MoebiusInpaintPipeline
+from moebius_jax.cli.export import main as export
+from moebius_jax.imaging import crop
+from moebius_jax.imaging.regions import plan_windows
+
+WEB = pathlib.Path(__file__).parents[1] / "web"
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory):
+    """Runs lines of JavaScript after the page's modules; what they `give` comes back."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node here")
+
+    def run(code, **inputs):
+        imports = "".join(
+            f'import * as {name} from "{(WEB / name).as_uri()}.js";\n'
+            for name in ("random", "resize", "windows", "paste")
+        )
+        script = tmp_path_factory.mktemp("js") / "run.mjs"
+        given = json.dumps(inputs)
+        script.write_text(
+            f"{imports}const given = {given};\n"
+            "const give = (value) => console.log(JSON.stringify(value));\n" + code
+        )
+        out = subprocess.run([node, script], capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr
+        return json.loads(out.stdout)
+
+    return run
+
+
+def test_random_numbers_are_jaxs(javascript):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2**31 + 5), 7), 3)
+    ours = javascript(
+        "give([...random.normal(random.foldIn(random.foldIn(random.key(given.seed), 7), 3), 4000)]);",
+        seed=2**31 + 5,
+    )
+    np.testing.assert_allclose(ours, jax.random.normal(key, (4000,)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(37, 128), (200, 128), (128, 128)])
+def test_resizing_is_pillows(javascript, before, after):
+    rgb = np.random.default_rng(0).integers(0, 256, (before, before, 3), np.uint8)
+    ours = javascript(
+        'give([...resize.resizeSquare(Uint8Array.from(given.data), given.from, given.to, 3, "lanczos")]);',
+        data=rgb.ravel().tolist(),
+        **{"from": before, "to": after},
+    )
+    theirs = np.asarray(Image.fromarray(rgb).resize((after, after), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(np.reshape(ours, theirs.shape), theirs)
+
+
+def specks(height=90, width=140):
+    """Regions of all kinds: touching, near, far, at the edge."""
+    hole = np.zeros((height, width), bool)
+    hole[5:12, 5:30] = hole[14:20, 31:40] = hole[60:80, 100:130] = hole[88:, :9] = True
+    return hole
+
+
+def test_windows_are_pythons(javascript):
+    hole = specks()
+    ours = javascript(
+        "const all = windows.planWindows(Uint8Array.from(given.hole), 90, 140, 32);"
+        "give(all.map(({ top, left, side, hole }) => [top, left, side, [...hole]]));",
+        hole=hole.ravel().astype(int).tolist(),
+    )
+    theirs = plan_windows(hole, 32)
+    assert len(theirs) > 1
+    assert [tuple(w[:3]) for w in ours] == [(w.top, w.left, w.side) for w in theirs]
+    for (*_, mine), window in zip(ours, theirs, strict=True):
+        expected = np.isin(window.labels, window.regions)
+        np.testing.assert_array_equal(np.reshape(mine, hole.shape), expected)
+
+
+@pytest.mark.parametrize("blur", [0, 4])
+def test_pasting_is_pythons(javascript, blur):
+    rng = np.random.default_rng(0)
+    hole, rgb = specks(), rng.integers(0, 256, (90, 140, 3), np.uint8)
+    for number, window in enumerate(plan_windows(hole, 32)):
+        result = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        ours = javascript(
+            "const hole = Uint8Array.from(given.hole), rgb = Uint8Array.from(given.rgb);"
+            "const window = windows.planWindows(hole, 90, 140, 32)[given.number];"
+            "const result = Uint8Array.from(given.result);"
+            "paste.paste(rgb, 90, 140, result, 32, window, given.blur); give([...rgb]);",
+            hole=hole.ravel().astype(int).tolist(),
+            rgb=rgb.ravel().tolist(),
+            result=result.ravel().tolist(),
+            number=number,
+            blur=blur,
+        )
+        theirs = crop.paste(rgb, result, window, blur=blur, match_color=False)
+        difference = np.abs(np.reshape(ours, rgb.shape) - theirs.astype(int))
+        assert difference.max() <= 1  # a half is rounded up there and to even here
+        assert (difference > 0).mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The page with an export of the network that comes along, on a port of this machine."""
+    pytest.importorskip("jax2onnx")
+    if not (WEB / "node_modules").exists():
+        pytest.skip("no onnxruntime-web here (npm ci --prefix web)")
+    root = tmp_path_factory.mktemp("web")
+    for file in WEB.glob("*.*"):
+        if file.suffix in (".js", ".html", ".css"):
+            shutil.copy(file, root)
+    (root / "node_modules").symlink_to(WEB / "node_modules")
+    assert export(["tiny", str(root / "model"), "--format", "onnx"]) == 0
+    handler = functools.partial(Quiet, directory=str(root))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_a_picture_is_pythons(served, browser):  # noqa: F811
+    """The same seed, step table and pasting: at most two grey levels from the pipeline, nearly all equal."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:100, :140]
+    rgb = np.stack([x, y, 255 - x], -1).astype(np.uint8) + rng.integers(0, 9, (100, 140, 3), np.uint8)
+    hole = np.zeros((100, 140), bool)
+    hole[30:60, 40:80] = True
+    options = {"num_inference_steps": 5, "scheduler": "dpmpp_2m", "seed": 11, "output_type": "np"}
+    pipeline = MoebiusInpaintPipeline.from_pretrained("tiny")
+    expected = pipeline(rgb, hole.astype(np.uint8) * 255, **options).images[0]
+    browser.get(f"{served}/index.html?wasm")
+    wait_for(lambda: "Ready" in browser.find_element("id", "status").text)
+    browser.set_script_timeout(120)
+    found = browser.execute_async_script(
+        """
+        const [rgb, hole, done] = arguments;
+        const pixels = new ImageData(140, 100);
+        for (let i = 0; i < 14000; i++) {
+          pixels.data.set([rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], 255], 4 * i);
+        }
+        const options = { seed: 11, solver: "dpmpp_2m", steps: 5 };
+        moebius.inpaintPixels(pixels, Uint8Array.from(hole), options)
+          .then((out) => done([...out.data])).catch((error) => done(String(error)));
+        """,
+        rgb.ravel().tolist(),
+        hole.ravel().astype(int).tolist(),
+    )
+    assert not isinstance(found, str), found
+    result = np.reshape(found, (100, 140, 4))[..., :3]
+    difference = np.abs(result - expected.astype(int))
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.02
+    assert (expected != rgb).any()

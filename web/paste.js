@@ -1,0 +1,90 @@
+// The result back into the photo: moebius_jax/imaging/crop.py's `paste` in JavaScript.
+
+import { resizeSquare } from "./resize.js";
+
+/** Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square. */
+export function paste(rgb, height, width, result, size, window, blur) {
+  const { top, left, side } = window;
+  const rows = [Math.max(top, 0), Math.min(top + side, height)];
+  const columns = [Math.max(left, 0), Math.min(left + side, width)];
+  const [h, w] = [rows[1] - rows[0], columns[1] - columns[0]];
+  const hole = new Uint8Array(h * w);
+  for (let y = 0; y < h; y++) {
+    for (let x = 0; x < w; x++) hole[y * w + x] = window.hole[(y + rows[0]) * width + x + columns[0]];
+  }
+  const filled = resizeSquare(result, size, side, 3, "lanczos");
+  const fade = Math.min(blur * Math.max(1, side / size), room(hole, h, w, window, height, width) + 1);
+  const weight = feather(hole, h, w, fade);
+  for (let y = 0; y < h; y++) {
+    for (let x = 0; x < w; x++) {
+      const share = weight[y * w + x];
+      if (!share) continue;
+      for (let c = 0; c < 3; c++) {
+        const at = ((y + rows[0]) * width + x + columns[0]) * 3 + c;
+        const fill = filled[((y + rows[0] - top) * side + x + columns[0] - left) * 3 + c];
+        rgb[at] = Math.min(Math.max(Math.round(fill * share + rgb[at] * (1 - share)), 0), 255);
+      }
+    }
+  }
+}
+
+/** Pixels between the hole and the nearest edge of the window that lies inside the image. */
+function room(hole, h, w, { top, left, side }, height, width) {
+  let [first, last, low, high] = [h, -1, w, -1];
+  for (let y = 0; y < h; y++) {
+    for (let x = 0; x < w; x++) {
+      if (!hole[y * w + x]) continue;
+      first = Math.min(first, y);
+      last = Math.max(last, y);
+      low = Math.min(low, x);
+      high = Math.max(high, x);
+    }
+  }
+  let found = side;
+  if (top > 0) found = Math.min(found, first);
+  if (Math.min(top + side, height) < height) found = Math.min(found, h - 1 - last);
+  if (left > 0) found = Math.min(found, low);
+  if (Math.min(left + side, width) < width) found = Math.min(found, w - 1 - high);
+  return found;
+}
+
+/** 1 in the hole, falling to 0 at `fade` pixels from it along a half cosine. */
+function feather(hole, h, w, fade) {
+  if (fade <= 0 || hole.every(Boolean)) return Float64Array.from(hole);
+  const squared = distances(hole, h, w);
+  return squared.map((d) => (d < fade * fade ? 0.5 + 0.5 * Math.cos((Math.PI * Math.sqrt(d)) / fade) : 0));
+}
+
+/** Squared distance of every pixel to the nearest one of the hole: lower envelopes of parabolas, axis by axis. */
+function distances(hole, h, w) {
+  const far = 1e12;
+  const grid = Float64Array.from(hole, (inside) => (inside ? 0 : far));
+  for (let x = 0; x < w; x++) envelope(grid, x, w, h);
+  for (let y = 0; y < h; y++) envelope(grid, y * w, 1, w);
+  return grid;
+}
+
+function envelope(grid, offset, stride, n) {
+  const values = Float64Array.from({ length: n }, (_, i) => grid[offset + i * stride]);
+  const lowest = new Int32Array(n);
+  const from = new Float64Array(n + 1);
+  from[0] = -Infinity;
+  from[1] = Infinity;
+  let k = 0;
+  for (let q = 1; q < n; q++) {
+    let crossing;
+    do {
+      const v = lowest[k];
+      crossing = (values[q] + q * q - values[v] - v * v) / (2 * (q - v));
+    } while (crossing <= from[k] && k-- > 0);
+    k += 1;
+    lowest[k] = q;
+    from[k] = crossing;
+    from[k + 1] = Infinity;
+  }
+  k = 0;
+  for (let q = 0; q < n; q++) {
+    while (from[k + 1] < q) k += 1;
+    grid[offset + q * stride] = (q - lowest[k]) ** 2 + values[lowest[k]];
+  }
+}

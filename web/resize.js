@@ -1,0 +1,86 @@
+// Pillow's resampling of 8-bit maps, to the bit: two passes of fixed-point weights.
+
+const BITS = 22;
+const FILTERS = {
+  lanczos: { support: 3, weight: (x) => (Math.abs(x) < 3 ? sinc(x) * sinc(x / 3) : 0) },
+  box: { support: 0.5, weight: (x) => (x > -0.5 && x <= 0.5 ? 1 : 0) },
+};
+
+function sinc(x) {
+  if (x === 0) return 1;
+  return Math.sin(x * Math.PI) / (x * Math.PI);
+}
+
+/** For each output position, where its input starts and the weights from there on. */
+function weights(from, to, { support, weight }) {
+  const scale = from / to;
+  const stretch = Math.max(scale, 1);
+  const reach = support * stretch;
+  return Array.from({ length: to }, (_, i) => {
+    const centre = (i + 0.5) * scale;
+    const start = Math.max(Math.trunc(centre - reach + 0.5), 0);
+    const end = Math.min(Math.trunc(centre + reach + 0.5), from);
+    const raw = [];
+    for (let x = start; x < end; x++) raw.push(weight((x - centre + 0.5) / stretch));
+    const sum = raw.reduce((a, b) => a + b, 0);
+    const fixed = raw.map((w) => {
+      const value = (sum ? w / sum : w) * 2 ** BITS;
+      return Math.trunc(value < 0 ? value - 0.5 : value + 0.5);
+    });
+    return { start, fixed };
+  });
+}
+
+/** One pass along rows; `data` is [rows, from, channels] of bytes. */
+function pass(data, rows, from, to, channels, filter) {
+  const table = weights(from, to, filter);
+  const out = new Uint8Array(rows * to * channels);
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < to; x++) {
+      const { start, fixed } = table[x];
+      for (let c = 0; c < channels; c++) {
+        let sum = 1 << (BITS - 1);
+        let at = (y * from + start) * channels + c;
+        for (const w of fixed) {
+          sum += data[at] * w;
+          at += channels;
+        }
+        out[(y * to + x) * channels + c] = Math.min(Math.max(Math.floor(sum / 2 ** BITS), 0), 255);
+      }
+    }
+  }
+  return out;
+}
+
+function transposed(data, rows, columns, channels) {
+  const out = new Uint8Array(data.length);
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < columns; x++) {
+      for (let c = 0; c < channels; c++) {
+        out[(x * rows + y) * channels + c] = data[(y * columns + x) * channels + c];
+      }
+    }
+  }
+  return out;
+}
+
+/** A square map [from, from, channels] of bytes at another side; `name` is "lanczos", "box" or "nearest". */
+export function resizeSquare(data, from, to, channels, name) {
+  if (from === to) return data;
+  if (name === "nearest") {
+    const out = new Uint8Array(to * to * channels);
+    const source = (i) => Math.floor(((i + 0.5) * from) / to);
+    for (let y = 0; y < to; y++) {
+      for (let x = 0; x < to; x++) {
+        for (let c = 0; c < channels; c++) {
+          out[(y * to + x) * channels + c] = data[(source(y) * from + source(x)) * channels + c];
+        }
+      }
+    }
+    return out;
+  }
+  const filter = FILTERS[name];
+  const wide = pass(data, from, from, to, channels, filter); // rows first, as Pillow does
+  const turned = transposed(wide, from, to, channels);
+  return transposed(pass(turned, to, from, to, channels, filter), to, to, channels);
+}
