@@ -79,7 +79,7 @@ class TestPainter:
         ("name", "content", "message"),
         [
             ("broken.png", b"\x89PNG\r\n\x1a\nnothing more", "broken.png: "),
-            ("text.jpg", b"not a picture", "text.jpg: not an image PIL can read"),
+            ("text.jpg", b"not a picture", "text.jpg: not an image of a kind that is read"),
         ],
     )
     def test_files_are_named_without_their_folder(self, painter, tmp_path, name, content, message):

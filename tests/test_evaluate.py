@@ -511,7 +511,8 @@ class TestBenchmarkErrors:
         (masks / "b.png").write_bytes(whole)
         (images / "c.png").write_bytes(b"no picture")
         self.one_line(
-            evaluate("--masks", masks, output="other"), f"{images / 'c.png'}: not an image PIL can read"
+            evaluate("--masks", masks, output="other"),
+            f"{images / 'c.png'}: not an image of a kind that is read",
         )
         Image.fromarray(pictures(1)[0]).convert("CMYK").save(images / "b.jpg")
         status, _, err = evaluate("--masks", masks, output="other")
@@ -631,7 +632,7 @@ class TestBenchmarkErrors:
     def test_a_damaged_result_is_named(self, evaluate, tmp_path):
         evaluate("--sample-only")
         (tmp_path / "out/results/c.png").write_bytes(b"no picture")
-        self.one_line(evaluate(), "results/c.png: not an image PIL can read")
+        self.one_line(evaluate(), "results/c.png: not an image of a kind that is read")
 
 
 class TestScore:

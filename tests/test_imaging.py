@@ -215,6 +215,18 @@ def png_16_bit(path):
 
 
 class TestPictures:
+    def test_no_image_starts_another_program(self, tmp_path, monkeypatch):
+        """PIL hands PostScript to Ghostscript, whatever the file is called."""
+        started = []
+        monkeypatch.setattr("subprocess.check_call", lambda *a, **_: started.append(a))
+        monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **_: started.append(a))
+        lines = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+        for read in (read_picture, read_mask):
+            (tmp_path / "photo.png").write_bytes(lines)
+            with pytest.raises(UserError, match=r"photo\.png: not an image of a kind that is read"):
+                read(tmp_path / "photo.png")
+        assert not started
+
     def test_alpha_passes_through(self, photo, tmp_path):
         alpha = np.arange(80 * 112, dtype=np.uint32).reshape(80, 112).astype(np.uint8)
         Image.fromarray(np.dstack([photo, alpha])).save(tmp_path / "a.png")

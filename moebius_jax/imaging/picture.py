@@ -15,6 +15,8 @@ from moebius_jax.files import replace_when_complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_ENDINGS = ("_mask", "-mask")  # a mask's file is named as its image's, or that and one of these
+# By content, whatever the name says: some formats PIL knows are read by starting other programs (PostScript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 KEEPS_ALPHA = (".png", ".webp", ".tif", ".tiff")
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
@@ -130,11 +132,11 @@ def require_alpha_format(path: Path) -> None:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
+        image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image PIL can read") from None
+        raise UserError(f"{path}: not an image of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's readers raise whatever their formats lead to
         raise UserError(f"{path}: unreadable image ({error})") from None
     _require_8_bit(image, str(path))
