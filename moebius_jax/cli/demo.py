@@ -41,6 +41,7 @@ def _demo(args: argparse.Namespace) -> int:
     from moebius_jax.demo.page import Address, build, launch
     from moebius_jax.demo.painter import Painter
 
+    print("loading the model …", file=sys.stderr)
     pipeline = load_pipeline(args, args.variant, or_tiny=True)
     painter = Painter(pipeline, max_megapixels=args.max_megapixels, max_results=args.max_results)
     address = Address(host=args.host, port=args.port, max_megabytes=args.max_megabytes)

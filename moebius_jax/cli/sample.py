@@ -14,6 +14,7 @@ from moebius_jax.cli.arguments import (
     require_positive,
     require_seed,
 )
+from moebius_jax.cli.durations import last_time, remember
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.inpaint.pairing import plan_tasks
@@ -147,9 +148,12 @@ def _sample(args: argparse.Namespace) -> int:
         import jax
 
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
+        print("loading the model …", file=sys.stderr)
         pipe = load_pipeline(args, args.variant, or_tiny=True)
         if args.guidance_scale is None:
             sampling = dataclasses.replace(sampling, guidance_scale=pipe.guidance_scale)
+        compiling = f"{pipe.unet.config.channels} {pipe.sampler.image_size} px, batches of {args.batch_size}"
+        print(f"compiling{last_time(compiling)}, then painting …", file=sys.stderr)
         with progress(None, desc="inpainting", total=len(todo), unit="image") as bar:
             done = inpaint_files(
                 pipe,
@@ -165,6 +169,8 @@ def _sample(args: argparse.Namespace) -> int:
             f"{done.done} result{'s' * (done.done != 1)} in {done.seconds:.1f} s "
             f"({done.done / done.seconds:.2f} images/s) after {done.compiling_seconds:.1f} s of compiling"
         )
+        if done.compiling_seconds > 1 and not args.no_compilation_cache:
+            remember(compiling, done.compiling_seconds)
         problems += done.problems
     if problems:
         print(f"{len(problems)} not done:", *problems, sep="\n  ", file=sys.stderr)

@@ -64,14 +64,18 @@ def exit_without_extra(extra: str, *modules: str) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
+def cache_folder() -> Path:
+    """Where things are kept between runs: ~/.cache/moebius-jax unless the environment says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moebius-jax"
+
+
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in ~/.cache/moebius-jax unless the environment says where."""
+    """Keeps compiled programs between runs, in `cache_folder()` unless jax's own variable says where."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(home / "moebius-jax" / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Our kernels' sharding rules depend on nothing but the package: without this their addresses, which are
     # others in every process, would make every program on several devices a new one.
