@@ -42,7 +42,7 @@ def test_outputs_agree(exported):
     assert {(d.program, d.output) for d in differences} == {
         ("encoder", "mean"),
         ("encoder", "std"),
-        ("step", "latents"),
+        ("step", "new_latents"),
         ("step", "clean"),
         ("decoder", "images"),
     }
@@ -76,8 +76,16 @@ def test_a_trajectory_of_steps_is_the_samplers(exported, pipeline):
     latents, before = table["start_alpha"] * image + table["start_sigma"] * noise, np.zeros(shape, np.float32)
     latents = latents.astype(np.float32)
     for timestep, row in zip(table["timesteps"], table["coefficients"], strict=True):
-        inputs = [latents, before, mask, masked, np.array([timestep], np.int32), np.float32(row)]
-        latents, before = stablehlo.run(folder, "step", [*inputs, np.float32([2.5])])
+        inputs = {
+            "latents": latents,
+            "before": before,
+            "mask": mask,
+            "masked_latents": masked,
+            "timestep": np.array([timestep], np.int32),
+            "coefficients": np.float32(row),
+            "guidance_scale": np.float32([2.5]),
+        }
+        latents, before = stablehlo.run(folder, "step", inputs)
     from flax import nnx
 
     expected = inpaint_latents(

@@ -88,7 +88,7 @@ export class Inpainter {
         coefficients: [Float32Array.from(table.coefficients[i]), [5]],
         guidance_scale: [Float32Array.of(guidanceScale), [1]],
       });
-      [latents, before] = [step.latents, step.clean];
+      [latents, before] = [step.new_latents, step.clean];
       onStep();
     }
     const { images } = await this.run("decoder", { latents: [latents, [1, ...shape]] });

@@ -1,5 +1,6 @@
 """A program as ONNX, through jax2onnx."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,10 @@ def write(program: Program, folder: Path, batch: int | None) -> list[Path]:
     return [file]
 
 
-def run(folder: Path, name: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+def run(folder: Path, name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Runs an exported program with onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / f"{name}{SUFFIX}", providers=["CPUExecutionProvider"])
-    fed = {wanted.name: array for wanted, array in zip(session.get_inputs(), inputs, strict=True)}
-    return session.run(None, fed)
+    # A program need not have an input it does not look at.
+    return session.run(None, {wanted.name: inputs[wanted.name] for wanted in session.get_inputs()})

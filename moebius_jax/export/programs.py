@@ -118,7 +118,7 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
                 "coefficients": ((len(COEFFICIENTS),), "float32"),
                 "guidance_scale": ((1,), "float32"),
             },
-            outputs={"latents": small, "clean": small},
+            outputs={"new_latents": small, "clean": small},
         ),
         Program(
             name="decoder",

@@ -1,5 +1,6 @@
 """A program as StableHLO, through `jax.export`: for CPUs, CUDA and TPUs alike, run by jax alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -42,13 +43,15 @@ def write(program: Program, folder: Path, batch: int | None) -> list[Path]:
     return files
 
 
-def run(folder: Path, name: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Runs an exported program, as others would: docs/export.md has these lines."""
+def run(folder: Path, name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Runs an exported program on its inputs in order, as others would: docs/export.md has these lines."""
     from safetensors.numpy import load_file
 
     weights = load_file(folder / f"{name}{WEIGHTS}")
     exported = export.deserialize((folder / f"{name}{SUFFIX}").read_bytes())
-    found = exported.call([jnp.asarray(weights[key]) for key in sorted(weights)], *map(jnp.asarray, inputs))
+    found = exported.call(
+        [jnp.asarray(weights[key]) for key in sorted(weights)], *map(jnp.asarray, inputs.values())
+    )
     return [np.asarray(array) for array in jax.tree.leaves(found)]
 
 

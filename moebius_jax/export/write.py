@@ -113,7 +113,7 @@ def _described(file: Path) -> dict[str, Any]:
 
 def _differences(kind: ModuleType, program: Program, folder: Path, batch: int) -> list[Difference]:
     inputs = _seeded(program, batch)
-    ours = jax.tree.leaves(jax.jit(program)(program.weights, *map(jnp.asarray, inputs)))
+    ours = jax.tree.leaves(jax.jit(program)(program.weights, *map(jnp.asarray, inputs.values())))
     theirs = kind.run(folder, program.name, inputs)
     found = []
     for name, a, b in zip(program.outputs, map(np.asarray, ours), theirs, strict=True):
@@ -122,7 +122,7 @@ def _differences(kind: ModuleType, program: Program, folder: Path, batch: int) -
     return found
 
 
-def _seeded(program: Program, batch: int) -> list[np.ndarray]:
+def _seeded(program: Program, batch: int) -> dict[str, np.ndarray]:
     """Inputs of the size those of pictures have."""
     rng = np.random.default_rng(0)
     special = {
@@ -132,7 +132,7 @@ def _seeded(program: Program, batch: int) -> list[np.ndarray]:
         "guidance_scale": lambda shape: np.full(shape, 2.5, np.float32),
         "images": lambda shape: rng.uniform(-1, 1, shape).astype(np.float32),
     }
-    return [
-        special.get(name, lambda shape: rng.standard_normal(shape, np.float32))(argument.shape)
+    return {
+        name: special.get(name, lambda shape: rng.standard_normal(shape, np.float32))(argument.shape)
         for name, argument in zip(program.inputs, program.arguments(batch), strict=True)
-    ]
+    }
