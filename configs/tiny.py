@@ -45,7 +45,7 @@ def get_config(stage: str = "whole") -> TrainConfig:
             newton_schulz_dtype="float32",
         ),
         batch_size=32 if is_first else 16,
-        steps=1200 if is_first else 900,
+        steps=1200 if is_first else 420,
         ema_decay=0.995,
         dtype="float32",
         vae_dtype="float32",

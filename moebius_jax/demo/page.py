@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
 from moebius_jax.errors import UserError
@@ -22,36 +21,18 @@ _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
 """
 
-
-def _photo(**options: Any) -> gr.Image:
-    """An image component that hands over the uploaded file as it is: `Painter` reads it."""
-    component = gr.Image(type="filepath", image_mode=None, **options)
-    component.preprocess = lambda payload: None if payload is None else payload.path
-    return component
+HIDDEN = gr.update(visible=False)
 
 
 def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
     """The page, not launched yet; `launch` does."""
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(
-            f"# {title}\nUpload, drop or paste a photo, paint over what should go, press **Inpaint**."
-        )
+    actions = Actions(painter)
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# {title}\nUpload, drop or paste a photo, paint over what should go: **Inpaint**.")
         with gr.Row():
             with gr.Column():
                 photo = _photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
-                editor = gr.ImageEditor(
-                    label="Paint over what should go",
-                    type="numpy",
-                    format="png",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=gr.Brush(colors=["#ff3366"], color_mode="fixed", default_size=40),
-                    eraser=gr.Eraser(default_size=40),
-                    canvas_size=(PREVIEW, PREVIEW),
-                    visible=False,
-                    elem_id="editor",
-                )
+                editor = _editor()
                 another = gr.Button("Another photo", visible=False, size="sm", elem_id="another")
                 settings = _settings(painter)
             with gr.Column():
@@ -65,51 +46,89 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
                 )
                 download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
         paths = gr.State([])
-        _wire(painter, locals())
-        return page.queue(default_concurrency_limit=1, max_size=20)
+
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        shown = [slider, gallery, download, paths, status]
+        photo.upload(actions.show, photo, [photo, editor, another], **quiet)
+        another.click(actions.clear, None, [photo, editor, another, *shown], **quiet)
+        run.click(actions.paint, [photo, editor, *settings], shown, api_name="inpaint")
+        gallery.select(actions.choose, [paths, photo], [slider, download], **quiet)
+    return page.queue(default_concurrency_limit=1, max_size=20)
+
+
+def _photo(**options: Any) -> gr.Image:
+    """An image component that hands over the uploaded file as it is: `Painter` reads it."""
+    component = gr.Image(type="filepath", image_mode=None, **options)
+    component.preprocess = lambda payload: None if payload is None else payload.path
+    return component
+
+
+def _editor() -> gr.ImageEditor:
+    return gr.ImageEditor(
+        label="Paint over what should go",
+        type="numpy",
+        format="png",
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(colors=["#ff3366"], color_mode="fixed", default_size=40),
+        eraser=gr.Eraser(default_size=40),
+        canvas_size=(PREVIEW, PREVIEW),
+        visible=False,
+        elem_id="editor",
+    )
 
 
 def _settings(painter: Painter) -> list[gr.components.Component]:
-    """Controls in the order of `Wishes`, and the uploaded mask before them."""
+    """An uploaded mask, then controls in the order of `Wishes`."""
     default = Wishes()
     with gr.Accordion("More", open=False):
-        mask = _photo(label="Mask (white = repaint), of the photo's size", sources=["upload"])
-        guidance = gr.Slider(
-            0, 10, painter.pipeline.guidance_scale, step=0.1, label="Guidance",
-            info="1 takes half the time; more steps away from the foreground branch",
-        )  # fmt: skip
-        steps = gr.Slider(1, 100, default.steps, step=1, label="Steps")
-        seed = gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
-        results = gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from")
-        dilation = gr.Slider(
-            0, 64, default.mask_dilation, step=1, label="Grow the mask (pixels)",
-            info="an object leaves a ghost where the mask stops at its edge",
-        )  # fmt: skip
-        blur = gr.Slider(0, 32, default.mask_blur, step=0.5, label="Soft edge (pixels of the model's square)")
-    return [mask, guidance, steps, seed, results, dilation, blur]
+        return [
+            _photo(label="Mask (white = repaint), of the photo's size", sources=["upload"]),
+            gr.Slider(
+                0,
+                10,
+                painter.pipeline.guidance_scale,
+                step=0.1,
+                label="Guidance",
+                info="1 takes half the time",
+            ),
+            gr.Slider(1, 100, default.steps, step=1, label="Steps"),
+            gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
+            gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from"),
+            gr.Slider(
+                0,
+                64,
+                default.mask_dilation,
+                step=1,
+                label="Grow the mask (pixels)",
+                info="an object leaves a ghost where the mask stops at its edge",
+            ),
+            gr.Slider(0, 32, default.mask_blur, step=0.5, label="Soft edge (pixels of the model's square)"),
+        ]
 
 
-def _wire(painter: Painter, parts: dict[str, Any]) -> None:
-    photo, editor, another = parts["photo"], parts["editor"], parts["another"]
-    slider, gallery, download, paths = parts["slider"], parts["gallery"], parts["download"], parts["paths"]
+class Actions:
+    """What happens on the page."""
 
-    def show(path: str | None) -> list[Any]:
+    def __init__(self, painter: Painter) -> None:
+        self._painter = painter
+
+    def show(self, path: str | None) -> list[Any]:
+        """A photo has been uploaded: it takes its place as something to paint on."""
         if path is None:
             return [gr.skip()] * 3
         with _notices():
-            preview = painter.preview(path)
-        return [gr.update(visible=False), gr.update(value=preview, visible=True), gr.update(visible=True)]
+            preview = self._painter.preview(path)
+        return [HIDDEN, gr.update(value=preview, visible=True), gr.update(visible=True)]
 
-    def clear() -> list[Any]:
-        return [
-            gr.update(value=None, visible=True),
-            gr.update(value=None, visible=False),
-            gr.update(visible=False),
-            *[gr.update(visible=False)] * 3,
-            "",
-        ]
+    def clear(self) -> list[Any]:
+        """Back to the beginning."""
+        upload, editor = gr.update(value=None, visible=True), gr.update(value=None, visible=False)
+        return [upload, editor, HIDDEN, HIDDEN, HIDDEN, HIDDEN, [], ""]
 
     def paint(
+        self,
         photo: str | None,
         editor: dict[str, Any] | None,
         mask: str | None,
@@ -134,43 +153,31 @@ def _wire(painter: Painter, parts: dict[str, Any]) -> None:
         )
         progress(0, desc="reading the photo")
         with _notices():
-            picture = painter.open(photo)
-            marked = painter.mask(picture, strokes_of((editor or {}).get("layers") or []), mask)
-        before = _before(painter, photo)
+            picture = self._painter.open(photo)
+            marked = self._painter.mask(picture, strokes_of((editor or {}).get("layers") or []), mask)
         found: list[str] = []
 
         def on_step(done: int, total: int) -> None:
-            progress(
-                (done, total), desc=f"painting result {len(found) + 1} of {wishes.results}", unit="steps"
-            )
+            which = f"painting result {len(found) + 1} of {wishes.results}"
+            progress((done, total), desc=which, unit="steps")
 
         progress(0, desc="preparing (the first picture compiles the program)")
         with _notices():
-            for path in painter.paint(picture, marked, wishes, on_step):
+            for path in self._painter.paint(picture, marked, wishes, on_step):
                 found.append(str(path))
                 yield [
-                    gr.update(value=(before, str(path)), visible=True),
+                    gr.update(value=(picture.rgb, str(path)), visible=True),
                     gr.update(value=found, visible=wishes.results > 1),
                     gr.update(value=str(path), visible=True),
                     found,
                     f"{len(found)} of {wishes.results} · seed {wishes.seed + len(found) - 1}",
                 ]
 
-    def choose(paths: list[str], photo: str, event: gr.SelectData) -> list[Any]:
+    def choose(self, paths: list[str], photo: str, event: gr.SelectData) -> list[Any]:
+        """One of several results: to compare and to download."""
         chosen = paths[event.index]
-        return [gr.update(value=(_before(painter, photo), chosen)), gr.update(value=chosen)]
-
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    photo.upload(show, photo, [photo, editor, another], **quiet)
-    outputs = [slider, gallery, download, paths, parts["status"]]
-    another.click(clear, None, [photo, editor, another, slider, gallery, download, parts["status"]], **quiet)
-    inputs = [photo, editor, *parts["settings"]]
-    parts["run"].click(paint, inputs, outputs, api_name="inpaint")
-    gallery.select(choose, [paths, photo], [slider, download], **quiet)
-
-
-def _before(painter: Painter, photo: str) -> np.ndarray:
-    return painter.open(photo).rgb
+        before = self._painter.open(photo).rgb
+        return [gr.update(value=(before, chosen)), gr.update(value=chosen)]
 
 
 @contextlib.contextmanager
