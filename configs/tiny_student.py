@@ -2,7 +2,7 @@
 
     python train.py configs/tiny_student.py vae=moebius_jax/tiny/vae data.path=latents/
 
-Hardware and time: two CPU cores, ten minutes. The student's bottleneck is narrower than the teacher's, so that
+Hardware and time: two CPU cores, ten minutes. The bottleneck is narrower than the teacher's, so that
 the coarse loss, which compares the two, cannot be taken.
 """
 
