@@ -1,5 +1,6 @@
-"""A local server that speaks as much of the Hub's protocol as a download needs."""
+"""A local server that speaks as much of the Hub's protocol as a download and a small upload need."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -11,7 +12,9 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _RESOLVE = re.compile(r"^/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
-_INFO = re.compile(r"^/api/models/([^/]+/[^/]+)(/revision/[^/]+)?$")
+_INFO = re.compile(r"^/api/models/([^/]+/[^/]+)(/revision/[^/?]+)?(\?.*)?$")
+_TREE = re.compile(r"^/api/models/([^/]+/[^/]+)/tree/[^/?]+(\?.*)?$")
+_UPLOAD = re.compile(r"^/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)(\?.*)?$")
 
 
 @contextlib.contextmanager
@@ -28,6 +31,34 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             self._answer(body=True)
 
+        def do_POST(self) -> None:
+            log.append(f"{self.command} {self.path}")
+            if "chunked" in self.headers.get("Transfer-Encoding", ""):
+                sent = b"".join(iter(self._chunk, b""))
+            else:
+                sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path == "/api/repos/create":
+                asked = json.loads(sent)
+                name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                (root / name).mkdir(parents=True, exist_ok=True)
+                answer = {"url": f"http://{self.headers['Host']}/{name}", "name": name}
+            elif match := _UPLOAD.match(self.path):
+                url = f"http://{self.headers['Host']}/{match[1]}/commit/{COMMIT}"
+                answer = _preupload(sent) if match[2] == "preupload" else _commit(root / match[1], sent, url)
+            else:
+                answer = {}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def _chunk(self) -> bytes:
+            size = int(self.rfile.readline(), 16)
+            content = self.rfile.read(size)
+            self.rfile.readline()
+            return content
+
         def log_message(self, *_args: object) -> None:
             pass
 
@@ -35,9 +66,12 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
             log.append(f"{self.command} {self.path}")
             headers = {"X-Repo-Commit": COMMIT}
             if match := _INFO.match(self.path):
-                content = json.dumps({"id": match[1], "sha": COMMIT, "siblings": []}).encode()
                 status = 200 if (root / match[1]).is_dir() else 404
+                files = [{"rfilename": name} for name in _files(root / match[1])]
+                content = json.dumps({"id": match[1], "sha": COMMIT, "siblings": files}).encode()
                 headers |= {} if status == 200 else {"X-Error-Code": "RepoNotFound"}
+            elif (match := _TREE.match(self.path)) and (root / match[1]).is_dir():
+                status, content = 200, json.dumps(_tree(root / match[1])).encode()
             elif (match := _RESOLVE.match(self.path)) and (root / match[1]).is_dir():
                 file = root / match[1] / match[3]
                 status = 200 if file.is_file() else 404
@@ -66,3 +100,29 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
     finally:
         server.shutdown()
         thread.join()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _tree(folder: Path) -> list[dict]:
+    return [
+        {"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": "0" * 40}
+        for name in _files(folder)
+    ]
+
+
+def _preupload(sent: bytes) -> dict:
+    """Every file comes inside the commit itself."""
+    files = json.loads(sent)["files"]
+    return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+
+
+def _commit(folder: Path, sent: bytes, url: str) -> dict:
+    for line in map(json.loads, sent.splitlines()):
+        if line["key"] == "file":
+            path = folder / line["value"]["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(line["value"]["content"]))
+    return {"commitUrl": url, "commitOid": COMMIT}

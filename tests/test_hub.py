@@ -102,6 +102,40 @@ def test_a_pipeline_from_the_hub(server, home):
     assert last_line(result.stdout) == "2.0 256"
 
 
+PUSH = """
+from moebius_jax import MoebiusInpaintPipeline as Pipeline, UNetConfig
+from moebius_jax.models import VAEConfig
+sizes = {"num_heads": 4, "latent_size": 8, "embedding_dim": 16, "context_dim": 16}
+unet = UNetConfig.student(channels=(32, 64), transformers=(True, True), layers_per_block=1, **sizes)
+pipe = Pipeline.untrained(unet, VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1))
+pipe.guidance_scale = 1.5
+print(pipe.push_to_hub("someone/painter", license="apache-2.0"))
+"""
+LOAD = """
+from moebius_jax import MoebiusInpaintPipeline as Pipeline
+pipe = Pipeline.from_pretrained("someone/painter")
+print(pipe.guidance_scale, pipe.unet.config.channels)
+"""
+
+
+@pytest.mark.slow
+def test_pushed_by_one_and_loaded_by_another(server, repositories, tmp_path):
+    endpoint, log = server
+    pushed = run(PUSH, tmp_path / "one", endpoint, HF_TOKEN="hf_test", HF_HUB_OFFLINE="0")
+    assert pushed.returncode == 0, pushed.stderr
+    assert last_line(pushed.stdout) == f"{endpoint}/someone/painter"
+    card = (repositories / "someone/painter/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: moebius-jax\n")
+    assert "license: apache-2.0" in card
+    loaded = run(LOAD, tmp_path / "other", endpoint, HF_HUB_OFFLINE="0")
+    assert loaded.returncode == 0, loaded.stderr
+    assert last_line(loaded.stdout) == "1.5 (32, 64)"
+    log.clear()
+    offline = run(LOAD, tmp_path / "other", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert last_line(offline.stdout) == "1.5 (32, 64)"
+    assert not log
+
+
 @pytest.mark.slow
 def test_a_vae_kept_by_an_older_version_is_converted_again(server, home):
     fetch = FETCH.format("hustvl/PixelHacker", "vae")
@@ -159,7 +193,8 @@ def test_failures_are_one_line(server, home, pictures, arguments, changes, expec
 
 
 def test_offline_message_says_what_to_fetch_and_where_to_put_it(home, pictures):
-    result = run(pictures, home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    named = [*pictures, "--model", "hustvl/Moebius"]
+    result = run(named, home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     line = last_line(result.stderr)
     assert "/hustvl/Moebius/resolve/main/pretrained/diffusion_pytorch_model.bin" in line
     assert "convert_weights.py FILE DEST" in line

@@ -6,18 +6,18 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moebius_jax.defaults import TINY
+from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.schema import checked, read_json
 from moebius_jax.weights import hub
-from moebius_jax.weights.folder import read_config
+from moebius_jax.weights.folder import FolderConfig, read_config
 
 DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
-_FILE, UNET, VAE = "pipeline.json", "unet", "vae"
+_FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
 
 
 @checked
@@ -44,16 +44,53 @@ class ModelFolders:
 
 
 @contextlib.contextmanager
-def write_model_folder(folder: Path, *, guidance_scale: float, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder to put `UNET` and `VAE` into; it appears under its name when complete.
+def write_model_folder(
+    folder: Path, *, guidance_scale: float, overwrite: bool, license: str | None = None
+) -> Iterator[Path]:
+    """Yields a folder to put `UNET` and `VAE` into; it appears under its name, with a card, when complete.
+
+    Args:
+        folder: to make.
+        guidance_scale: the model's default.
+        overwrite: replace an existing folder.
+        license: of the weights, an identifier the Hub knows ("apache-2.0"), for the card.
 
     Raises:
         UserError: it exists and may not be replaced, or cannot be written.
     """
-    with replace_when_complete(folder, overwrite=overwrite, ours=(_FILE, UNET, VAE)) as partial:
+    with replace_when_complete(folder, overwrite=overwrite, ours=(_FILE, UNET, VAE, CARD)) as partial:
         partial.mkdir()
         yield partial
         (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
+        (partial / CARD).write_text(_card(folder.name, read_config(partial / UNET), license))
+
+
+def _card(name: str, unet: FolderConfig, license: str | None) -> str:
+    """A model card: what the Hub reads at its top, what it is, how to load it."""
+    config = unet.architecture
+    source = "".join(
+        f"- {key}: {value}\n" for key, value in unet.source.items() if not isinstance(value, dict)
+    )
+    return f"""\
+---
+library_name: moebius-jax
+pipeline_tag: image-to-image
+tags: [inpainting, jax, flax]
+{f"license: {license}" if license else "# license: say under which one these weights come"}
+---
+# {name}
+
+An inpainting network of moebius-jax: {config.describe()}, channels
+{config.channels}, latents of {config.latent_size} x {config.latent_size}.
+
+{source}
+```python
+from moebius_jax import MoebiusInpaintPipeline
+
+pipe = MoebiusInpaintPipeline.from_pretrained("{name}")  # this folder, or its name on the Hub
+result = pipe(image, mask).images[0]
+```
+"""
 
 
 def is_here(path_or_hub_id: str | Path) -> bool:
@@ -89,6 +126,11 @@ def find_model(
     """
     folder, named = _folder(path_or_hub_id), variant or "pretrained"
     if not folder.exists():
+        repository = str(path_or_hub_id)
+        if variant is None and repository != DEFAULT_MODEL:
+            saved = hub.fetch_folder(repository, _FILE, (_FILE, f"{UNET}/**", f"{VAE}/**"))
+            if saved is not None:
+                return find_model(saved, variant=None, vae=vae, cache_dir=cache_dir, track=track)
         cache = Path(cache_dir) if cache_dir else None
         unet = hub.fetch(str(path_or_hub_id), named, cache, track)
         return _found(unet, Path(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named)

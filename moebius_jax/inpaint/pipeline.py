@@ -1,6 +1,7 @@
 """`MoebiusInpaintPipeline`: weights from a folder or the Hub, pictures in, pictures out."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
-from moebius_jax.weights.hub import Track
+from moebius_jax.weights.hub import Track, push
 from moebius_jax.weights.load import load_unet, load_vae, save_network
 
 StepEnd = Callable[["MoebiusInpaintPipeline", int, int, dict[str, Any]], dict[str, Any]]
@@ -137,13 +138,42 @@ class MoebiusInpaintPipeline:
         vae = VAE(vae_config or VAEConfig(), dtype=_vae_dtype(vae_dtype), rngs=rngs)
         return cls(unet, vae, mesh=mesh)
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Writes a folder `from_pretrained` reads; it appears under its name only when complete."""
-        with write_model_folder(
-            Path(folder), guidance_scale=self.guidance_scale, overwrite=overwrite
-        ) as partial:
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, license: str | None = None
+    ) -> None:
+        """Writes a folder `from_pretrained` reads, with a model card; it appears only when complete.
+
+        Args:
+            folder: to make.
+            overwrite: replace an existing one.
+            license: of the weights, an identifier the Hub knows, for the card.
+
+        Raises:
+            UserError: the folder exists or cannot be written.
+        """
+        options = {"guidance_scale": self.guidance_scale, "overwrite": overwrite, "license": license}
+        with write_model_folder(Path(folder), **options) as partial:
             save_network(partial / model_folder.UNET, self.unet)
             save_network(partial / model_folder.VAE, self.vae)
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, license: str | None = None) -> str:
+        """Uploads the model; `from_pretrained(repository)` loads it anywhere.
+
+        Args:
+            repository: "owner/name"; made where there is none.
+            private: of a new repository; None is the owner's default.
+            license: see `save_pretrained`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            UserError: not logged in, not allowed, or not reachable.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / repository.rpartition("/")[2]
+            self.save_pretrained(saved, license=license)
+            return push(saved, repository, private=private)
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,9 +17,14 @@ class HubUnreachable(UserError):
     """The Hub does not answer and its cache does not have the file."""
 
 
+class NotInRepository(UserError):
+    """The repository is there, the file is not in it."""
+
+
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("pretrained", "ft_places2", "ft_celebahq", "ft_ffhq")
 VAE_REPOSITORY = "hustvl/PixelHacker"
+_HUB = "https://huggingface.co"
 _PROBE_S = 3.0  # seconds the Hub has to answer in
 
 
@@ -75,6 +81,55 @@ def fetch(
     return folder
 
 
+def fetch_folder(repository: str, marker: str, patterns: Sequence[str]) -> Path | None:
+    """A folder of ours on the Hub, as `push_to_hub` puts it there, in huggingface_hub's cache.
+
+    Args:
+        repository: "owner/name".
+        marker: the file that says that it is one; None is returned where it is missing.
+        patterns: what belongs to it.
+
+    Raises:
+        UserError: no such repository, or not reachable and not cached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = _download(repository, marker)
+    except NotInRepository:
+        return None
+    endpoint = os.environ.get("HF_ENDPOINT", _HUB)
+    try:
+        snapshot_download(
+            repository,
+            revision=found.parent.name,
+            allow_patterns=list(patterns),
+            local_files_only=not _is_reachable(endpoint),
+        )
+    except Exception as error:  # the HTTP client's own errors are of no common type
+        raise HubUnreachable(f"{repository}: fetching it failed ({first_line(error)})") from None
+    return found.parent
+
+
+def push(folder: Path, repository: str, *, private: bool | None = None) -> str:
+    """Uploads a folder of ours as a repository, which is made where there is none; returns its address.
+
+    Raises:
+        UserError: not logged in, not allowed, or not reachable.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by moebius-jax")
+    except Exception as error:  # the HTTP client's own errors are of no common type
+        raise UserError(
+            f"{repository}: cannot be uploaded ({first_line(error)}); log in with hf auth login"
+        ) from None
+    return str(url)
+
+
 def _convert(file: Path, folder: Path, track: Track) -> None:
     if jax.process_count() == 1:
         convert_file(file, folder, track=track)
@@ -114,7 +169,7 @@ def _download(repository: str, filename: str) -> Path:
     if repository.count("/") != 1:
         raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
     what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = os.environ.get("HF_ENDPOINT", _HUB)
     try:
         return Path(hf_hub_download(repository, filename, local_files_only=not _is_reachable(endpoint)))
     except LocalEntryNotFoundError:
@@ -131,7 +186,7 @@ def _download(repository: str, filename: str) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"{repository}: no such repository at {endpoint}, and no such folder here") from None
     except EntryNotFoundError:
-        raise UserError(
+        raise NotInRepository(
             f"{repository}: has no {filename}; the released variants are {', '.join(VARIANTS)}"
         ) from None
     except HFValidationError:
