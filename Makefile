@@ -27,8 +27,8 @@ $(VENV)/.serves: $(VENV)/.runs
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
-demo: $(VENV)/.serves  ## serve a page to paint on, on this machine: http://127.0.0.1:7860
-	$(BIN)/python demo.py
+demo: $(VENV)/.serves  ## serve a page to paint on (with tiny), on this machine: http://127.0.0.1:7860
+	$(BIN)/python demo.py --model tiny
 
 $(VENV)/.exports: $(VENV)/.runs
 	$(BIN)/python -m pip install --quiet --editable ".[export]"

@@ -309,3 +309,17 @@ class TestPairing:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(UserError, match="no such image"):
             plan_tasks(tmp_path / "x", tmp_path, tmp_path, seed=0, num_samples=1)
+
+
+@pytest.mark.parametrize("program", ["sample", "convert", "demo", "export"])
+def test_help_does_not_wait_for_jax(program):
+    code = f"""
+import sys
+from moebius_jax.cli.{program} import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+assert "jax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

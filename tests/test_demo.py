@@ -1,5 +1,6 @@
 """The page: what it does with files and strokes, its API, and a visitor with a real browser."""
 
+import io
 import json
 import shutil
 import time
@@ -63,17 +64,20 @@ class TestPainter:
         picture = painter.open(tmp_path / "alpha.png")
         mask = painter.mask(picture, strokes(150, 200), None)
         seen = []
-        wishes = Wishes(steps=2, results=2, mask_blur=0)
-        paths = list(painter.paint(picture, mask, wishes, lambda *step: seen.append(step)))
-        results = [np.asarray(Image.open(path)) for path in paths]
+        wishes = Wishes(steps=3, results=2, mask_blur=0)
+        painted = painter.paint(picture, mask, wishes, lambda *step: seen.append(step))
+        results, paths = [], []
+        for path in painted:
+            paths.append(path)
+            results.append(np.asarray(Image.open(path)))
         assert [path.name for path in paths] == ["alpha_0.png", "alpha_1.png"]
+        assert not [path for path in paths if path.parent.exists()]  # nothing is left behind
         for result in results:
             np.testing.assert_array_equal(result[..., 3], alpha)
             np.testing.assert_array_equal(result[mask == 0][:, :3], photo[mask == 0])
             assert (result[mask > 0][:, :3] != photo[mask > 0]).any()
         assert (results[0] != results[1]).any()
-        assert seen
-        assert seen[-1][1] == 2
+        assert seen == [(1, 2), (2, 2)] * 2  # strength 0.99 leaves one step out
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -91,21 +95,35 @@ class TestPainter:
 
     def test_limits(self, painter, file, tmp_path):
         Image.new("L", (4000, 2000)).save(tmp_path / "wide.png")
-        with pytest.raises(UserError, match=r"wide.png: 4000 x 2000 pixels are 8 megapixels; .* takes 7"):
+        Image.new("L", (20, 10)).save(tmp_path / "small.png")
+        with pytest.raises(UserError, match=r"wide\.png: 4000 x 2000 pixels are 8 megapixels; .* at most 7"):
             painter.open(tmp_path / "wide.png")
         picture = painter.open(file)
         with pytest.raises(UserError, match="nothing is marked"):
             painter.mask(picture, np.zeros((15, 20), bool), None)
-        with pytest.raises(UserError, match=r"mask is 4000 x 2000 pixels and photo\.png is 200 x 150"):
-            painter.mask(picture, None, tmp_path / "wide.png")
+        with pytest.raises(UserError, match=r"mask is 20 x 10 pixels and photo\.png is 200 x 150"):
+            painter.mask(picture, None, tmp_path / "small.png")
         with pytest.raises(UserError, match="results is 3; expected 1 to 2"):
             next(painter.paint(picture, np.full((150, 200), 255, np.uint8), Wishes(results=3)))
 
     def test_layers(self):
+        def file(array, format="PNG"):
+            out = io.BytesIO()
+            Image.fromarray(array).save(out, format)
+            return out.getvalue()
+
         assert strokes_of([]) is None
-        layers = [np.zeros((2, 2, 4), np.uint8) for _ in range(2)]
-        layers[0][0, 0, 3] = layers[1][1, 1, 3] = 255
-        np.testing.assert_array_equal(strokes_of(layers), np.eye(2, dtype=bool))
+        layers = np.zeros((2, 2, 2, 4), np.uint8)
+        layers[0, 0, 0, 3] = layers[1, 1, 1, 3] = 255
+        np.testing.assert_array_equal(strokes_of(list(map(file, layers))), np.eye(2, dtype=bool))
+        for wrong in (
+            [b"%!PS-Adobe-3.0 EPSF-3.0"],
+            [file(layers[0]), file(np.zeros((3, 2, 4), np.uint8))],
+            [file(np.zeros((1, PREVIEW + 1, 4), np.uint8))],
+            [file(layers[0])] * 9,
+        ):
+            with pytest.raises(UserError, match="strokes: "):
+                strokes_of(wrong)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +143,7 @@ def test_programs_can_use_it(address, file, photo, tmp_path):
     client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
     handle = gradio_client.handle_file
     arguments = {"photo": handle(file), "editor": None, "steps": 2, "mask_blur": 0, "api_name": "/inpaint"}
-    *_, path, _ = client.predict(mask=handle(tmp_path / "mask.png"), **arguments)[:4]
+    _, _, path, _ = client.predict(mask=handle(tmp_path / "mask.png"), **arguments)
     result = np.asarray(Image.open(path["value"] if isinstance(path, dict) else path))
     np.testing.assert_array_equal(result[mask == 0], photo[mask == 0])
     with pytest.raises(Exception, match="nothing is marked"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY_UNET, TINY_VAE
 
-from moebius_jax import MoebiusInpaintPipeline
+from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.cli.export import main
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.diffusion.draws import draw_noise
@@ -118,8 +118,10 @@ assert images.shape == (2, 64, 64, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("float16", 2e-2)])
-def test_onnx(pipeline, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "guided", "tolerance"), [("float32", True, TOLERANCE), ("float16", False, 2e-2)]
+)
+def test_onnx(pipeline, tmp_path, dtype, guided, tolerance):
     pytest.importorskip("jax2onnx")
     pytest.importorskip("onnxruntime")
     half = MoebiusInpaintPipeline.untrained(
@@ -129,12 +131,20 @@ def test_onnx(pipeline, tmp_path, dtype, tolerance):
         vae_dtype=dtype,
         mesh=make_mesh(jax.devices()[:1]),
     )
-    differences = export_model(half, tmp_path / "onnx", ExportOptions(format="onnx", guided=False))
+    differences = export_model(half, tmp_path / "onnx", ExportOptions(format="onnx", guided=guided))
     assert max(d.relative for d in differences) < tolerance
     manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
     assert manifest["opset"] == 21
     assert manifest["batch"] == 1
-    assert manifest["guided"] is False
+    assert manifest["guided"] is guided
+
+
+def test_a_program_that_computes_something_else_is_not_written(pipeline, tmp_path, monkeypatch):
+    run = stablehlo.run
+    monkeypatch.setattr(stablehlo, "run", lambda *a: [1.01 * array for array in run(*a)])
+    with pytest.raises(UserError, match="encoder: mean differs by .* nothing was written"):
+        export_model(pipeline, tmp_path / "out", ExportOptions())
+    assert not list(tmp_path.iterdir())
 
 
 class TestCommand:

@@ -79,7 +79,7 @@ def test_windows_are_pythons(javascript):
     hole = specks()
     ours = javascript(
         "const all = windows.planWindows(Uint8Array.from(given.hole), 90, 140, 32);"
-        "give(all.map(({ top, left, side, hole }) => [top, left, side, [...hole]]));",
+        "give(all.map((w) => [w.top, w.left, w.side, [...w.labels].map((l) => Number(w.members.has(l)))]));",
         hole=hole.ravel().astype(int).tolist(),
     )
     theirs = plan_windows(hole, 32)
@@ -88,6 +88,38 @@ def test_windows_are_pythons(javascript):
     for (*_, mine), window in zip(ours, theirs, strict=True):
         expected = np.isin(window.labels, window.regions)
         np.testing.assert_array_equal(np.reshape(mine, hole.shape), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 50), (50, 20), (1, 40)])
+def test_a_window_beyond_the_image_is_mirrored(javascript, height, width):
+    """Cut as Python cuts, mirror, box and all, where the window is larger than the image's shorter side."""
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (height, width, 3), np.uint8)
+    hole = np.zeros((height, width), bool)
+    (hole if width > height else hole.T)[min(height, width) // 2, 2:-2] = True
+    size = 16
+    windows = plan_windows(hole, size, None)
+    window = max(windows, key=lambda w: w.side)
+    assert window.side > min(height, width)
+    image, square = crop.cut(rgb, hole, window, size)
+    ours = javascript(
+        "const all = windows.planWindows(Uint8Array.from(given.hole), given.height, given.width, given.size);"
+        "const w = all[given.number];"
+        "const cut = (data, c) => windows.extract(Uint8Array.from(data), given.height, given.width, c, w);"
+        'const image = resize.resizeSquare(cut(given.rgb, 3), w.side, given.size, 3, "lanczos");'
+        "const grey = cut(given.hole, 1).map((inside) => inside * 255);"
+        'const name = w.side > given.size ? "box" : "nearest";'
+        "const mask = resize.resizeSquare(grey, w.side, given.size, 1, name);"
+        "give([[...image], [...mask].map((level) => level > 0)]);",
+        hole=hole.ravel().astype(int).tolist(),
+        rgb=rgb.ravel().tolist(),
+        height=height,
+        width=width,
+        size=size,
+        number=windows.index(window),
+    )
+    np.testing.assert_array_equal(np.reshape(ours[0], image.shape), image)
+    np.testing.assert_array_equal(np.reshape(ours[1], square.shape), square)
 
 
 @pytest.mark.parametrize("blur", [0, 4])

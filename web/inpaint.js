@@ -92,6 +92,7 @@ export class Inpainter {
       onStep();
     }
     const { images } = await this.run("decoder", { latents: [latents, [1, ...shape]] });
+    if (!images.every(Number.isFinite)) throw new Error("the network produced NaN or infinite numbers");
     return Uint8Array.from(images, (value) => Math.round(Math.min(Math.max(value / 2 + 0.5, 0), 1) * 255));
   }
 

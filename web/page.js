@@ -10,7 +10,7 @@ const MEGAPIXELS = 24; // a canvas of a phone holds hardly more
 const element = (id) => document.getElementById(id);
 const photo = element("photo").getContext("2d", { willReadFrequently: true });
 const strokes = element("strokes").getContext("2d", { willReadFrequently: true });
-const state = { inpainter: null, original: null, result: null, history: [], alpha: null };
+const state = { inpainter: null, original: null, result: null, paths: [], isBusy: false };
 
 function say(text, isError = false) {
   element("status").textContent = text;
@@ -27,13 +27,15 @@ const ready = Inpainter.load(ort, "model", (done, total) => say(`Loading the net
 
 const percent = (done, total) => `${Math.round((100 * done) / total)} %`;
 
-function enable(isBusy = false) {
+function enable(isBusy = state.isBusy) {
+  state.isBusy = isBusy;
   element("run").disabled = isBusy || !state.inpainter || !state.original;
   element("before").disabled = isBusy || !state.result;
+  element("file").disabled = isBusy;
 }
 
 async function open(file) {
-  if (!file) return;
+  if (!file || state.isBusy) return;
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
@@ -48,27 +50,37 @@ async function open(file) {
   }
   for (const { canvas } of [photo, strokes]) Object.assign(canvas, { width, height });
   photo.drawImage(bitmap, 0, 0);
-  Object.assign(state, { original: photo.getImageData(0, 0, width, height), result: null, history: [] });
+  Object.assign(state, { original: photo.getImageData(0, 0, width, height), result: null, paths: [] });
   state.name = (file.name || "photo").replace(/\.[^.]*$/, "");
   element("download").hidden = true;
   say(state.inpainter ? `${width} x ${height} pixels. Paint over what should go.` : "Loading the network …");
   enable();
 }
 
+/** Strokes are kept as paths, so that one can be taken back. */
+function draw({ width, points }) {
+  Object.assign(strokes, { lineCap: "round", lineJoin: "round", strokeStyle: "#ff3366", lineWidth: width });
+  strokes.beginPath();
+  strokes.moveTo(...points[0]);
+  for (const point of points) strokes.lineTo(...point);
+  strokes.stroke();
+}
+
+function redraw() {
+  strokes.clearRect(0, 0, strokes.canvas.width, strokes.canvas.height);
+  state.paths.forEach(draw);
+}
+
 function paintFrom(event) {
-  if (!state.original) return;
+  if (!state.original || state.isBusy) return;
   const canvas = strokes.canvas;
   const scale = canvas.width / canvas.getBoundingClientRect().width;
   const at = ({ offsetX, offsetY }) => [offsetX * scale, offsetY * scale];
-  state.history.push(strokes.getImageData(0, 0, canvas.width, canvas.height));
-  if (state.history.length > 10) state.history.shift();
-  Object.assign(strokes, { lineCap: "round", lineJoin: "round", strokeStyle: "#ff3366" });
-  strokes.lineWidth = element("brush").value * scale;
-  strokes.beginPath();
-  strokes.moveTo(...at(event));
+  const path = { width: element("brush").value * scale, points: [at(event)] };
+  state.paths.push(path);
   const move = (next) => {
-    strokes.lineTo(...at(next));
-    strokes.stroke();
+    path.points.push(at(next));
+    draw(path);
   };
   move(event);
   canvas.setPointerCapture(event.pointerId);
@@ -91,7 +103,7 @@ async function run() {
   bar.value = 0;
   const started = performance.now();
   try {
-    state.result = await inpaintPixels(state.original, hole, {
+    state.result = await inpaintPixels(state.result ?? state.original, hole, {
       seed: Number(element("seed").value),
       solver,
       steps: Number(steps),
@@ -101,14 +113,15 @@ async function run() {
       },
     });
     photo.putImageData(state.result, 0, 0);
-    strokes.clearRect(0, 0, width, height);
+    state.paths = [];
+    redraw();
     await offer();
     say(`Done in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
   } catch (error) {
     say(`That failed: ${error.message}`, true);
   } finally {
     bar.hidden = true;
-    enable();
+    enable(false);
   }
 }
 
@@ -132,8 +145,14 @@ async function offer() {
 
 element("file").onchange = (event) => open(event.target.files[0]);
 element("run").onclick = run;
-element("undo").onclick = () => state.history.length && strokes.putImageData(state.history.pop(), 0, 0);
-element("clear").onclick = () => strokes.clearRect(0, 0, strokes.canvas.width, strokes.canvas.height);
+element("undo").onclick = () => {
+  state.paths.pop();
+  redraw();
+};
+element("clear").onclick = () => {
+  state.paths = [];
+  redraw();
+};
 element("strokes").onpointerdown = paintFrom;
 element("before").onpointerdown = () => photo.putImageData(state.original, 0, 0);
 element("before").onpointerup = element("before").onpointerleave = () =>

@@ -4,13 +4,13 @@ import { resizeSquare } from "./resize.js";
 
 /** Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square. */
 export function paste(rgb, height, width, result, size, window, blur) {
-  const { top, left, side } = window;
+  const { top, left, side, labels, members } = window;
   const rows = [Math.max(top, 0), Math.min(top + side, height)];
   const columns = [Math.max(left, 0), Math.min(left + side, width)];
   const [h, w] = [rows[1] - rows[0], columns[1] - columns[0]];
   const hole = new Uint8Array(h * w);
   for (let y = 0; y < h; y++) {
-    for (let x = 0; x < w; x++) hole[y * w + x] = window.hole[(y + rows[0]) * width + x + columns[0]];
+    for (let x = 0; x < w; x++) hole[y * w + x] = members.has(labels[(y + rows[0]) * width + x + columns[0]]);
   }
   const filled = resizeSquare(result, size, side, 3, "lanczos");
   const fade = Math.min(blur * Math.max(1, side / size), room(hole, h, w, window, height, width) + 1);

@@ -2,7 +2,7 @@
 
 const MERGE_GROWTH = 1.25;
 
-/** Windows that together cover `hole` ([height, width] of 0 and 1): {top, left, side, hole} each. */
+/** Windows that together cover `hole` ([height, width] of 0 and 1): {top, left, side, labels, members} each. */
 export function planWindows(hole, height, width, modelSize) {
   const least = Math.min(modelSize, height, width);
   const most = Math.max(height, width);
@@ -29,13 +29,8 @@ export function planWindows(hole, height, width, modelSize) {
   groups.sort((a, b) => compare([...a.box, ...a.members], [...b.box, ...b.members]));
   return groups.map(({ box, members }) => {
     const s = side(box);
-    const mine = new Set(members);
-    return {
-      top: place(box[0], box[2], s, height),
-      left: place(box[1], box[3], s, width),
-      side: s,
-      hole: Uint8Array.from(labels, (label) => (mine.has(label) ? 1 : 0)),
-    };
+    const [top, left] = [place(box[0], box[2], s, height), place(box[1], box[3], s, width)];
+    return { top, left, side: s, labels, members: new Set(members) };
   });
 }
 

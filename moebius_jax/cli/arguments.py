@@ -99,12 +99,11 @@ def load_pipeline(
         return MoebiusInpaintPipeline.from_pretrained(
             model, variant=variant, vae=args.vae, track=progress, **dtypes
         )
-    except HubUnreachable:
+    except HubUnreachable as error:
         if args.model or args.variant or args.vae or not or_tiny:
             raise
         print(
-            f"{model} cannot be had here: painting with {TINY}, the small network that comes along. --model "
-            "names another",
+            f"painting with {TINY}, the small network that comes along; --model names another ({error})",
             file=sys.stderr,
         )
         return MoebiusInpaintPipeline.from_pretrained(TINY, **dtypes)

@@ -6,7 +6,9 @@ import sys
 from moebius_jax.cli.arguments import add_model_arguments, load_pipeline, require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, require_extra, run
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
+from moebius_jax.errors import UserError
 
+MAX_PORT = 65535
 _DESCRIPTION = f"""\
 Serves a page: upload a photo, paint over what should go, look at the results.
 
@@ -35,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    require_positive(args, "port", "max_megapixels", "max_megabytes", "max_results")
+    require_positive(args, "port", "max_results")
+    if (args.port or 1) > MAX_PORT:
+        raise UserError(f"--port is {args.port}; expected at most {MAX_PORT}")
+    for name in ("max_megapixels", "max_megabytes"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a number above 0")
     require_extra("demo", "gradio")
     enable_compilation_cache()
     from moebius_jax.demo.page import Address, build, launch

@@ -6,9 +6,11 @@ It listens to nobody but this machine unless told otherwise, and loads nothing f
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
 from moebius_jax.errors import UserError
@@ -45,14 +47,13 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
                     label="Results", format="png", columns=4, height=180, visible=False, elem_id="gallery"
                 )
                 download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
-        paths = gr.State([])
-
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = [slider, gallery, download, paths, status]
+        shown = [slider, gallery, download, status]
         photo.upload(actions.show, photo, [photo, editor, another], **quiet)
-        another.click(actions.clear, None, [photo, editor, another, *shown], **quiet)
-        run.click(actions.paint, [photo, editor, *settings], shown, api_name="inpaint")
-        gallery.select(actions.choose, [paths, photo], [slider, download], **quiet)
+        painting = run.click(actions.paint, [photo, editor, *settings], shown, api_name="inpaint")
+        everything = [photo, editor, another, settings[0], *shown]
+        another.click(actions.clear, None, everything, cancels=[painting], **quiet)
+        gallery.select(actions.choose, photo, [slider, download], **quiet)
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
@@ -64,7 +65,8 @@ def _photo(**options: Any) -> gr.Image:
 
 
 def _editor() -> gr.ImageEditor:
-    return gr.ImageEditor(
+    """What is painted on; it hands over its layers as files, unread."""
+    component = gr.ImageEditor(
         label="Paint over what should go",
         type="numpy",
         format="png",
@@ -77,6 +79,16 @@ def _editor() -> gr.ImageEditor:
         visible=False,
         elem_id="editor",
     )
+
+    def layers(payload: Any) -> list[bytes]:
+        found = payload
+        if payload is not None and payload.id is not None:  # sent beforehand, piece by piece
+            found = component.blob_storage.pop(payload.id, None)
+        kept = [layer for layer in (found.layers if found else None) or [] if layer is not None]
+        return [layer if isinstance(layer, bytes) else Path(layer.path).read_bytes() for layer in kept]
+
+    component.preprocess = layers
+    return component
 
 
 def _settings(painter: Painter) -> list[gr.components.Component]:
@@ -93,7 +105,7 @@ def _settings(painter: Painter) -> list[gr.components.Component]:
                 label="Guidance",
                 info="1 takes half the time",
             ),
-            gr.Slider(1, 100, default.steps, step=1, label="Steps"),
+            gr.Slider(2, 100, default.steps, step=1, label="Steps"),
             gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
             gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from"),
             gr.Slider(
@@ -125,12 +137,12 @@ class Actions:
     def clear(self) -> list[Any]:
         """Back to the beginning."""
         upload, editor = gr.update(value=None, visible=True), gr.update(value=None, visible=False)
-        return [upload, editor, HIDDEN, HIDDEN, HIDDEN, HIDDEN, [], ""]
+        return [upload, editor, HIDDEN, gr.update(value=None), HIDDEN, HIDDEN, HIDDEN, ""]
 
     def paint(
         self,
         photo: str | None,
-        editor: dict[str, Any] | None,
+        editor: list[bytes] | None,
         mask: str | None,
         guidance_scale: float,
         steps: int,
@@ -142,7 +154,9 @@ class Actions:
     ) -> Iterator[list[Any]]:
         """Inpaints `photo` where the editor's layers or `mask` are white; yields the results so far."""
         if photo is None:
-            raise gr.Error("upload a photo first", title="Nothing to inpaint")
+            raise _notice("upload a photo first")
+        if None in (guidance_scale, steps, seed, results, mask_dilation, mask_blur):
+            raise _notice("a number is missing")
         wishes = Wishes(
             guidance_scale=guidance_scale,
             steps=int(steps),
@@ -154,28 +168,29 @@ class Actions:
         progress(0, desc="reading the photo")
         with _notices():
             picture = self._painter.open(photo)
-            marked = self._painter.mask(picture, strokes_of((editor or {}).get("layers") or []), mask)
-        found: list[str] = []
+            marked = self._painter.mask(picture, strokes_of(editor or []), mask)
+        done: list[Any] = []
 
         def on_step(done: int, total: int) -> None:
-            which = f"painting result {len(found) + 1} of {wishes.results}"
+            which = f"painting result {len(done) + 1} of {wishes.results}"
             progress((done, total), desc=which, unit="steps")
 
         progress(0, desc="preparing (the first picture compiles the program)")
         with _notices():
             for path in self._painter.paint(picture, marked, wishes, on_step):
-                found.append(str(path))
+                with Image.open(path) as result:
+                    result.load()
+                done.append((result, path.stem))
                 yield [
                     gr.update(value=(picture.rgb, str(path)), visible=True),
-                    gr.update(value=found, visible=wishes.results > 1),
+                    gr.update(value=done, visible=wishes.results > 1),
                     gr.update(value=str(path), visible=True),
-                    found,
-                    f"{len(found)} of {wishes.results} · seed {wishes.seed + len(found) - 1}",
+                    f"{len(done)} of {wishes.results} · {path.stem}",
                 ]
 
-    def choose(self, paths: list[str], photo: str, event: gr.SelectData) -> list[Any]:
+    def choose(self, photo: str, event: gr.SelectData) -> list[Any]:
         """One of several results: to compare and to download."""
-        chosen = paths[event.index]
+        chosen = event.value["image"]["path"]
         before = self._painter.open(photo).rgb
         return [gr.update(value=(before, chosen)), gr.update(value=chosen)]
 
@@ -186,7 +201,11 @@ def _notices() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), title="Cannot be done", duration=None) from None
+        raise _notice(str(error)) from None
+
+
+def _notice(text: str) -> gr.Error:
+    return gr.Error(text, title="Cannot be done", duration=None, print_exception=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,15 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from moebius_jax.errors import UserError
+from moebius_jax.diffusion.solvers import timesteps
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.imaging.masks import THRESHOLD
 from moebius_jax.imaging.picture import Picture, read_mask, read_picture
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 PREVIEW = 1024  # pixels of the longer side of what is painted on
+MAX_LAYERS = 4
+STRENGTH = 0.99  # as everywhere
 StepDone = Callable[[int, int], None]
 
 
@@ -61,13 +65,7 @@ class Painter:
         """
         path = Path(path)
         with _without_folder(path):
-            picture = read_picture(path)
-        height, width = picture.rgb.shape[:2]
-        if height * width > self.max_megapixels * 1e6:
-            raise UserError(
-                f"{path.name}: {width} x {height} pixels are {height * width / 1e6:.0f} megapixels; this "
-                f"page takes {self.max_megapixels:g}"
-            )
+            picture = read_picture(path, max_megapixels=self.max_megapixels)
         return dataclasses.replace(picture, name=path.name)
 
     def preview(self, path: str | Path) -> Image.Image:
@@ -91,7 +89,7 @@ class Painter:
             marked |= np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR)) > THRESHOLD
         if file is not None:
             with _without_folder(Path(file)):
-                grey = read_mask(Path(file))
+                grey = read_mask(Path(file), max_megapixels=self.max_megapixels)
             if grey.shape != marked.shape:
                 raise UserError(
                     f"{Path(file).name}: the mask is {grey.shape[1]} x {grey.shape[0]} pixels and "
@@ -109,45 +107,65 @@ class Painter:
         wishes: Wishes,
         on_step: StepDone = lambda *_: None,
     ) -> Iterator[Path]:
-        """Results, each as soon as it is there, as PNG files of the photo's size and kind in a new folder.
+        """Results, each as soon as it is there, as PNG files of the photo's size and kind.
+
+        A file is gone when the next one is asked for: whoever wants to keep it copies it.
 
         Raises:
             UserError: wishes out of range, or a result that failed.
         """
         if not 1 <= wishes.results <= self.max_results:
             raise UserError(f"results is {wishes.results}; expected 1 to {self.max_results}")
-        folder = Path(tempfile.mkdtemp(prefix="moebius-"))
         image = picture.with_rgb(picture.rgb)
-        done = 0
+        total = len(timesteps("ddim", wishes.steps, STRENGTH))
 
-        def count(*_: object) -> dict[str, object]:
-            nonlocal done
-            done += 1
-            on_step(done, wishes.steps)
+        def count(_pipe: object, index: int, *_: object) -> dict[str, object]:
+            on_step(index + 1, total)
             return {}
 
         for number in range(wishes.results):
-            done = 0
+            seed = (wishes.seed + number) % 2**32
             (result,) = self.pipeline(
                 image,
                 Image.fromarray(mask),
                 num_inference_steps=wishes.steps,
                 guidance_scale=wishes.guidance_scale,
-                seed=wishes.seed + number,
+                strength=STRENGTH,
+                seed=seed,
                 mask_dilation=wishes.mask_dilation,
                 mask_blur=wishes.mask_blur,
                 callback_on_step_end=count,
             ).images
-            path = folder / f"{Path(picture.name).stem}_{wishes.seed + number}.png"
-            result.save(path, **({"icc_profile": picture.icc_profile} if picture.icc_profile else {}))
-            yield path
+            with tempfile.TemporaryDirectory(prefix="moebius-") as folder:
+                path = Path(folder) / f"{Path(picture.name).stem}_{seed}.png"
+                result.save(path, **({"icc_profile": picture.icc_profile} if picture.icc_profile else {}))
+                yield path
 
 
-def strokes_of(layers: list[UInt8[np.ndarray, "h w 4"]]) -> Bool[np.ndarray, "h w"] | None:
-    """Where anything is painted on an editor's transparent layers."""
-    if not layers:
+def strokes_of(layers: list[bytes]) -> Bool[np.ndarray, "h w"] | None:
+    """Where anything is painted on an editor's transparent layers, PNG or WebP files of one size.
+
+    Raises:
+        UserError: anything else.
+    """
+    alphas = [_alpha(layer) for layer in layers]
+    if not alphas:
         return None
-    return np.any([layer[..., 3] > THRESHOLD for layer in layers], axis=0)
+    if len({alpha.shape for alpha in alphas}) > 1 or len(alphas) > MAX_LAYERS:
+        raise UserError(f"strokes: {len(alphas)} layers; expected at most {MAX_LAYERS}, of one size")
+    return np.any([alpha > THRESHOLD for alpha in alphas], axis=0)
+
+
+def _alpha(layer: bytes) -> UInt8[np.ndarray, "h w"]:
+    try:
+        image = Image.open(io.BytesIO(layer), formats=("PNG", "WEBP"))
+        if max(image.size) > PREVIEW:
+            raise UserError(f"strokes: a layer of {image.width} x {image.height}; expected at most {PREVIEW}")
+        return np.asarray(image.convert("RGBA"))[..., 3]
+    except UserError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever their formats lead to
+        raise UserError(f"strokes: a layer is no picture ({first_line(error)})") from None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from moebius_jax.diffusion.denoise import branch_categories, guided_noise, solver_step, unet_network
 from moebius_jax.diffusion.solvers import SolverSteps
 from moebius_jax.models import VAE, UNet, inference_copy
+from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
 COEFFICIENTS = ("alpha", "sigma", "keep", "move", "lookback")  # of a step, in this order
 
@@ -92,6 +93,8 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
     def decode(vae: VAE, latents: Float[Array, "B h w c"]) -> Array:
         return vae.decode(latents)
 
+    precision = {"dtype": unet.precision.dtype, "stream_dtype": unet.precision.stream_dtype}
+    unet, vae = _portable(unet, **precision), _portable(vae, dtype=vae.dtype)
     (unet_def, unet_weights), (vae_def, vae_weights) = (
         nnx.split(inference_copy(network)) for network in (unet, vae)
     )
@@ -128,3 +131,10 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
             **whole_vae,
         ),
     ]
+
+
+def _portable(network: Any, **dtypes: Any) -> Any:
+    """The network in the forms of a CPU, whatever this machine is: no kernels written for a platform."""
+    made = fill(abstract_network(network.config.replace(platform="cpu"), **dtypes), network_tensors(network))
+    made.eval()
+    return made

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moebius_jax.errors import UserError
 from moebius_jax.export import onnx, stablehlo
 from moebius_jax.export.manifest import manifest
 from moebius_jax.export.programs import Program, programs
@@ -21,6 +22,7 @@ from moebius_jax.schema import AtLeastOne, checked
 
 FORMATS: dict[str, ModuleType] = {"stablehlo": stablehlo, "onnx": onnx}
 MANIFEST = "manifest.json"
+LIMIT, LIMIT_HALF = 1e-4, 5e-2  # of what may lie between a program and the model
 
 
 @checked
@@ -76,7 +78,7 @@ def export_model(
         How far each program's outputs are from the model's own.
 
     Raises:
-        UserError: the folder exists or cannot be written.
+        UserError: the folder exists or cannot be written, or a program computes something else.
     """
     kind = FORMATS[options.format]
     guided = pipeline.guidance_scale != 1 if options.guided is None else options.guided
@@ -97,9 +99,21 @@ def export_model(
                 version = stablehlo.calling_convention(partial, program.name)
                 described["calling_convention_version"] = version
             say(f"{program.name}: comparing")
-            differences += _differences(kind, program, partial, options.batch or 1)
+            found = _differences(kind, program, partial, options.batch or 1)
+            _require_small(found, half=pipeline.unet.precision.is_half)
+            differences += found
         (partial / MANIFEST).write_text(json.dumps(described, indent=1) + "\n")
     return differences
+
+
+def _require_small(differences: list[Difference], *, half: bool) -> None:
+    limit = LIMIT_HALF if half else LIMIT
+    for found in differences:
+        if not found.relative <= limit:  # NaN is not
+            raise UserError(
+                f"{found.program}: {found.output} differs by {found.relative:.1e} of its largest value from "
+                f"the model's, more than {limit:g}; nothing was written"
+            )
 
 
 def _batch(options: ExportOptions) -> int | None:

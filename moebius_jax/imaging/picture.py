@@ -56,14 +56,18 @@ class Picture:
         return image
 
 
-def read_picture(path: Path) -> Picture:
+def read_picture(path: Path, *, max_megapixels: float | None = None) -> Picture:
     """Reads an image file.
 
+    Args:
+        path: of the file.
+        max_megapixels: larger pictures are refused before they are decoded.
+
     Raises:
-        UserError: missing, not an image, truncated, or of a kind that cannot be kept exactly (16 bits a
-            channel, floating point, CMYK).
+        UserError: missing, not an image, truncated, too large, or of a kind that cannot be kept exactly (16
+            bits a channel, floating point, CMYK).
     """
-    return picture_from_pil(_open(path), str(path))
+    return picture_from_pil(_open(path, max_megapixels), str(path))
 
 
 def picture_from_pil(image: Image.Image, name: str = "image") -> Picture:
@@ -86,9 +90,9 @@ def picture_from_pil(image: Image.Image, name: str = "image") -> Picture:
     )
 
 
-def read_mask(path: Path) -> UInt8[np.ndarray, "H W"]:
-    """Reads a mask file as grey levels; white = repaint. Errors as for `read_picture`."""
-    return mask_from_pil(_open(path), str(path))
+def read_mask(path: Path, *, max_megapixels: float | None = None) -> UInt8[np.ndarray, "H W"]:
+    """Reads a mask file as grey levels; white = repaint. Arguments and errors as for `read_picture`."""
+    return mask_from_pil(_open(path, max_megapixels), str(path))
 
 
 def mask_from_pil(image: Image.Image, name: str = "mask") -> UInt8[np.ndarray, "H W"]:
@@ -130,7 +134,7 @@ def require_alpha_format(path: Path) -> None:
         raise UserError(f"{path}: {path.suffix} keeps no transparency and the image has some; choose .png")
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, max_megapixels: float | None) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
     except FileNotFoundError:
@@ -139,6 +143,11 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path}: not an image of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's readers raise whatever their formats lead to
         raise UserError(f"{path}: unreadable image ({error})") from None
+    if max_megapixels is not None and image.width * image.height > max_megapixels * 1e6:
+        raise UserError(
+            f"{path}: {image.width} x {image.height} pixels are {image.width * image.height / 1e6:.0f} "
+            f"megapixels; expected at most {max_megapixels:g}"
+        )
     _require_8_bit(image, str(path))
     with _decoding(str(path)):
         frames = getattr(image, "n_frames", 1)

@@ -100,12 +100,17 @@ def is_here(path_or_hub_id: str | Path) -> bool:
 
 def holds_one_model(path_or_hub_id: str | Path) -> bool:
     """Whether it is one model, so that no variant needs to be named."""
-    return any((_folder(path_or_hub_id) / name).is_file() for name in (_FILE, "config.json"))
+    return _is_model(_folder(path_or_hub_id))
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_FILE, "config.json"))
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
     folder = Path(path_or_hub_id)
-    return Path(__file__).parents[1] / TINY if str(folder) == TINY and not folder.exists() else folder
+    # A folder that merely has the name is not meant.
+    return Path(__file__).parents[1] / TINY if str(folder) == TINY and not _is_model(folder) else folder
 
 
 def find_model(

@@ -105,11 +105,8 @@ class MoebiusInpaintPipeline:
         """
         mesh = mesh or make_mesh(jax.local_devices())
         found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
-        dtypes = _dtypes(dtype, stream_dtype)
-        # Weights that are kept in half precision are widened once, not at every step.
-        kept = jnp.float32 if dtypes["dtype"] == jnp.float32 else None
         return cls(
-            load_unet(found.unet, placement=replicated(mesh), param_dtype=kept, **dtypes),
+            load_unet(found.unet, placement=replicated(mesh), **_dtypes(dtype, stream_dtype)),
             load_vae(found.vae, dtype=_vae_dtype(vae_dtype), placement=replicated(mesh)),
             guidance_scale=found.guidance_scale,
             variant=found.variant,

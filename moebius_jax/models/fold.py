@@ -40,12 +40,21 @@ def _fold(layer: nnx.Linear | DepthwiseConv, norm: BatchNorm) -> None:
         layer.use_bias = True
 
 
+def _widen(network: nnx.Module) -> None:
+    """Parameters that are kept in half precision are converted here rather than at every use."""
+    for _, variable in nnx.iter_graph(network):
+        if isinstance(variable, nnx.Param) and jnp.issubdtype(variable.dtype, jnp.floating):
+            variable.set_value(variable.get_value().astype(jnp.float32))
+
+
 def inference_copy(network: Network) -> Network:
     """`network` with BatchNorm folded, and with all done to its weights that is done at every call otherwise.
 
     Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
     network = fold_batch_norm(network)
+    if getattr(network, "precision", network).dtype == jnp.float32:
+        _widen(network)
     # A module before its parts: it may make something of a weight that its part then rounds.
     modules = [module for _, module in sorted(nnx.iter_modules(network), key=lambda item: len(item[0]))]
     for module in modules:

@@ -10,6 +10,7 @@ import numpy as np
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.models.architecture import Architecture
+from moebius_jax.models.norms import GROUPS
 from moebius_jax.weights.detect import detect_architecture
 from moebius_jax.weights.folder import load_numpy, read_config, save
 from moebius_jax.weights.names import Slot, counters, expected_tensors
@@ -110,6 +111,9 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
 
     Returns:
         The number of tensors written.
+
+    Raises:
+        UserError: not such a folder, not of the release's kind, or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -117,6 +121,11 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     if dest.suffix != ".safetensors":
         raise UserError(f"{dest}: exports are .safetensors files")
     config = read_config(folder)
+    if (groups := getattr(config.architecture, "norm_groups", GROUPS)) != GROUPS:
+        raise UserError(
+            f"{folder}: its GroupNorms have {groups} groups; a released file does not say so, and would be "
+            f"read as one of {GROUPS}"
+        )
     expected = expected_tensors(config.architecture)
     stored = load_numpy(folder)
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
