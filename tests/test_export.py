@@ -142,7 +142,7 @@ def test_onnx(pipeline, tmp_path, dtype, guided, tolerance):
 def test_a_program_that_computes_something_else_is_not_written(pipeline, tmp_path, monkeypatch):
     run = stablehlo.run
     monkeypatch.setattr(stablehlo, "run", lambda *a: [1.01 * array for array in run(*a)])
-    with pytest.raises(UserError, match="encoder: mean differs by .* nothing was written"):
+    with pytest.raises(UserError, match=r"encoder: mean differs by .* nothing was written"):
         export_model(pipeline, tmp_path / "out", ExportOptions())
     assert not list(tmp_path.iterdir())
 

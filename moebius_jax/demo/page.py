@@ -23,7 +23,7 @@ _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
 """
 
-HIDDEN = gr.update(visible=False)
+HIDDEN, SHOWN = gr.update(visible=False), gr.update(visible=True)
 
 
 def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
@@ -33,9 +33,11 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
         gr.Markdown(f"# {title}\nUpload, drop or paste a photo, paint over what should go: **Inpaint**.")
         with gr.Row():
             with gr.Column():
-                photo = _photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
-                editor = _editor()
-                another = gr.Button("Another photo", visible=False, size="sm", elem_id="another")
+                with gr.Column() as first:
+                    photo = _photo(label="Photo", sources=["upload", "clipboard"], elem_id="photo")
+                with gr.Column(visible=False) as then:
+                    editor = _editor()
+                    another = gr.Button("Another photo", size="sm", elem_id="another")
                 settings = _settings(painter)
             with gr.Column():
                 run = gr.Button("Inpaint", variant="primary", elem_id="run")
@@ -49,16 +51,20 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
                 download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         shown = [slider, gallery, download, status]
-        photo.upload(actions.show, photo, [photo, editor, another], **quiet)
+        photo.upload(actions.show, photo, [editor, first, then], **quiet)
         painting = run.click(actions.paint, [photo, editor, *settings], shown, api_name="inpaint")
-        everything = [photo, editor, another, settings[0], *shown]
+        everything = [photo, editor, settings[0], first, then, *shown]
         another.click(actions.clear, None, everything, cancels=[painting], **quiet)
         gallery.select(actions.choose, photo, [slider, download], **quiet)
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
 def _photo(**options: Any) -> gr.Image:
-    """An image component that hands over the uploaded file as it is: `Painter` reads it."""
+    """An image component that hands over the uploaded file as it is: `Painter` reads it.
+
+    gradio makes a component anew where an action returns an update of its properties, and forgets this; so
+    actions return values of photos and of the editor, and show and hide the columns they are in.
+    """
     component = gr.Image(type="filepath", image_mode=None, **options)
     component.preprocess = lambda payload: None if payload is None else payload.path
     return component
@@ -76,7 +82,6 @@ def _editor() -> gr.ImageEditor:
         brush=gr.Brush(colors=["#ff3366"], color_mode="fixed", default_size=40),
         eraser=gr.Eraser(default_size=40),
         canvas_size=(PREVIEW, PREVIEW),
-        visible=False,
         elem_id="editor",
     )
 
@@ -132,12 +137,11 @@ class Actions:
             return [gr.skip()] * 3
         with _notices():
             preview = self._painter.preview(path)
-        return [HIDDEN, gr.update(value=preview, visible=True), gr.update(visible=True)]
+        return [preview, HIDDEN, SHOWN]
 
     def clear(self) -> list[Any]:
         """Back to the beginning."""
-        upload, editor = gr.update(value=None, visible=True), gr.update(value=None, visible=False)
-        return [upload, editor, HIDDEN, gr.update(value=None), HIDDEN, HIDDEN, HIDDEN, ""]
+        return [None, None, None, SHOWN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, ""]
 
     def paint(
         self,
@@ -169,10 +173,10 @@ class Actions:
         with _notices():
             picture = self._painter.open(photo)
             marked = self._painter.mask(picture, strokes_of(editor or []), mask)
-        done: list[Any] = []
+        painted: list[Any] = []
 
         def on_step(done: int, total: int) -> None:
-            which = f"painting result {len(done) + 1} of {wishes.results}"
+            which = f"painting result {len(painted) + 1} of {wishes.results}"
             progress((done, total), desc=which, unit="steps")
 
         progress(0, desc="preparing (the first picture compiles the program)")
@@ -180,12 +184,12 @@ class Actions:
             for path in self._painter.paint(picture, marked, wishes, on_step):
                 with Image.open(path) as result:
                     result.load()
-                done.append((result, path.stem))
+                painted.append((result, path.stem))
                 yield [
                     gr.update(value=(picture.rgb, str(path)), visible=True),
-                    gr.update(value=done, visible=wishes.results > 1),
+                    gr.update(value=painted, visible=wishes.results > 1),
                     gr.update(value=str(path), visible=True),
-                    f"{len(done)} of {wishes.results} · {path.stem}",
+                    f"{len(painted)} of {wishes.results} · {path.stem}",
                 ]
 
     def choose(self, photo: str, event: gr.SelectData) -> list[Any]:
