@@ -6,9 +6,10 @@ from pathlib import Path
 from benchmarks.common import Row, report
 from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, run
+from moebius_jax.defaults import DTYPES
 from moebius_jax.errors import UserError
 from moebius_jax.files import require_writable
-from moebius_jax.models.precision import DTYPES, auto_dtype
+from moebius_jax.models.precision import auto_dtype
 
 _DESCRIPTION = """\
 What the student, the teacher and every variant of Table 2 cost at 512 px, batch 1, beside the paper's

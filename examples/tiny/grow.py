@@ -5,8 +5,8 @@
 Also puts right what may happen to depthwise kernels that are drawn at random: where a corner of an input
 channel's kernel is the largest weight to begin with, training can keep that channel a position aside
 throughout, and move it back at the end. The row and the column that leave the map on the way are then
-predicted by nobody, and show as noise along two edges. Here such weights change places with the centre, at both
-ends.
+predicted by nobody, and show as noise along two edges. Here such weights and the centre change places, at
+both ends.
 """
 
 import argparse
