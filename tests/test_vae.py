@@ -117,7 +117,7 @@ def test_logvar_stays_in_its_range():
 
 
 def test_bad_config_is_named():
-    with pytest.raises(ValueError, match="48 must be a multiple of 32"):
+    with pytest.raises(ValueError, match="48 must be a multiple of norm_groups, 32"):
         VAEConfig(channels=(32, 48))
     with pytest.raises(ValueError, match="shift: unknown field"):
         VAEConfig.from_dict({**TINY_VAE.to_dict(), "shift": 0})
