@@ -30,7 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--format", choices=tuple(_EXTRAS), default="stablehlo", help="default stablehlo")
     add("--variant", help="of the released weights: pretrained (default), ft_places2, …")
     add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
-    add("--dtype", choices=DTYPES, default="float32", help="the programs compute in (default float32)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="the programs compute in (default float32; ONNX: nothing else)",
+    )
     add(
         "--batch-size",
         type=int,

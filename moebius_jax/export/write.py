@@ -78,9 +78,13 @@ def export_model(
         How far each program's outputs are from the model's own.
 
     Raises:
-        UserError: the folder exists or cannot be written, or a program computes something else.
+        UserError: half precision in ONNX, the folder exists or cannot be written, or a program computes something else.
     """
     kind = FORMATS[options.format]
+    if kind is onnx and any(
+        jnp.dtype(d) != jnp.float32 for d in (pipeline.unet.precision.dtype, pipeline.vae.dtype)
+    ):
+        raise UserError("ONNX programs are exported in float32 only: jax2onnx mixes dtypes in half precision")
     guided = pipeline.guidance_scale != 1 if options.guided is None else options.guided
     exported = programs(pipeline.unet, pipeline.vae, guided=guided)
     described = manifest(pipeline.unet, pipeline.vae, exported, guidance_scale=pipeline.guidance_scale)
