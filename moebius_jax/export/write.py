@@ -81,9 +81,8 @@ def export_model(
         UserError: half precision in ONNX, the folder exists or cannot be written, or a program computes something else.
     """
     kind = FORMATS[options.format]
-    if kind is onnx and any(
-        jnp.dtype(d) != jnp.float32 for d in (pipeline.unet.precision.dtype, pipeline.vae.dtype)
-    ):
+    dtypes = (pipeline.unet.precision.dtype, pipeline.vae.dtype)
+    if kind is onnx and any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         raise UserError("ONNX programs are exported in float32 only: jax2onnx mixes dtypes in half precision")
     guided = pipeline.guidance_scale != 1 if options.guided is None else options.guided
     exported = programs(pipeline.unet, pipeline.vae, guided=guided)
