@@ -78,7 +78,8 @@ def export_model(
         How far each program's outputs are from the model's own.
 
     Raises:
-        UserError: half precision in ONNX, the folder exists or cannot be written, or a program computes something else.
+        UserError: half precision in ONNX, the folder exists or cannot be written, or a program computes
+            something else.
     """
     kind = FORMATS[options.format]
     dtypes = (pipeline.unet.precision.dtype, pipeline.vae.dtype)
