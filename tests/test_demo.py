@@ -126,6 +126,17 @@ class TestPainter:
                 strokes_of(wrong)
 
 
+def test_a_visitor_chooses_by_number(painter, file, tmp_path):
+    """A browser's event may name any file of the server."""
+    from types import SimpleNamespace
+
+    from moebius_jax.demo.page import Actions
+
+    event = SimpleNamespace(index=1, value={"image": {"path": str(tmp_path / "secret.png")}})
+    slider, download = Actions(painter).choose(["first.png", "second.png"], str(file), event)
+    assert (slider["value"][1], download["value"]) == ("second.png", "second.png")
+
+
 @pytest.fixture(scope="module")
 def address(painter):
     from moebius_jax.demo.page import Address, build, launch
@@ -143,7 +154,7 @@ def test_programs_can_use_it(address, file, photo, tmp_path):
     client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
     handle = gradio_client.handle_file
     arguments = {"photo": handle(file), "editor": None, "steps": 2, "mask_blur": 0, "api_name": "/inpaint"}
-    _, _, path, _ = client.predict(mask=handle(tmp_path / "mask.png"), **arguments)
+    _, _, path, *_ = client.predict(mask=handle(tmp_path / "mask.png"), **arguments)
     result = np.asarray(Image.open(path["value"] if isinstance(path, dict) else path))
     np.testing.assert_array_equal(result[mask == 0], photo[mask == 0])
     with pytest.raises(Exception, match="nothing is marked"):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
 from moebius_jax.errors import UserError
@@ -49,13 +50,15 @@ def build(painter: Painter, *, title: str = "Moebius") -> gr.Blocks:
                     label="Results", format="png", columns=4, height=180, visible=False, elem_id="gallery"
                 )
                 download = gr.DownloadButton("Download at full size", visible=False, elem_id="download")
+        paths = gr.State([])  # kept by the server: a visitor chooses by number, not by a path of his own
+
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = [slider, gallery, download, status]
+        shown = [slider, gallery, download, paths, status]
         photo.upload(actions.show, photo, [editor, first, then], **quiet)
         painting = run.click(actions.paint, [photo, editor, *settings], shown, api_name="inpaint")
         everything = [photo, editor, settings[0], first, then, *shown]
         another.click(actions.clear, None, everything, cancels=[painting], **quiet)
-        gallery.select(actions.choose, photo, [slider, download], **quiet)
+        gallery.select(actions.choose, [paths, photo], [slider, download], **quiet)
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
@@ -141,7 +144,7 @@ class Actions:
 
     def clear(self) -> list[Any]:
         """Back to the beginning."""
-        return [None, None, None, SHOWN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, ""]
+        return [None, None, None, SHOWN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, [], ""]
 
     def paint(
         self,
@@ -173,7 +176,7 @@ class Actions:
         with _notices():
             picture = self._painter.open(photo)
             marked = self._painter.mask(picture, strokes_of(editor or []), mask)
-        painted: list[Any] = []
+        painted: list[str] = []
 
         def on_step(done: int, total: int) -> None:
             which = f"painting result {len(painted) + 1} of {wishes.results}"
@@ -182,19 +185,19 @@ class Actions:
         progress(0, desc="preparing (the first picture compiles the program)")
         with _notices():
             for path in self._painter.paint(picture, marked, wishes, on_step):
-                with Image.open(path) as result:
-                    result.load()
-                painted.append((result, path.stem))
+                # gradio's own folder, which `delete_cache` clears
+                painted.append(save_file_to_cache(path, get_upload_folder()))
                 yield [
-                    gr.update(value=(picture.rgb, str(path)), visible=True),
+                    gr.update(value=(picture.rgb, painted[-1]), visible=True),
                     gr.update(value=painted, visible=wishes.results > 1),
-                    gr.update(value=str(path), visible=True),
+                    gr.update(value=painted[-1], visible=True),
+                    painted,
                     f"{len(painted)} of {wishes.results} · {path.stem}",
                 ]
 
-    def choose(self, photo: str, event: gr.SelectData) -> list[Any]:
+    def choose(self, paths: list[str], photo: str, event: gr.SelectData) -> list[Any]:
         """One of several results: to compare and to download."""
-        chosen = event.value["image"]["path"]
+        chosen = paths[event.index]
         before = self._painter.open(photo).rgb
         return [gr.update(value=(before, chosen)), gr.update(value=chosen)]
 
