@@ -117,6 +117,28 @@ def denoise(
     return latents
 
 
+def denoise_once(
+    network: Network,
+    latents: Latents,
+    before: Latents,
+    mask: Mask,
+    masked_latents: Latents,
+    step: SolverSteps,
+    guidance_scale: Float[Array, ""],
+    *,
+    guided: bool,
+) -> tuple[Latents, Latents]:
+    """One step of the loop by itself; `step` holds scalars. Returns what `solver_step` does."""
+    # Not len(): the batch of an exported program is a symbol.
+    categories = branch_categories(latents.shape[0], guided=guided)
+    rows, predict = network(step.timesteps[None], categories)
+    row = jax.tree.map(lambda leaf: leaf[0], rows)
+    noise = guided_noise(
+        lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale, guided=guided
+    )
+    return solver_step(latents, noise, before, step)
+
+
 def unet_network(unet: UNet) -> Network:
     """A U-Net as a `Network`."""
 
@@ -184,11 +206,6 @@ def single_step(
     *,
     guided: bool,
 ) -> tuple[Latents, Latents]:
-    """One step of the loop by itself, for callers that look at or change latents between steps."""
+    """`denoise_once` compiled, for callers that look at or change latents between steps."""
     network = unet_network(nnx.merge(graphdef, params))
-    rows, predict = network(step.timesteps[None], branch_categories(len(latents), guided=guided))
-    row = jax.tree.map(lambda leaf: leaf[0], rows)
-    noise = guided_noise(
-        lambda inputs: predict(inputs, row), latents, mask, masked_latents, guidance_scale, guided=guided
-    )
-    return solver_step(latents, noise, before, step)
+    return denoise_once(network, latents, before, mask, masked_latents, step, guidance_scale, guided=guided)

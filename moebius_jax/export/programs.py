@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moebius_jax.diffusion.denoise import branch_categories, guided_noise, solver_step, unet_network
+from moebius_jax.diffusion.denoise import denoise_once, unet_network
 from moebius_jax.diffusion.solvers import SolverSteps
 from moebius_jax.models import VAE, UNet, inference_copy
 from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
@@ -71,24 +71,12 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
         coefficients: Float[Array, " 5"],
         guidance_scale: Float[Array, " 1"],
     ) -> tuple[Array, Array]:
-        zero = jnp.zeros(())
-        now = SolverSteps(
-            timesteps=timestep,
-            start_alpha=zero,
-            start_sigma=zero,
-            **{name: coefficients[i] for i, name in enumerate(COEFFICIENTS)},
+        numbers = {name: coefficients[i] for i, name in enumerate(COEFFICIENTS)}
+        now = SolverSteps(timesteps=timestep[0], start_alpha=0.0, start_sigma=0.0, **numbers)
+        network = unet_network(unet)
+        return denoise_once(
+            network, latents, before, mask, masked_latents, now, guidance_scale[0], guided=guided
         )
-        rows, predict = unet_network(unet)(timestep, branch_categories(latents.shape[0], guided=guided))
-        row = jax.tree.map(lambda leaf: leaf[0], rows)
-        noise = guided_noise(
-            lambda inputs: predict(inputs, row),
-            latents,
-            mask,
-            masked_latents,
-            guidance_scale[0],
-            guided=guided,
-        )
-        return solver_step(latents, noise, before, now)
 
     def decode(vae: VAE, latents: Float[Array, "B h w c"]) -> Array:
         return vae.decode(latents)
@@ -99,7 +87,6 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
         nnx.split(inference_copy(network)) for network in (unet, vae)
     )
     whole_vae = {"graphdef": vae_def, "weights": vae_weights}
-    floats = {name: (shape, "float32") for name, shape in (("latents", small), ("before", small))}
     return [
         Program(
             name="encoder",
@@ -114,7 +101,8 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
             weights=unet_weights,
             function=step,
             inputs={
-                **floats,
+                "latents": (small, "float32"),
+                "before": (small, "float32"),
                 "mask": (mask, "float32"),
                 "masked_latents": (small, "float32"),
                 "timestep": ((1,), "int32"),
