@@ -1,6 +1,9 @@
 """Whole networks against the release (parity pyramid, second floor), and what must not change them."""
 
 import gc
+import os
+import subprocess
+import sys
 import types
 from typing import get_args
 
@@ -312,3 +315,22 @@ def test_frozen_upsampling_is_the_doubled_map():
     assert plain.phases is None
     x = jnp.asarray(synth.inputs("x", (2, 5, 6, 8)))
     assert synth.relative_error(frozen(x), np.asarray(plain(x))) < 1e-6
+
+
+@pytest.mark.slow
+def test_upsampling_does_not_see_the_place_in_the_batch():
+    """Under AVX2, where 17 x 17 positions an item were not the same in every place."""
+    code = """
+import jax, numpy as np
+from moebius_jax.models.blocks import Upsample
+from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.precision import Precision
+layer = Upsample(64, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+layer.freeze()
+assert layer.phases is not None
+x = np.random.default_rng(0).normal(size=(8, 16, 16, 64)).astype(np.float32)
+call = jax.jit(layer)
+assert (np.roll(call(x), 1, axis=0) == call(np.roll(x, 1, axis=0))).all()
+"""
+    flags = {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | flags)

@@ -192,15 +192,16 @@ class Upsample(nnx.Module):
 
     def _in_phases(self, x: Map) -> Map:
         B, H, W, _ = x.shape
+        spare = [forms.spare_positions(n + 1, self.platform) for n in (H, W)]
         y = jax.lax.conv_general_dilated(
             x.astype(self.conv.dtype),
             self.phases[...],
             window_strides=(1, 1),
-            padding=((1, 1), (1, 1)),
+            padding=[(1, 1 + more) for more in spare],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         # Row i of the doubled map's odd rows lies between rows i and i+1, of its even ones between i-1 and i.
-        y = y.reshape(B, H + 1, W + 1, 2, 2, -1)
+        y = y.reshape(*y.shape[:3], 2, 2, -1)
         rows = [jnp.stack([y[:, i : i + H, j : j + W, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
         doubled = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)
         return (doubled + self.conv.bias[...].astype(doubled.dtype)).astype(self.conv.stream_dtype)

@@ -96,6 +96,13 @@ def upsampling_in_phases(platform: str | None) -> bool:
     return _or_running(platform) != "tpu"
 
 
+def spare_positions(side: int, platform: str | None) -> int:
+    """By how many positions an output of `side` rows or columns is lengthened, to be cut off again."""
+    # On AVX2, Eigen takes four positions at a time, across items, and rounds differently where fewer are left:
+    # with an odd number of positions an item, the results would depend on its place in the batch.
+    return side % 2 if _or_running(platform) == "cpu" else 0
+
+
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
     """Our kernels are for half precision: they would multiply fp32 in fewer bits than asked for."""
     return jnp.dtype(dtype).itemsize == 2 and _is_recent_gpu(platform)
