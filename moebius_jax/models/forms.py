@@ -98,8 +98,8 @@ def upsampling_in_phases(platform: str | None) -> bool:
 
 def spare_positions(side: int, platform: str | None) -> int:
     """By how many positions an output of `side` rows or columns is lengthened, to be cut off again."""
-    # On AVX2, Eigen takes four positions at a time, across items, and rounds differently where fewer are left:
-    # with an odd number of positions an item, the results would depend on its place in the batch.
+    # On AVX2, Eigen takes four positions at a time, across items, and rounds differently where fewer are
+    # left: with an odd number of positions an item, results would depend on the place in the batch.
     return side % 2 if _or_running(platform) == "cpu" else 0
 
 

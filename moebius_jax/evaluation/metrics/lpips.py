@@ -18,7 +18,8 @@ from moebius_jax.sharding import batch_sharding, replicated
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
 _SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for images in [-1, 1]
+# For images in [-1, 1].
+IMAGENET_SHIFT, IMAGENET_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def require_size(size: tuple[int, int], name: str) -> None:
@@ -92,6 +93,6 @@ def _distances(
 def _taps(network: Any, weights: Any, images: UInt8[Array, "B H W 3"]) -> list[Float[Array, "B h w C"]]:
     """Every layer's map, each position's vector scaled to length one."""
     x = images.astype(jnp.float32) / 127.5 - 1
-    x = (x - jnp.array(_SHIFT)) / jnp.array(_SCALE)
+    x = (x - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE)
     taps = network.apply({"params": weights}, x)
     return [t / (jnp.sqrt(jnp.square(t).sum(-1, keepdims=True)) + 1e-10) for t in taps]
