@@ -11,9 +11,11 @@ ARG EXTRAS=demo,convert
 RUN useradd --create-home --uid 1000 painter && mkdir /weights && chown painter /weights
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE train.py ./
+COPY LICENSES LICENSES
 COPY configs configs
 COPY moebius_jax moebius_jax
-RUN pip install --no-cache-dir ".[${EXTRAS}]"
+# PyPI's torch, which only converts released checkpoints, would bring CUDA along.
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu ".[${EXTRAS}]"
 USER painter
 ENV HF_HOME=/weights XDG_CACHE_HOME=/weights
 VOLUME /weights

@@ -29,7 +29,7 @@ MASKS = ("medium_512", "thick_512")
 RADIUS = 3  # pixels of OpenCV's neighbourhood, its examples' own
 
 
-def methods(model: str, steps: int) -> dict[str, Method]:
+def methods(model: str, settings: dict[str, object]) -> dict[str, Method]:
     import cv2
     from skimage.restoration import inpaint_biharmonic
 
@@ -43,13 +43,8 @@ def methods(model: str, steps: int) -> dict[str, Method]:
         return np.uint8(np.round(found.clip(0, 1) * 255))
 
     def ours(image: np.ndarray, hole: np.ndarray, number: int) -> np.ndarray:
-        options = {
-            "num_inference_steps": steps,
-            "mask_blur": 0,
-            "output_type": "np",
-            "image_indices": [number],
-        }
-        return pipeline([image], [np.uint8(hole) * 255], **options).images[0]
+        options = {"mask_blur": 0, "output_type": "np", "image_indices": [number]}
+        return pipeline([image], [np.uint8(hole) * 255], **options, **settings).images[0]
 
     return {
         model: ours,
@@ -90,13 +85,20 @@ def main() -> int:
     options.add_argument("--size", type=int, default=128)
     options.add_argument("--squares", type=int, default=8, help="of each photograph")
     options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--scheduler", default="ddim")
+    options.add_argument("--match-color", action="store_true", help="as sample.py's")
     options.add_argument("--picture", type=Path, help="original, hole, all methods: best, median, worst case")
     args = options.parse_args()
     distance = LPIPS("alex", make_mesh())
     todo = cases(args.photos, args.size, args.squares)
     print(f"{len(todo)} cases, {np.mean([hole.mean() for _, hole in todo]):.0%} hole", file=sys.stderr)
     scores, results = {}, {}
-    for name, method in methods(args.model, args.steps).items():
+    settings = {
+        "num_inference_steps": args.steps,
+        "scheduler": args.scheduler,
+        "match_color": args.match_color,
+    }
+    for name, method in methods(args.model, settings).items():
         results[name] = [method(image, hole, i) for i, (image, hole) in enumerate(todo)]
         scores[name] = np.array(
             [

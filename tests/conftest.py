@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 import synth
+from chromium import browser  # noqa: F401 (a fixture of all)
 from safetensors.numpy import save_file
 
 from moebius_jax import MoebiusInpaintPipeline, UNetConfig

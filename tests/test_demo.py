@@ -2,11 +2,11 @@
 
 import io
 import json
-import shutil
 import time
 
 import numpy as np
 import pytest
+from chromium import wait_for
 from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
@@ -159,37 +159,6 @@ def test_programs_can_use_it(address, file, photo, tmp_path):
     np.testing.assert_array_equal(result[mask == 0], photo[mask == 0])
     with pytest.raises(Exception, match="nothing is marked"):
         client.predict(mask=None, **arguments)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
-    if not all(programs):
-        pytest.skip("no chromium and chromedriver here")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    for flag in ("--window-size=1200,1300", "--enable-unsafe-swiftshader", "--no-first-run"):
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(programs[1]))
-    yield driver
-    driver.quit()
-
-
-def wait_for(something, seconds=90):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := something():
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"nothing after {seconds} s")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -179,32 +178,3 @@ class TestPage:
         assert pressed.get_attribute("aria-pressed") == "false"
         assert last.get_attribute("data-name") in browser.find_element("id", "caption").text
         assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Headless Chromium."""
-    programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
-    if not all(programs):
-        pytest.skip("no chromium and chromedriver here")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",  # refuses to start for root otherwise; it opens one file of ours
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        "--window-size=1200,900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(programs[1]))
-    yield driver
-    driver.quit()

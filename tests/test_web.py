@@ -11,8 +11,8 @@ import threading
 import jax
 import numpy as np
 import pytest
+from chromium import wait_for
 from PIL import Image
-from test_demo import browser, wait_for  # noqa: F401 (a fixture)
 
 from moebius_jax import MoebiusInpaintPipeline
 from moebius_jax.cli.export import main as export
@@ -170,7 +170,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_a_picture_is_pythons(served, browser):  # noqa: F811
+def test_a_picture_is_pythons(served, browser):
     """The same seed, step table and pasting: at most two grey levels from the pipeline, nearly all equal."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:100, :140]

@@ -13,6 +13,7 @@ from moebius_jax.inpaint.model_folder import UNET, VAE, find_model, write_model_
 from moebius_jax.weights.folder import load_numpy, read_config, save
 from moebius_jax.weights.tensors import statistics_of
 
+LICENSE = "gpl-3.0"  # as the Hub names it; or later: docs/tiny.md
 SOURCE = {"trained_by": "examples/train_tiny.sh", "card": "docs/tiny.md", "license": "GPL-3.0-or-later"}
 
 
@@ -24,7 +25,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     found = find_model(args.model, variant=None, vae=None, cache_dir=None, track=lambda items, **_: items)
-    with write_model_folder(args.folder, guidance_scale=found.guidance_scale, overwrite=True) as partial:
+    with write_model_folder(
+        args.folder, guidance_scale=found.guidance_scale, overwrite=True, license=LICENSE
+    ) as partial:
         for name, part in ((UNET, found.unet), (VAE, found.vae)):
             config = read_config(part)
             statistics = statistics_of(config.architecture)

@@ -10,7 +10,7 @@ _FILE = "seconds.json"
 
 
 def last_time(what: str) -> str:
-    """ "" or " (12 s the last time)"."""
+    """What to add to an announcement: " (12 s the last time)", or nothing."""
     seconds = _read().get(what)
     return f" ({seconds:.0f} s the last time)" if isinstance(seconds, int | float) else ""
 

@@ -125,8 +125,9 @@ def _batch(options: ExportOptions) -> int | None:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    content = file.read_bytes()
-    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
 
 
 def _differences(kind: ModuleType, program: Program, folder: Path, batch: int) -> list[Difference]:

@@ -137,7 +137,7 @@ def find_model(
             if saved is not None:
                 return find_model(saved, variant=None, vae=vae, cache_dir=cache_dir, track=track)
         cache = Path(cache_dir) if cache_dir else None
-        unet = hub.fetch(str(path_or_hub_id), named, cache, track)
+        unet = hub.fetch(repository, named, cache, track)
         return _found(unet, Path(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named)
     if holds_one_model(folder) and variant:
         what = "a saved pipeline holds one model" if (folder / _FILE).is_file() else "is one converted U-Net"

@@ -49,10 +49,10 @@ class DepthwiseConv(nnx.Module):
         elif form == "convolution":
             y = _convolved(x, kernel, _convolved_gradient)
         elif form == "scan":
-            y = _convolved(x, kernel, _scanned_gradient)
+            y = _convolved(x, kernel, functools.partial(_summed_gradient, sums=_sums_by_item))
         else:
-            interpret = forms.kernels_interpreted(self.platform)
-            y = _convolved(x, kernel, functools.partial(_summed_gradient, interpret=interpret))
+            sums = functools.partial(depthwise_sums, interpret=forms.kernels_interpreted(self.platform))
+            y = _convolved(x, kernel, functools.partial(_summed_gradient, sums=sums))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
@@ -83,13 +83,14 @@ def _convolved_gradient(x: Map, cotangent: Map) -> Kernel:
     )[:, :, 0]
 
 
-def _scanned_gradient(x: Map, cotangent: Map) -> Kernel:
-    """The same, one item after the other."""
-    sums = split_over_batch(_sums_by_item, batched=(True, True))(x, cotangent)
-    return sums.sum(0).reshape(3, 3, -1)
+def _summed_gradient(x: Map, cotangent: Map, *, sums: Callable[[Map, Map], Array]) -> Kernel:
+    """The same from `sums` [B, …, 9, C] of parts of the batch, each device's its own."""
+    parts = split_over_batch(sums, batched=(True, True))(x, cotangent)
+    return parts.reshape(-1, 9, parts.shape[-1]).sum(0).reshape(3, 3, -1)
 
 
 def _sums_by_item(x: Map, cotangent: Map) -> Float[Array, "B 9 C"]:
+    """One item after the other: a map stays in the cache."""
     _, H, W, _ = x.shape
 
     def sums(item: tuple[Array, Array]) -> Float[Array, "9 C"]:
@@ -97,13 +98,6 @@ def _sums_by_item(x: Map, cotangent: Map) -> Float[Array, "B 9 C"]:
         return jnp.stack([(padded[i : i + H, j : j + W] * g).sum((0, 1)) for i in range(3) for j in range(3)])
 
     return lax.map(sums, (jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), cotangent))
-
-
-def _summed_gradient(x: Map, cotangent: Map, *, interpret: bool) -> Kernel:
-    """The same by a kernel of ours."""
-    run = functools.partial(depthwise_sums, interpret=interpret)
-    sums = split_over_batch(run, batched=(True, True))(x, cotangent)
-    return sums.sum((0, 1)).reshape(3, 3, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
