@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -52,6 +53,21 @@ def inference_copy(network: Network) -> Network:
 
     Matrices are in the dtype they are multiplied in; a module's `freeze`, where it has one, does the rest.
     """
+    # One program, which the compilation cache keeps; each of its hundred operations by itself is compiled
+    # too, and too quickly to be kept.
+    graphdef, state = nnx.split(network)
+    frozen = None
+
+    def freeze(state: nnx.State) -> nnx.State:
+        nonlocal frozen
+        frozen, state = nnx.split(_frozen(nnx.merge(graphdef, state)))
+        return state
+
+    state = jax.jit(freeze)(state)
+    return nnx.merge(frozen, state)
+
+
+def _frozen(network: Network) -> Network:
     network = fold_batch_norm(network)
     if getattr(network, "precision", network).dtype == jnp.float32:
         _widen(network)

@@ -51,10 +51,15 @@ class Bare(Generic[Network]):
         filled = [(path, v.replace(tensors[_name(path)])) for path, v in self._variables]
         return nnx.merge(self._graphdef, nnx.from_flat_state(filled))
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every tensor by dotted name."""
         return {_name(p): jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in self._variables}
+
+    @functools.cached_property
+    def statistics(self) -> frozenset[str]:
+        """Names of BatchNorm's running statistics."""
+        return frozenset(_name(path) for path, v in self._variables if isinstance(v, nnx.BatchStat))
 
 
 def abstract_network(
@@ -67,16 +72,19 @@ def abstract_network(
     )
 
 
-@functools.cache
 def abstract_tensors(architecture: Architecture) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Dotted name → shape and fp32 dtype of every tensor of an architecture."""
-    return Bare(abstract_network(architecture)).shapes
+    return _bare(architecture).shapes
+
+
+def statistics_of(architecture: Architecture) -> frozenset[str]:
+    """Which of them are BatchNorm's running statistics; they stay fp32 in every folder."""
+    return _bare(architecture).statistics
 
 
 @functools.cache
-def statistics_of(architecture: Architecture) -> frozenset[str]:
-    """Which of them are BatchNorm's running statistics; they stay fp32 in every folder."""
-    return frozenset(name for name, _ in _variables(abstract_network(architecture), nnx.BatchStat))
+def _bare(architecture: Architecture) -> Bare:
+    return Bare(abstract_network(architecture))
 
 
 def fill(network: Network, tensors: Mapping[str, Array]) -> Network:
