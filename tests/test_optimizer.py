@@ -86,6 +86,25 @@ def test_three_steps_of_the_release(file, dtype, tolerance, spread):
             before, theirs_before = after, theirs
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_eps_is_added_where_the_release_adds_it(name):
+    """Gradients of 1e-9, where eps = 1e-8 decides: the release's rule beside Muon, PyTorch's without it."""
+    config = OptimizerConfig(name=name, schedule="constant", clip_norm=None, weight_decay=0.0)
+    table = {"bias": Counterpart(names=("bias",), layout=released.SAME, muon=False)}
+    optimizer = build_optimizer(config, 3, table)
+    params = {"bias": jnp.zeros(4)}
+    state = optimizer.init(params)
+    m = v = np.zeros(4)
+    for t in range(1, 4):
+        gradient = 1e-9 * synth.inputs(f"eps.{t}", (4,)).astype(float)
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        unbiased = 1 - 0.95**t
+        eps = 1e-8 / (np.sqrt(unbiased) if name == "muon" else 1)
+        expected = -2e-4 * (m / (1 - 0.9**t)) / (np.sqrt(v / unbiased) + eps)
+        updates, state = optimizer.update({"bias": jnp.float32(gradient)}, state, params)
+        np.testing.assert_allclose(updates["bias"], expected, rtol=1e-4)
+
+
 def test_newton_schulz_makes_singular_values_one():
     x = synth.inputs("ns", (3, 20, 50))
     values = np.linalg.svd(np.asarray(newton_schulz(jnp.asarray(x), jnp.float32)), compute_uv=False)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from moebius_jax.models import UNetConfig
 from moebius_jax.schema import Above0, AtLeast0, AtLeastZero, Below1, Share, checked
 from moebius_jax.sharding import batch_sharding
+from moebius_jax.training.adam import scale_by_uncorrected_adam
 from moebius_jax.training.muon import orthogonalize
 from moebius_jax.weights.names import Counterpart, counterparts
 from moebius_jax.weights.tensors import Tensors
@@ -34,7 +35,7 @@ class OptimizerConfig:
         decay_factor: of "step".
         weight_decay: decoupled, for every parameter.
         momentum: Muon's, Nesterov.
-        b1, b2, eps: AdamW's.
+        b1, b2, eps: AdamW's; beside Muon eps is added as the release does (`scale_by_uncorrected_adam`).
         clip_norm: gradients are scaled down to this global norm; None does not.
         newton_schulz_dtype: of Muon's iteration.
 
@@ -95,7 +96,7 @@ def build_optimizer(
     def labels(params: Mapping[str, Array]) -> dict[str, str]:
         return {name: "muon" if table[name].muon else "adam" for name in params}
 
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    numbers = (config.b1, config.b2, config.eps)
     muon = optax.chain(
         optax.trace(config.momentum, nesterov=True),
         orthogonalize(
@@ -106,7 +107,9 @@ def build_optimizer(
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [
-        optax.partition({"muon": muon, "adam": adam}, labels) if config.name == "muon" else adam,
+        optax.partition({"muon": muon, "adam": scale_by_uncorrected_adam(*numbers)}, labels)
+        if config.name == "muon"
+        else optax.scale_by_adam(*numbers),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     ]
