@@ -24,7 +24,7 @@ def add_model_arguments(
     default: str = DEFAULT_MODEL,
     variant: str = "pretrained (default)",
 ) -> None:
-    """--model, --extension, --variant, --vae, and the three dtypes."""
+    """--model, --extension, --variant, --vae, the three dtypes, and --no-verify."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -52,6 +52,7 @@ def add_model_arguments(
         default="auto",
         help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
     )
+    add("--no-verify", action="store_true", help="do not compare the weights with their checksums")
 
 
 def add_extension_argument(parser: argparse.ArgumentParser) -> None:
@@ -91,13 +92,14 @@ def load_pipeline(
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
     from moebius_jax.weights.hub import HubUnreachable
 
-    dtypes = {name: getattr(args, name) for name in ("dtype", "stream_dtype", "vae_dtype")}
+    options = {name: getattr(args, name) for name in ("dtype", "stream_dtype", "vae_dtype")}
+    options["verify"] = not args.no_verify
     model = args.model or DEFAULT_MODEL
     if not is_here(model):
         print(f"{model}: no such folder here, asking the Hub …", file=sys.stderr)
     try:
         return MoebiusInpaintPipeline.from_pretrained(
-            model, variant=variant, vae=args.vae, track=progress, **dtypes
+            model, variant=variant, vae=args.vae, track=progress, **options
         )
     except HubUnreachable as error:
         if args.model or args.variant or args.vae or not or_tiny:
@@ -106,7 +108,7 @@ def load_pipeline(
             f"painting with {TINY}, the small network that comes along; --model names another ({error})",
             file=sys.stderr,
         )
-        return MoebiusInpaintPipeline.from_pretrained(TINY, **dtypes)
+        return MoebiusInpaintPipeline.from_pretrained(TINY, **options)
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:

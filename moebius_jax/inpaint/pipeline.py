@@ -83,6 +83,7 @@ class MoebiusInpaintPipeline:
         vae_dtype: Dtype = "auto",
         cache_dir: str | Path | None = None,
         mesh: Mesh | None = None,
+        verify: bool = True,
         track: Track = lambda items, **_: items,
     ) -> "MoebiusInpaintPipeline":
         """Loads a pipeline.
@@ -98,6 +99,7 @@ class MoebiusInpaintPipeline:
             vae_dtype: compute dtype of the VAE; "auto" is float16 on GPUs, float32 elsewhere.
             cache_dir: where converted downloads are kept.
             mesh: see the class.
+            verify: compare the weights' files with their checksums first.
             track: wraps the converter's loop over tensors, as tqdm does.
 
         Raises:
@@ -105,9 +107,10 @@ class MoebiusInpaintPipeline:
         """
         mesh = mesh or make_mesh(jax.local_devices())
         found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
+        both = {"placement": replicated(mesh), "verify": verify}
         return cls(
-            load_unet(found.unet, placement=replicated(mesh), **_dtypes(dtype, stream_dtype)),
-            load_vae(found.vae, dtype=_vae_dtype(vae_dtype), placement=replicated(mesh)),
+            load_unet(found.unet, **both, **_dtypes(dtype, stream_dtype)),
+            load_vae(found.vae, **both, dtype=_vae_dtype(vae_dtype)),
             guidance_scale=found.guidance_scale,
             variant=found.variant,
             mesh=mesh,

@@ -1,4 +1,5 @@
-"""Our own folder of weights: `config.json`, which says what it is, and `weights/`, an Orbax checkpoint.
+"""Our own folder of weights: `config.json`, which says what it is, `weights/`, an Orbax checkpoint, and
+`SHA256SUMS`, which loading compares both with.
 
 The tensors are stored under their dotted names in our modules ("down_blocks.0.resnets.0.conv1.…") as a
 nested tree, and restore straight onto any sharding: each device reads its own part.
@@ -22,6 +23,7 @@ from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.schema import checked, one_of, read_json
+from moebius_jax.weights import checksums
 from moebius_jax.weights.kinds import KINDS, kind_of
 from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
 
@@ -101,11 +103,14 @@ def save(
         raise UserError(
             f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
         )
-    with replace_when_complete(folder, overwrite=overwrite, ours=("config.json", "weights")) as partial:
+    with replace_when_complete(
+        folder, overwrite=overwrite, ours=("config.json", "weights", checksums.FILE)
+    ) as partial:
         partial.mkdir()
         with orbax_errors(f"{folder}: cannot be written"), _checkpointer() as checkpointer:
             checkpointer.save((partial / "weights").absolute(), nest(tensors))
         (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        checksums.write_checksums(partial)
 
 
 def is_outdated(folder: Path) -> bool:
@@ -156,7 +161,12 @@ def load_numpy(folder: Path) -> dict[str, np.ndarray]:
 
 
 def restore(
-    folder: Path, config: FolderConfig, *, param_dtype: Dtype | None = None, placement: Placement = None
+    folder: Path,
+    config: FolderConfig,
+    *,
+    param_dtype: Dtype | None = None,
+    placement: Placement = None,
+    verify: bool = True,
 ) -> dict[str, jax.Array]:
     """The tensors of a folder, by dotted name.
 
@@ -166,10 +176,13 @@ def restore(
         param_dtype: of the parameters; None keeps the stored one. Statistics are fp32.
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
             device.
+        verify: compare the folder's files with their checksums first.
 
     Raises:
         UserError: damaged.
     """
+    if verify:
+        checksums.verify_checksums(folder)
     if placement is None:
         placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = placement if callable(placement) else lambda *_: placement

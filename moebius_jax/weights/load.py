@@ -30,6 +30,7 @@ def load_network(
     param_dtype: Dtype | None = None,
     placement: Placement = None,
     changes: dict[str, Any] | None = None,
+    verify: bool = True,
     **dtypes: Dtype,
 ) -> nnx.Module:
     """The network in a converted folder, in evaluation mode.
@@ -41,6 +42,7 @@ def load_network(
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
             device.
         changes: execution fields of the architecture.
+        verify: compare the folder's files with their checksums first.
         dtypes: compute dtypes the network takes.
 
     Raises:
@@ -50,7 +52,7 @@ def load_network(
     config = _require(folder, expected)
     kept = jnp.dtype(param_dtype or config.dtype)
     network = abstract_network(config.architecture.replace(**changes or {}), param_dtype=kept, **dtypes)
-    network = fill(network, restore(folder, config, param_dtype=kept, placement=placement))
+    network = fill(network, restore(folder, config, param_dtype=kept, placement=placement, verify=verify))
     network.eval()
     return network
 
@@ -62,12 +64,13 @@ def load_unet(
     stream_dtype: Dtype = jnp.float32,
     param_dtype: Dtype | None = None,
     placement: Placement = None,
+    verify: bool = True,
     **changes: Any,
 ) -> UNet:
     """The U-Net in a converted folder, in evaluation mode.
 
     Args:
-        folder, param_dtype, placement: see `load_network`.
+        folder, param_dtype, placement, verify: see `load_network`.
         dtype, stream_dtype: compute dtypes, see `UNet`.
         changes: execution fields of `UNetConfig` (`position_order`, `platform`, `remat`).
 
@@ -80,6 +83,7 @@ def load_unet(
         param_dtype=param_dtype,
         placement=placement,
         changes=changes,
+        verify=verify,
         dtype=dtype,
         stream_dtype=stream_dtype,
     )

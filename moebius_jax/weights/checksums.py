@@ -1,0 +1,81 @@
+"""`SHA256SUMS`: what each file of a folder was when it was written; `sha256sum -c` reads it too."""
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moebius_jax.errors import UserError
+
+FILE = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
+_HINT = "make the folder again, or load it with --no-verify (verify=False)"
+
+
+def write_checksums(folder: Path) -> None:
+    """Leaves `SHA256SUMS` in a folder whose files are all written."""
+    sums = _sums(folder)
+    (folder / FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def verify_checksums(folder: Path) -> None:
+    """Reads all files of a folder, several at a time, and compares them with its `SHA256SUMS`.
+
+    A folder without one, as version 0.1 wrote them, passes.
+
+    Raises:
+        UserError: a file is missing, was added or is not what was written; it is named.
+    """
+    if not (folder / FILE).exists():
+        return
+    written = _read(folder / FILE)
+    try:
+        found = _sums(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+    if missing := sorted(set(written) - set(found)):
+        raise UserError(f"{folder / missing[0]}: missing, and listed in {FILE}; {_HINT}")
+    if added := sorted(set(found) - set(written)):
+        raise UserError(f"{folder / added[0]}: not listed in {FILE}; {_HINT}")
+    if changed := sorted(name for name in written if written[name] != found[name]):
+        name = changed[0]
+        raise UserError(
+            f"{folder / name}: not what was written, its SHA-256 is {found[name][:12]}…, {FILE} has "
+            f"{written[name][:12]}…; {_HINT}"
+        )
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_HINT}") from None
+    written = {}
+    for number, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise UserError(f"{path}: line {number} is no SHA-256 and a file's name; {_HINT}")
+        written[match[2]] = match[1]
+    return written
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.is_dir() and path != folder / FILE and not _is_hidden(path.relative_to(folder))
+    )
+    with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _is_hidden(path: Path) -> bool:
+    """File managers and version control leave files of their own."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise OSError(0, "is no ordinary file", str(path))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,89 @@
+"""A folder of weights is what was written, or is refused."""
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moebius_jax import UserError, load_unet
+from moebius_jax.cli.sample import main as sample
+from moebius_jax.weights.checksums import FILE, verify_checksums
+
+TINY = Path(str(files("moebius_jax") / "tiny"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(TINY / "vae", tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def flip(path, position, bits=1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= bits
+    path.write_bytes(content)
+
+
+def test_the_package_carries_sound_weights():
+    for part in ("unet", "vae"):
+        assert (TINY / part / FILE).is_file()
+        verify_checksums(TINY / part)
+
+
+def test_no_byte_may_change(folder):
+    rng = np.random.default_rng(0)
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    assert len(paths) > 5
+    for path in paths:
+        for position in rng.integers(path.stat().st_size, size=4):
+            flip(path, position)
+            with pytest.raises(UserError) as caught:
+                verify_checksums(folder)
+            named = folder if path.name == FILE else path  # a changed sum names another file, or none
+            assert str(caught.value).startswith(str(named))
+            flip(path, position)
+    verify_checksums(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json: missing, and listed"),
+        (lambda f: (f / "weights/more").write_text(""), "weights/more: not listed"),
+        (lambda f: (f / FILE).write_text("abc"), "line 1 is no SHA-256"),
+        (lambda f: (f / FILE).write_bytes(b"\xff"), "cannot be read"),
+        (lambda f: (f / "weights/link").symlink_to("nowhere"), "weights/link: cannot be read"),
+    ],
+)
+def test_what_else_is_refused(folder, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        verify_checksums(folder)
+
+
+def test_folders_without_sums_and_hidden_files_pass(folder):
+    (folder / ".DS_Store").write_text("")
+    verify_checksums(folder)
+    (folder / FILE).unlink()
+    (folder / "more").write_text("")
+    verify_checksums(folder)
+
+
+@pytest.mark.slow
+def test_loading_and_the_command_line_ask(tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "tiny")
+    damaged = max((tmp_path / "tiny/unet/weights").rglob("*"), key=lambda p: p.stat().st_size)
+    flip(damaged, damaged.stat().st_size // 2)
+    with pytest.raises(UserError, match="not what was written"):
+        load_unet(tmp_path / "tiny/unet")
+    photo = Path(__file__).parents[1] / "examples/coffee"
+    options = ["--image", f"{photo}.jpg", "--mask", f"{photo}_mask.png", "--output", str(tmp_path / "o.png")]
+    assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
+    assert f"{damaged}: not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
+    (tmp_path / "tiny/unet/weights/more").write_text("")
+    shutil.copy(next((TINY / "unet").rglob(damaged.name)), damaged)
+    assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
+    assert sample(["--model", str(tmp_path / "tiny"), *options, "--no-verify"]) == 0
