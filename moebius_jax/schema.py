@@ -13,6 +13,8 @@ from moebius_jax.errors import UserError
 
 T = TypeVar("T")
 
+LARGEST_JSON = 64 << 20  # bytes; the index of a latent cache of 14 M samples is smaller by far
+
 AtLeastZero = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeast0 = Annotated[float, Field(ge=0)]
@@ -113,6 +115,10 @@ def read_json(file: Path, kind: type[T]) -> T:
         UserError: it cannot be read, or is none; names the file and the field.
     """
     try:
+        if not (file.is_file() or file.is_dir()) and file.exists():  # a device or pipe never ends
+            raise UserError("not an ordinary file")
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{size:,} bytes; expected {LARGEST_JSON:,} or fewer")
         return parse_json(file.read_bytes(), kind)
     except (FileNotFoundError, NotADirectoryError):
         raise

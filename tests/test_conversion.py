@@ -1,6 +1,7 @@
 """Conversion: a strict bijection, both ways, of every kind of file."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -159,6 +160,27 @@ class TestBijection:
         with pytest.raises(UserError, match=r"not replaced, .*student_mini\.safetensors"):
             convert_file(student_mini_file, student_mini_file.parent, overwrite=True)
         assert student_mini_file.exists()
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "config.json").write_text('{"model_type": "bert"}')
+        with pytest.raises(UserError, match=r"config\.json: not replaced, it is not of a folder we write"):
+            convert_file(student_mini_file, other, overwrite=True)
+        assert "bert" in (other / "config.json").read_text()
+
+    @pytest.mark.parametrize(
+        ("suffix", "value", "message"),
+        [
+            ("conv_norm_out.bias", np.nan, "has 1 NaN or infinite values"),
+            ("conv_norm_out.bias", np.inf, "has 1 NaN or infinite values"),
+            ("running_var", -1e-3, "has a variance of -0.001"),
+        ],
+    )
+    def test_numbers_no_network_has_are_refused(self, state, tmp_path, suffix, value, message):
+        name = next(n for n in state if n.endswith(suffix))
+        changed = state[name].copy()
+        changed[0] = value
+        assert f"tensor {name} {message}" in self.convert({**state, name: changed}, tmp_path)
+        convert_file(tmp_path / "f.safetensors", tmp_path / "out", allow_nonfinite=True)
 
     def test_unwritable_destinations_are_named(self, student_mini_file, tmp_path):
         (tmp_path / "file").write_text("x")
@@ -362,9 +384,36 @@ class TestDamagedFiles:
         index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
         with pytest.raises(UserError, match=r"lists gone\.safetensors"):
             open_release_file(index)
-        index.write_text("{}")
-        with pytest.raises(UserError, match="not an index"):
-            open_release_file(index)
+        for content, message in {
+            "{}": "weight_map: missing field",
+            "[" * 100_000: "not JSON",
+            '{"weight_map": {"a": 1}}': r"weight_map\.a is 1; expected text",
+            '{"weight_map": {"a": "../x.safetensors"}}': "expected names of files beside it",
+            '{"weight_map": {"a": "/etc/x.safetensors"}}': "expected names of files beside it",
+        }.items():
+            index.write_text(content)
+            with pytest.raises(UserError, match=message):
+                open_release_file(index)
+
+    def test_a_tensor_no_shard_holds_is_missing(self, state, tmp_path):
+        save_file(state, tmp_path / "a.safetensors")
+        index = tmp_path / "m.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys([*state, "more"], "a.safetensors")}))
+        with pytest.raises(UserError, match=r"- more: listed in a\.safetensors, which does not hold it"):
+            convert_file(index, tmp_path / "out")
+
+    def test_what_unpacks_to_more_is_refused(self, tmp_path):
+        """A small file may be gigabytes of zeros, compressed; torch compresses nothing."""
+        torch.save({"a": torch.zeros(1000)}, tmp_path / "f.bin")
+        with (
+            zipfile.ZipFile(tmp_path / "f.bin") as stored,
+            zipfile.ZipFile(tmp_path / "g.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for part in stored.infolist():
+                packed.writestr(part.filename, stored.read(part))
+        open_release_file(tmp_path / "f.bin")
+        with pytest.raises(UserError, match=r"g\.bin: not a readable torch checkpoint \(.* is compressed"):
+            open_release_file(tmp_path / "g.bin")
 
 
 def test_a_failed_write_leaves_nothing(student_mini_file, tmp_path, monkeypatch):

@@ -48,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--base", type=Path, metavar="CHECKPOINT", help="supplies the BatchNorm statistics an EMA file lacks"
     )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="convert NaN and infinite weights, and negative variances, which are refused otherwise",
+    )
     parser.add_argument("--verify", action="store_true", help="read DEST again and compare every tensor")
     parser.add_argument(
         "--export",
@@ -82,7 +87,13 @@ def _convert(args: argparse.Namespace) -> int:
     for name, file in files.items():
         dest = args.dest / name
         architecture = convert_file(
-            file, dest, dtype=args.dtype, base=args.base, overwrite=args.overwrite, track=progress
+            file,
+            dest,
+            dtype=args.dtype,
+            base=args.base,
+            overwrite=args.overwrite,
+            allow_nonfinite=args.allow_nonfinite,
+            track=progress,
         )
         print(f"{dest}: {architecture.describe()}, {count_parameters(architecture):,} parameters")
         if args.verify:

@@ -30,6 +30,7 @@ def convert_file(
     dtype: str = "float32",
     base: Path | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     track: Track = lambda items, **_: items,
 ) -> Architecture:
     """Converts one released weight file into the folder `dest`.
@@ -40,6 +41,7 @@ def convert_file(
         dtype: of the stored parameters: "float32", "float16" or "bfloat16". BatchNorm statistics stay fp32.
         base: checkpoint whose BatchNorm statistics complete an EMA file.
         overwrite: replace an existing `dest`.
+        allow_nonfinite: take NaN and infinite weights, and variances below zero, as they are.
         track: wraps the loop over tensors, as tqdm does.
 
     Returns:
@@ -63,6 +65,8 @@ def convert_file(
     tensors: dict[str, np.ndarray] = {}
     for name, slot in track(expected.items(), desc="reading"):
         array = _stored(name, slot, opened, dtypes[slot.path])
+        if not allow_nonfinite:
+            _require_sound(name, array, source)
         if slot.path in tensors and not np.array_equal(tensors[slot.path], array, equal_nan=True):
             raise UserError(f"{source}: {name} must repeat another tensor exactly and does not")
         tensors[slot.path] = array
@@ -191,6 +195,15 @@ def _stored(name: str, slot: Slot, source: ReleaseFile, dtype: np.dtype) -> np.n
     if kept.dtype != array.dtype and not np.array_equal(np.isfinite(kept), np.isfinite(array)):
         raise UserError(f"{source.file}: tensor {name} has values too large for {kept.dtype}")
     return np.ascontiguousarray(slot.layout.to_jax(kept))
+
+
+def _require_sound(name: str, array: np.ndarray, source: Path) -> None:
+    """Raises UserError for numbers no trained network has."""
+    hint = "; --allow-nonfinite converts it all the same"
+    if not (finite := np.isfinite(array)).all():
+        raise UserError(f"{source}: tensor {name} has {np.sum(~finite)} NaN or infinite values{hint}")
+    if name.endswith("running_var") and (lowest := array.min(initial=0)) < 0:
+        raise UserError(f"{source}: tensor {name} has a variance of {lowest:.3g}{hint}")
 
 
 def _complete_with(source: ReleaseFile, base: ReleaseFile) -> ReleaseFile:

@@ -103,6 +103,8 @@ def save(
         raise UserError(
             f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
         )
+    if (there := folder / "config.json").is_file() and not _is_ours(there):
+        raise UserError(f"{there}: not replaced, it is not of a folder we write")
     with replace_when_complete(
         folder, overwrite=overwrite, ours=("config.json", "weights", checksums.FILE)
     ) as partial:
@@ -111,6 +113,13 @@ def save(
             checkpointer.save((partial / "weights").absolute(), nest(tensors))
         (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         checksums.write_checksums(partial)
+
+
+def _is_ours(config: Path) -> bool:
+    """Also where a version of its own, or damage, keeps it from being read."""
+    with contextlib.suppress(OSError):
+        return b"moebius-jax" in config.read_bytes()
+    return False
 
 
 def is_outdated(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from moebius_jax.errors import UserError
+from moebius_jax.schema import checked, read_json
 
 SUFFIXES = (".bin", ".pth", ".pt", ".safetensors")
 
@@ -84,21 +85,30 @@ def _safetensors(path: Path) -> Iterable[tuple[str, LazyTensor]]:
     return [(name, tensor(name)) for name in names]
 
 
+@checked
+class _Index:
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def _open_shards(index: Path) -> ReleaseFile:
     """Several files with a list of which tensor is in which."""
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors shards ({error})") from None
+    listed = read_json(index, _Index).weight_map
     tensors: dict[str, LazyTensor] = {}
     problems = []
-    for file in files:
+    for file in sorted(set(listed.values())):
+        if file != Path(file).name:
+            raise UserError(f"{index}: lists {file!r}; expected names of files beside it")
         if not (index.parent / file).is_file():
             raise UserError(f"{index}: lists {file}, which is not in {index.parent}")
         for name, tensor in _safetensors(index.parent / file):
             if name in tensors:
                 problems.append(f"! {name}: in more than one shard, again in {file}")
             tensors[name] = tensor
+    problems += [
+        f"- {name}: listed in {listed[name]}, which does not hold it"
+        for name in listed.keys() - tensors.keys()
+    ]
     return ReleaseFile(file=index, tensors=tensors, problems=tuple(problems))
 
 
@@ -110,6 +120,7 @@ def _open_torch(path: Path) -> ReleaseFile:
             f"{path}: reading {path.suffix} files needs torch, which is not installed; "
             "run: pip install 'moebius-jax[convert]' (a .safetensors file needs no torch)"
         ) from None
+    _refuse_compressed(path)
     content = _torch_load(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a state dict, found {type(content).__name__}")
@@ -123,6 +134,20 @@ def _open_torch(path: Path) -> ReleaseFile:
         )
     tensors = {str(name): _torch_tensor(value) for name, value in content.items()}
     return ReleaseFile(file=path, tensors=tensors)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch stores tensors as they are; a compressed file may unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            compressed = [part for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # torch says what it is
+    if compressed:
+        raise UserError(
+            f"{path}: not a readable torch checkpoint ({compressed[0].filename} is compressed, which torch "
+            "does not do)"
+        )
 
 
 def _torch_load(path: Path) -> Any:
