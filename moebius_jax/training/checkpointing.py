@@ -14,6 +14,7 @@ from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
+from moebius_jax.weights import checksums
 from moebius_jax.weights.folder import quiet_storage
 
 FOLDER = "checkpoints"
@@ -43,6 +44,7 @@ class RunCheckpoints:
             keep_period=config.keep_every,
             enable_async_checkpointing=True,
             step_prefix="step",
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -101,6 +103,7 @@ class RunCheckpoints:
             )
             try:
                 with quiet_storage():
+                    checksums.verify_checksums(self._path(step))
                     restored = self._manager.restore(step, args=wanted)
             except Exception as error:  # storage libraries raise whatever they meet
                 self._explain(step, error, target)
@@ -131,6 +134,14 @@ class RunCheckpoints:
         """Waits for what is being written; errors as for `wait`."""
         self.wait()
         self._manager.close()
+
+    def _sum_up(self) -> None:
+        """Adds checksums to a checkpoint that is written and has not its final name yet."""
+        if jax.process_index() > 0:
+            return
+        for path in self.folder.glob("step_*"):
+            if not (path / checksums.FILE).exists():
+                checksums.write_checksums(path)
 
     def _agree(self, step: int) -> None:
         """Raises UserError unless every process could read the same checkpoint."""

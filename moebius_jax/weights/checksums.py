@@ -6,16 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moebius_jax.errors import UserError
+from moebius_jax.files import replace_when_complete
 
 FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
-_HINT = "make the folder again, or load it with --no-verify (verify=False)"
 
 
 def write_checksums(folder: Path) -> None:
     """Leaves `SHA256SUMS` in a folder whose files are all written."""
     sums = _sums(folder)
-    (folder / FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    with replace_when_complete(folder / FILE, overwrite=True) as partial:
+        partial.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def verify_checksums(folder: Path) -> None:
@@ -34,14 +35,14 @@ def verify_checksums(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
     if missing := sorted(set(written) - set(found)):
-        raise UserError(f"{folder / missing[0]}: missing, and listed in {FILE}; {_HINT}")
+        raise UserError(f"{folder / missing[0]}: missing, and listed in {FILE}")
     if added := sorted(set(found) - set(written)):
-        raise UserError(f"{folder / added[0]}: not listed in {FILE}; {_HINT}")
+        raise UserError(f"{folder / added[0]}: not listed in {FILE}")
     if changed := sorted(name for name in written if written[name] != found[name]):
         name = changed[0]
         raise UserError(
             f"{folder / name}: not what was written, its SHA-256 is {found[name][:12]}…, {FILE} has "
-            f"{written[name][:12]}…; {_HINT}"
+            f"{written[name][:12]}…"
         )
 
 
@@ -49,12 +50,12 @@ def _read(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_HINT}") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     written = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UserError(f"{path}: line {number} is no SHA-256 and a file's name; {_HINT}")
+            raise UserError(f"{path}: line {number} is no SHA-256 and a file's name")
         written[match[2]] = match[1]
     return written
 
@@ -63,15 +64,15 @@ def _sums(folder: Path) -> dict[str, str]:
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if not path.is_dir() and path != folder / FILE and not _is_hidden(path.relative_to(folder))
+        if not path.is_dir() and path != folder / FILE and not _is_apart(path.relative_to(folder))
     )
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 
 
-def _is_hidden(path: Path) -> bool:
-    """File managers and version control leave files of their own."""
-    return any(part.startswith(".") for part in path.parts)
+def _is_apart(path: Path) -> bool:
+    """What file managers leave, and Orbax's record of times and versions, written last."""
+    return path.name == "_CHECKPOINT_METADATA" or any(part.startswith(".") for part in path.parts)
 
 
 def _sha256(path: Path) -> str:

@@ -191,7 +191,7 @@ def restore(
         UserError: damaged.
     """
     if verify:
-        checksums.verify_checksums(folder)
+        _verify(folder)
     if placement is None:
         placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = placement if callable(placement) else lambda *_: placement
@@ -205,6 +205,14 @@ def restore(
     problem = f"{folder / 'weights'}: damaged, or not of the network in config.json"
     with orbax_errors(problem), _checkpointer() as checkpointer:
         return flatten(checkpointer.restore((folder / "weights").absolute(), nest(targets)))
+
+
+def _verify(folder: Path) -> None:
+    try:
+        checksums.verify_checksums(folder)
+    except UserError as error:
+        hint = "make the folder again, or load it with --no-verify (verify=False)"
+        raise UserError(f"{error}; {hint}") from None
 
 
 @contextlib.contextmanager
