@@ -173,16 +173,22 @@ class TestResuming:
         assert "going on from step 18" in err
         assert_same_run(workdir, straight[0])
 
-    def test_a_damaged_checkpoint_is_passed_over(self, straight, train, tmp_path):
+    def test_damaged_checkpoints_are_passed_over(self, straight, train, tmp_path):
         workdir = tmp_path / "damaged"
         shutil.copytree(straight[0], workdir)
         for path in (workdir / "checkpoints" / "step_24" / "state").rglob("*"):
             if path.is_file() and path.stat().st_size > 100:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        state = workdir / "checkpoints" / "step_18" / "state"
+        weights = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
         status, _, err = finish(train(TINY, "--workdir", workdir, "vae=none"))
         assert status == 0, err
         assert "step_24: damaged, going back to the one before" in err
-        assert "going on from step 18" in err
+        assert f"{weights}: not what was written" in err
+        assert "going on from step 12" in err
         assert "Traceback" not in err
         assert_same_run(workdir, straight[0])
 
