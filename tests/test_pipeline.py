@@ -285,6 +285,12 @@ class TestLoading:
             tiny_pipeline.save_pretrained(tiny_folder)
         tiny_pipeline.save_pretrained(tiny_folder, overwrite=True)
 
+    def test_what_is_someone_elses_is_not_replaced(self, tiny_pipeline, tmp_path):
+        (tmp_path / "README.md").write_text("# mine")
+        with pytest.raises(UserError, match="not replaced, it is no pipeline we wrote"):
+            tiny_pipeline.save_pretrained(tmp_path, overwrite=True)
+        assert (tmp_path / "README.md").read_text() == "# mine"
+
     def test_converted_layouts(self, tiny_folder, tmp_path):
         shutil.copytree(tiny_folder / "unet", tmp_path / "hub/ft_ffhq")
         with pytest.raises(UserError, match=r"no VAE beside it .*name a converted one"):

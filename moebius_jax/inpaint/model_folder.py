@@ -11,7 +11,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.schema import checked, read_json
 from moebius_jax.weights import hub
-from moebius_jax.weights.folder import FolderConfig, read_config
+from moebius_jax.weights.folder import FolderConfig, is_ours, read_config
 
 DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
@@ -58,11 +58,17 @@ def write_model_folder(
     Raises:
         UserError: it exists and may not be replaced, or cannot be written.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
+        raise UserError(f"{folder}: not replaced, it is no pipeline we wrote")
     with replace_when_complete(folder, overwrite=overwrite, ours=(_FILE, UNET, VAE, CARD)) as partial:
         partial.mkdir()
         yield partial
         (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
         (partial / CARD).write_text(_card(folder.name, read_config(partial / UNET), license))
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / _FILE).is_file() and is_ours(folder / UNET / "config.json")
 
 
 def _card(name: str, unet: FolderConfig, license: str | None) -> str:

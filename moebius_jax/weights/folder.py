@@ -103,7 +103,7 @@ def save(
         raise UserError(
             f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
         )
-    if (there := folder / "config.json").is_file() and not _is_ours(there):
+    if (there := folder / "config.json").is_file() and not is_ours(there):
         raise UserError(f"{there}: not replaced, it is not of a folder we write")
     with replace_when_complete(
         folder, overwrite=overwrite, ours=("config.json", "weights", checksums.FILE)
@@ -115,8 +115,8 @@ def save(
         checksums.write_checksums(partial)
 
 
-def _is_ours(config: Path) -> bool:
-    """Also where a version of its own, or damage, keeps it from being read."""
+def is_ours(config: Path) -> bool:
+    """Whether a `config.json` is one we wrote, even where its version or damage keeps it from being read."""
     with contextlib.suppress(OSError):
         return b"moebius-jax" in config.read_bytes()
     return False
