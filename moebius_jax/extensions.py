@@ -28,10 +28,13 @@ def load_extension(path: Path) -> types.ModuleType:
     Raises:
         UserError: there is no such file, or it fails.
     """
-    if not path.is_file() or path.suffix != ".py":
-        raise UserError(f"{path}: {'expected a Python file' if path.exists() else 'no such file'}")
+    try:
+        if not path.is_file() or path.suffix != ".py":
+            raise UserError(f"{path}: {'expected a Python file' if path.exists() else 'no such file'}")
+    except OSError as error:  # a name no file can have
+        raise UserError(f"{path}: {error.strerror}") from None
     try:
         own = zlib.crc32(str(path.resolve()).encode())  # there may be a file of this name in another folder
         return run_file(path, f"extension_{path.stem}_{own:08x}")
-    except Exception as error:  # whatever a Python file can do
+    except (Exception, SystemExit) as error:  # whatever a Python file can do
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None

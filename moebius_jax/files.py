@@ -21,21 +21,23 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     """Yields a path beside `dest` to write to; renames it to `dest` when the block ends well.
 
     A block that raises leaves nothing behind and `dest` as it was. Works for files and for folders; a link
-    is followed. What a killed process leaves behind, `remove_remains` finds.
+    is followed. What killed processes left beside it is cleaned up.
 
     Args:
         dest: what to write.
         overwrite: replace an existing `dest`.
-        ours: what a folder that may be replaced can hold; one with anything else in it is not ours.
+        ours: of a folder, what one that may be replaced can hold; one with anything else in it is not ours.
 
     Raises:
         AlreadyThere: `dest` exists and may not be replaced.
         UserError: it cannot be written.
     """
     try:
-        dest = dest.resolve()
+        dest = resolved(dest)
+        _recover(dest)
         _refuse_to_replace(dest, overwrite, ours)
         dest.parent.mkdir(parents=True, exist_ok=True)
+        remove_remains(dest.parent)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from None
     partial = partial_of(dest)
@@ -82,8 +84,7 @@ def require_writable(folder: Path) -> None:
 def partial_of(dest: Path) -> Path:
     """The hidden name beside `dest` under which this process writes it."""
     # Short whatever the name's length, and with its suffix: writers choose their format by it.
-    number = zlib.crc32(os.fsencode(dest.name))
-    return dest.with_name(f".partial-{_processes()}-{os.getpid()}-{number:08x}{dest.suffix}")
+    return dest.with_name(f".partial-{_processes()}-{os.getpid()}-{_number(dest)}{dest.suffix}")
 
 
 def remove_remains(folder: Path) -> None:
@@ -97,6 +98,34 @@ def remove_remains(folder: Path) -> None:
         if partial.suffix != ".old" and process.isdigit() and not _runs(int(process)):
             with contextlib.suppress(OSError):
                 _remove(partial)
+
+
+def resolved(path: Path) -> Path:
+    """The path without links.
+
+    Raises:
+        UserError: it is a loop of links.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError:  # Python 3.12 and before
+        raise UserError(f"{path}: a loop of links") from None
+
+
+def _number(dest: Path) -> str:
+    return f"{zlib.crc32(os.fsencode(dest.name)):08x}"
+
+
+def _recover(dest: Path) -> None:
+    """Finishes what a process began that was killed between two renamings: the old folder is there no more
+    under its name, or still there beside the new one."""
+    for old in dest.parent.glob(f".partial-{_processes()}-*-{_number(dest)}.old"):
+        process = old.name.split("-")[2]
+        if process.isdigit() and not _runs(int(process)):
+            if dest.exists():
+                _remove(old)
+            else:
+                old.rename(dest)
 
 
 def _processes() -> str:
@@ -125,6 +154,9 @@ def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> No
         return
     if not overwrite:
         raise AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+    if dest.is_dir() != bool(ours) or not (dest.is_dir() or dest.is_file()):
+        kind = "a folder" if dest.is_dir() else "a file" if dest.is_file() else "no ordinary file"
+        raise UserError(f"{dest}: not replaced, it is {kind}; expected {'a folder' if ours else 'a file'}")
     if dest.is_dir() and (foreign := sorted({p.name for p in dest.iterdir()} - set(ours))):
         raise UserError(
             f"{dest}: not replaced, it holds other things than we write ({', '.join(foreign[:3])})"

@@ -30,11 +30,14 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 @contextlib.contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Makes a `UserError` of a device's error that `what` does not fit in its memory."""
+    """Makes a `UserError` of a device's (or the host's) error that `what` does not fit in its memory."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        # CPUs report it as an internal error.
+        if isinstance(error, jax.errors.JaxRuntimeError) and not any(
+            said in str(error) for said in ("RESOURCE_EXHAUSTED", "Out of memory")
+        ):
             raise
         raise UserError(f"{what} does not fit in the device's memory; use a smaller batch size") from None
 

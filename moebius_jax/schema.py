@@ -23,6 +23,10 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 File = Annotated[Path, BeforeValidator(lambda x: Path(x) if isinstance(x, str) else x)]
+# Beyond any network there is; a damaged file may say anything, and a network is built to be looked at.
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=2**12)]
+Layers = Annotated[int, Field(ge=1, le=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # Types are as declared: no text for a number, no number for a text, neither infinity nor NaN.

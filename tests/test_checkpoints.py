@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moebius_jax import UNet, UserError, load_elatentlpips, load_unet, load_vae, save_unet
 from moebius_jax.sharding import make_mesh
+from moebius_jax.weights import checksums
 from moebius_jax.weights.tensors import network_tensors
 
 
@@ -120,6 +121,7 @@ def test_not_a_folder_of_ours(tmp_path):
 )
 def test_damaged_configs_are_named(folder, tmp_path, change, message):
     shutil.copytree(folder, tmp_path / "f")
+    (tmp_path / "f" / checksums.FILE).unlink()
     path = tmp_path / "f/config.json"
     config = json.loads(path.read_text())
     change(config)

@@ -94,6 +94,8 @@ def load_pipeline(
 
     options = {name: getattr(args, name) for name in ("dtype", "stream_dtype", "vae_dtype")}
     options["verify"] = not args.no_verify
+    if args.model == "":
+        raise UserError("--model is empty; expected a folder, a Hub repository or a name")
     model = args.model or DEFAULT_MODEL
     if not is_here(model):
         print(f"{model}: no such folder here, asking the Hub …", file=sys.stderr)
@@ -140,11 +142,13 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError if one of these is given and below 1."""
+def require_positive(args: argparse.Namespace, *names: str, most: int | None = None) -> None:
+    """Raises UserError if one of these is given and below 1, or above `most`."""
     for name in names:
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= (most or value):
+            expected = "1 or more" if value < 1 else f"{most} or fewer"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 def require_seed(args: argparse.Namespace) -> None:

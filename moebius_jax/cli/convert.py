@@ -79,13 +79,18 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from moebius_jax.weights.convert import convert_file, verify_folder
+    from moebius_jax.weights.convert import convert_file, is_converted
     from moebius_jax.weights.hub import find_weights
     from moebius_jax.weights.tensors import count_parameters
 
     files = find_weights(args.source) if args.source.is_dir() else {"": args.source}
     for name, file in files.items():
         dest = args.dest / name
+        if name and not args.overwrite and is_converted(file, dest, dtype=args.dtype):
+            print(f"{dest}: converted already from this file, kept")
+            if args.verify:
+                _verify(file, dest, args.base)
+            continue
         architecture = convert_file(
             file,
             dest,
@@ -97,8 +102,14 @@ def _convert(args: argparse.Namespace) -> int:
         )
         print(f"{dest}: {architecture.describe()}, {count_parameters(architecture):,} parameters")
         if args.verify:
-            print(f"{dest}: {verify_folder(file, dest, base=args.base, track=progress)} tensors verified")
+            _verify(file, dest, args.base)
     return 0
+
+
+def _verify(file: Path, dest: Path, base: Path | None) -> None:
+    from moebius_jax.weights.convert import verify_folder
+
+    print(f"{dest}: {verify_folder(file, dest, base=base, track=progress)} tensors verified")
 
 
 if __name__ == "__main__":

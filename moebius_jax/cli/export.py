@@ -58,7 +58,7 @@ def _export(args: argparse.Namespace) -> int:
     from moebius_jax.export.write import ExportOptions, export_model
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
-    require_positive(args, "batch_size")
+    require_positive(args, "batch_size", most=1024)
     require_extra("export", *_EXTRAS[args.format])
     if args.folder.exists() and not args.overwrite:
         raise UserError(f"{args.folder}: exists already; --overwrite replaces an earlier export")

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    require_positive(args, "count")
+    require_positive(args, "count", most=10**7)
     low, high = args.ratio
     spec = MaskSpec(kind=args.kind, size=args.size, seed=args.seed, min_ratio=low, max_ratio=high)
     names = [f"{i:06}" for i in range(args.count)]

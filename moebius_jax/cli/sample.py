@@ -17,6 +17,7 @@ from moebius_jax.cli.arguments import (
 from moebius_jax.cli.durations import last_time, remember
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
+from moebius_jax.imaging.picture import is_result
 from moebius_jax.inpaint.pairing import plan_tasks
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    require_positive(args, "num_samples", "batch_size")
+    require_positive(args, "batch_size")
+    require_positive(args, "num_samples", most=10_000)
     require_seed(args)
     # Before the model is loaded: what can be wrong should be said at once.
     tasks, problems = plan_tasks(
@@ -134,7 +136,7 @@ def _sample(args: argparse.Namespace) -> int:
     )
     process, count = process_share(args)
     tasks = tasks[process::count]
-    todo = [t for t in tasks if args.overwrite or not t.output.exists()]
+    todo = [t for t in tasks if args.overwrite or not is_result(t.output)]
     if skipped := len(tasks) - len(todo):
         print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
     from moebius_jax.inpaint.files import add_missing_grids, inpaint_files

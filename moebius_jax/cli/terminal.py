@@ -1,8 +1,10 @@
 """What the command-line programs share: errors as one line, progress bars, quiet libraries."""
 
+import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,12 +20,20 @@ def run(program: Callable[[], int]) -> int:
     """Runs a program's body; what users can mend becomes a message on stderr and exit status 1."""
     quiet_libraries()
     try:
-        return program()
+        status = program()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except PermissionError as error:
-        print(f"error: {error.filename}: not allowed ({error.strerror})", file=sys.stderr)
+    except OSError as error:
+        # Of a path that cannot be, as a rule; without one it is the standard output, on a full disk say.
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)

@@ -63,7 +63,7 @@ class MaskSpec:
     """
 
     kind: Annotated[str, one_of(KINDS)]
-    size: Annotated[int, Field(ge=64)] = 512
+    size: Annotated[int, Field(ge=64, le=2**14)] = 512
     seed: AtLeastZero = 0
     min_ratio: Probability = 0.0
     max_ratio: Probability = 1.0

@@ -1,5 +1,6 @@
 """A folder of exported programs, and whether they compute what the model does."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -93,6 +94,8 @@ def export_model(
     suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)
     ours = (MANIFEST, *(program.name + suffix for program in exported for suffix in suffixes))
     differences = []
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder / MANIFEST):
+        raise UserError(f"{folder}: not replaced, it is no export of ours")
     with replace_when_complete(folder, overwrite=overwrite, ours=ours) as partial:
         partial.mkdir()
         for program in exported:
@@ -108,6 +111,12 @@ def export_model(
             differences += found
         (partial / MANIFEST).write_text(json.dumps(described, indent=1) + "\n")
     return differences
+
+
+def _is_ours(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return b"moebius-jax" in file.read_bytes()
+    return False
 
 
 def _require_small(differences: list[Difference], *, half: bool) -> None:

@@ -57,6 +57,7 @@ def _upright(mask: UInt8[np.ndarray, "H W"], *, invert: bool) -> UInt8[np.ndarra
 
 def dilate(hole: Hole, size: int) -> Hole:
     """Dilation with a size x size square."""
+    size = min(size, 2 * max(hole.shape) + 1)  # by then it is everywhere
     return ndimage.maximum_filter(hole, size=size) if size > 1 else hole
 
 

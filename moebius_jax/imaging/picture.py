@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ MASK_ENDINGS = ("_mask", "-mask")  # a mask's file is named as its image's, or t
 # By content, whatever the name says: some formats PIL knows are read by starting other programs (PostScript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 KEEPS_ALPHA = (".png", ".webp", ".tif", ".tiff")
+LARGEST_FILE = 2**31  # bytes
+_LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # pixels, of formats and their library
+_SOFTWARE, _OURS = 0x0131, "moebius-jax"  # what EXIF calls the program that wrote a picture
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 
@@ -112,9 +116,14 @@ def _has_alpha(image: Image.Image) -> bool:
 def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
     """Writes an image in the format its suffix names; it appears under its name only when complete.
 
+    It bears our name in its EXIF data (BMP has none), and only such a one is replaced.
+
     Raises:
-        UserError: the suffix names no known format, the format cannot hold the image, or the file exists.
+        UserError: the suffix names no known format, the format cannot hold the image, or the file exists and
+            may not be replaced.
     """
+    if overwrite and path.exists() and not _is_ours(path):
+        raise UserError(f"{path}: not replaced, it is no picture we wrote; choose another name")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}, found {path.suffix or 'no suffix'}")
     if image.mode in ("RGBA", "LA"):
@@ -124,8 +133,46 @@ def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
     )
     if profile := image.info.get("icc_profile"):
         options["icc_profile"] = profile
+    require_fitting_format(path, image.size)
+    if path.suffix.lower() != ".bmp":
+        options["exif"] = Image.Exif()
+        options["exif"][_SOFTWARE] = _OURS
     with replace_when_complete(path, overwrite=overwrite) as partial:
-        image.save(partial, **options)
+        try:
+            image.save(partial, **options)
+        except ValueError as error:  # encoders' own limits
+            raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def is_result(path: Path) -> bool:
+    """Whether there is a picture, whole as far as its format can tell without being decoded."""
+    try:
+        if not path.is_file() or not path.stat().st_size:
+            return False
+        with Image.open(path, formats=FORMATS) as image:
+            image.verify()
+    except Exception:  # whatever PIL's readers raise of half a picture
+        return False
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    """Also what is empty, as after a full disk."""
+    try:
+        if path.is_file() and not path.stat().st_size:
+            return True
+        with Image.open(path, formats=FORMATS) as image:
+            return image.format == "BMP" or image.getexif().get(_SOFTWARE) == _OURS
+    except Exception:  # half a picture, or none
+        return False
+
+
+def require_fitting_format(path: Path, size: tuple[int, int]) -> None:
+    """Raises UserError if the format `path` names has no room for so many pixels."""
+    if max(size) > (longest := _LONGEST_SIDE.get(path.suffix.lower(), math.inf)):
+        raise UserError(
+            f"{path}: {size[0]} x {size[1]} pixels; {path.suffix} has room for {longest} a side, choose .png"
+        )
 
 
 def require_alpha_format(path: Path) -> None:
@@ -136,7 +183,13 @@ def require_alpha_format(path: Path) -> None:
 
 def _open(path: Path, max_megapixels: float | None) -> Image.Image:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no ordinary file")  # a pipe or a device may never end
+        if (length := path.stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{path}: {length:,} bytes; expected {LARGEST_FILE:,} or fewer")
         image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:

@@ -5,12 +5,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
 from moebius_jax.imaging.grid import side_by_side
-from moebius_jax.imaging.picture import read_mask, read_picture, require_alpha_format, write_image
+from moebius_jax.imaging.picture import (
+    is_result,
+    read_mask,
+    read_picture,
+    require_alpha_format,
+    require_fitting_format,
+    write_image,
+)
 from moebius_jax.inpaint.pairing import Task, grid_path
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 from moebius_jax.inpaint.sampler import SamplingOptions
@@ -65,8 +70,10 @@ def inpaint_files(
         for task in tasks:
             try:
                 picture, mask = read_picture(task.image), read_mask(task.mask)
+                # Now, not after the work is done.
+                require_fitting_format(task.output, picture.rgb.shape[1::-1])
                 if picture.alpha is not None:
-                    require_alpha_format(task.output)  # now, not after the work is done
+                    require_alpha_format(task.output)
             except UserError as error:
                 run.problems.append(str(error))
                 advance()
@@ -85,9 +92,12 @@ def inpaint_files(
         if result.error:
             raise result.error
         task, picture = result.item.tag
-        write_image(task.output, picture.with_rgb(result.rgb), overwrite=overwrite)
+        # Half a result, which another program's crash may leave, counts as none.
+        replace = overwrite or (task.output.is_file() and not is_result(task.output))
+        write_image(task.output, picture.with_rgb(result.rgb), overwrite=replace)
         if grid:
-            _write_grid(task, picture.rgb, result.item.mask, result.rgb)
+            panels = (picture.rgb, result.item.mask, result.rgb)
+            write_image(grid_path(task.output), side_by_side(*panels), overwrite=True)
 
     start = time.perf_counter()
     with CompileClock() as compiling:
@@ -110,12 +120,8 @@ def add_missing_grids(tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         try:
             if task.output.exists() and not grid_path(task.output).exists():
-                result = read_picture(task.output)
-                _write_grid(task, read_picture(task.image).rgb, read_mask(task.mask), result.rgb)
+                panels = (read_picture(task.image).rgb, read_mask(task.mask), read_picture(task.output).rgb)
+                write_image(grid_path(task.output), side_by_side(*panels), overwrite=False)
         except UserError as error:
             problems.append(str(error))
     return problems
-
-
-def _write_grid(task: Task, *panels: np.ndarray) -> None:
-    write_image(grid_path(task.output), side_by_side(*panels), overwrite=True)

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 from moebius_jax.errors import UserError
+from moebius_jax.files import resolved
 from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES
 
 
@@ -47,7 +48,10 @@ def plan_tasks(
     """
     images = _files(image, "image")
     masks = _files(mask, "mask")
+    listed = [*images, *masks]
     problems = []
+    if image.is_file() and mask.is_dir():
+        masks = [f for f in masks if not (f.exists() and f.samefile(image))]
     if image.is_dir() and mask.is_dir() and image.samefile(mask):
         # photo.png beside photo_mask.png: what has a partner without the ending is a mask.
         stems = {f.stem for f in images}
@@ -85,7 +89,7 @@ def plan_tasks(
             )
     if image.is_dir() and mask.is_dir():
         problems += [f"{f}: no image goes with this mask" for f in masks if f not in used]
-    _refuse_collisions(tasks, grid)
+    _refuse_collisions(tasks, listed, grid)
     return tasks, problems
 
 
@@ -108,25 +112,34 @@ def _is_folder(output: Path, image: Path) -> bool:
     return not suffix
 
 
-def _refuse_collisions(tasks: list[Task], grid: bool) -> None:
-    inputs = {f.resolve() for task in tasks for f in (task.image, task.mask)}
-    outputs = {task.output.resolve() for task in tasks}
+def _refuse_collisions(tasks: list[Task], listed: list[Path], grid: bool) -> None:
+    inputs = {_resolved(f) for f in listed}
+    outputs = {resolved(task.output) for task in tasks}
     for task in tasks:
-        if task.output.resolve() in inputs:
+        if resolved(task.output) in inputs:
             raise UserError(
                 f"{task.output}: the result would have the name of an input; choose another --output"
             )
-        if grid and grid_path(task.output).resolve() in inputs | outputs:
+        if grid and resolved(grid_path(task.output)) in inputs | outputs:
             raise UserError(
                 f"{grid_path(task.output)}: is also the name of the grid of {task.output.name}; rename it"
             )
+
+
+def _resolved(path: Path) -> Path:
+    """Of an input, which is told of as unreadable later if it is a loop of links."""
+    try:
+        return resolved(path)
+    except UserError:
+        return path
 
 
 def _files(path: Path, what: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such {what} file or folder")
+        found = "no ordinary file or folder" if os.path.lexists(path) else f"no such {what} file or folder"
+        raise UserError(f"{path}: {found}")
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if not files:
         raise UserError(f"{path}: no {what}s here (looked for {', '.join(SUFFIXES)})")

@@ -1,6 +1,7 @@
 """`MoebiusInpaintPipeline`: weights from a folder or the Hub, pictures in, pictures out."""
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ class MoebiusInpaintPipeline:
         Raises:
             UserError: not logged in, not allowed, or not reachable.
         """
+        if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]*\w[\w.-]*", repository):
+            raise UserError(f"{repository!r}: expected a repository's name, such as owner/name")
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / repository.rpartition("/")[2]
             self.save_pretrained(saved, license=license)

@@ -18,6 +18,7 @@ from moebius_jax.schema import AtLeast0, AtLeastZero, checked
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
+LARGEST_WINDOW = 2**14  # pixels a side: 6 GB while it is pasted
 
 
 @checked
@@ -163,6 +164,9 @@ def _prepare(item: Item, options: InpaintOptions, sampler: Sampler, rows: collec
     except UserError as error:
         job.error = error
         return job
+    except MemoryError:
+        job.error = UserError(f"{item.name}: too large for this machine's memory")
+        return job
     job.left = len(new)
     rows.extend(new)
     return job
@@ -191,6 +195,11 @@ def _cut(item: Item, options: InpaintOptions, sampler: Sampler, job: _Job) -> li
     size = sampler.image_size
     new = []
     for number, window in enumerate(plan_windows(hole, size, options.padding_mask_crop)):
+        if window.side > LARGEST_WINDOW:
+            raise UserError(
+                f"{item.name}: the hole and what is around it need a square of {window.side} pixels; "
+                f"expected {LARGEST_WINDOW} or fewer. Repaint a smaller part, or a smaller copy"
+            )
         image, square = crop.cut(item.rgb, hole, window, size)
         masks.warn_if_thin(square, size // sampler.config.latent_size, window.side / size, item.mask_name)
         new.append(_Row(image=image, hole=square, window=window, number=number, job=job))
@@ -212,9 +221,9 @@ def _start(
     callback: StepCallback | None,
 ) -> _Batch:
     taken = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
-    filled = taken + [taken[0]] * (batch_size - len(taken))
-    seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
     with memory_errors(f"a batch of {batch_size} squares"):
+        filled = taken + [taken[0]] * (batch_size - len(taken))
+        seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
         images, finite = sampler(
             np.stack([row.image for row in filled]),
             np.stack([row.hole for row in filled]),

@@ -12,7 +12,7 @@ from moebius_jax.models.architecture import EXECUTION, Architecture
 from moebius_jax.models.parts import BlockSizes, Sizes
 from moebius_jax.models.switches import CROSS_MIXERS, FEED_FORWARDS, RESIDUAL_CONVS, SELF_MIXERS, SWITCHES
 from moebius_jax.models.table2 import TABLE_2, experiment
-from moebius_jax.schema import AtLeastOne, checked, one_of
+from moebius_jax.schema import Layers, Side, Width, checked, one_of
 
 
 @checked
@@ -44,15 +44,15 @@ class UNetConfig(Architecture, Sizes):
     cross_mixer: Annotated[str, one_of(CROSS_MIXERS)] = "interactive_lambda"
     feed_forward: Annotated[str, one_of(FEED_FORWARDS)] = "mix_ffn"
     residual_conv: Annotated[str, one_of(RESIDUAL_CONVS)] = "depthwise"
-    channels: tuple[AtLeastOne, ...] = (320, 640, 1280)
+    channels: tuple[Width, ...] = (320, 640, 1280)
     transformers: tuple[bool, ...] = (True, True, True)
     mid_block: bool = False
-    layers_per_block: AtLeastOne = 2
-    latent_size: AtLeastOne = 64
-    in_channels: AtLeastOne = 9
-    out_channels: AtLeastOne = 4
-    vocab_size: AtLeastOne = 20
-    embedding_dim: AtLeastOne = 3072
+    layers_per_block: Layers = 2
+    latent_size: Side = 64
+    in_channels: Width = 9
+    out_channels: Width = 4
+    vocab_size: Width = 20
+    embedding_dim: Width = 3072
     remat: bool = dataclasses.field(default=False, metadata=EXECUTION)
 
     def __post_init__(self) -> None:

@@ -1,14 +1,15 @@
 """What a U-Net's switches choose between: the base of mixers and feed-forward layers, and their sizes."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from flax import nnx
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
-from moebius_jax.schema import Above0, AtLeastOne, checked
+from moebius_jax.schema import Side, Width, checked
 
 PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "fused"]
 
@@ -29,11 +30,11 @@ class Sizes:
             another machine.
     """
 
-    num_heads: AtLeastOne = 8
-    context_dim: AtLeastOne = 768
-    context_length: AtLeastOne = 10
-    window: AtLeastOne = 15
-    ffn_ratio: Above0 = 2.5
+    num_heads: Width = 8
+    context_dim: Width = 768
+    context_length: Side = 10
+    window: Side = 15
+    ffn_ratio: Annotated[float, Field(ge=1 / 64, le=64)] = 2.5
     position_order: PositionOrder = dataclasses.field(default="auto", metadata=EXECUTION)
     platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
@@ -47,8 +48,8 @@ class BlockSizes(Sizes):
         map_size: side of the map the network was trained at, in positions.
     """
 
-    channels: AtLeastOne
-    map_size: AtLeastOne
+    channels: Width
+    map_size: Side
 
     @property
     def depth(self) -> int:

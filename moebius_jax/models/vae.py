@@ -17,7 +17,7 @@ from moebius_jax.models.linear import Linear, PointwiseConv, Product
 from moebius_jax.models.norms import GROUPS, GroupNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
-from moebius_jax.schema import Above0, AtLeastOne, checked
+from moebius_jax.schema import Above0, Layers, Width, checked
 
 Map = Float[Array, "B H W C"]
 
@@ -41,11 +41,11 @@ class VAEConfig(Architecture):
 
     NOUN: ClassVar[str] = "VAE"
 
-    channels: Annotated[tuple[AtLeastOne, ...], Field(min_length=1)] = (128, 256, 512, 512)
-    layers_per_block: AtLeastOne = 2
-    latent_channels: AtLeastOne = 4
+    channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)] = (128, 256, 512, 512)
+    layers_per_block: Layers = 2
+    latent_channels: Width = 4
     scaling_factor: Above0 = 0.13025
-    norm_groups: AtLeastOne = dataclasses.field(default=GROUPS, metadata=ADDED)
+    norm_groups: Width = dataclasses.field(default=GROUPS, metadata=ADDED)
     platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:

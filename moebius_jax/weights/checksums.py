@@ -25,8 +25,11 @@ def verify_checksums(folder: Path) -> None:
     A folder without one, as version 0.1 wrote them, passes.
 
     Raises:
-        UserError: a file is missing, was added or is not what was written; it is named.
+        UserError: a file is missing, was added, is no ordinary one or not what was written; it is named.
     """
+    for name in _names(folder):
+        if not (folder / name).is_file():  # reading a pipe or a device may never end
+            raise UserError(f"{folder / name}: is no ordinary file")
     if not (folder / FILE).exists():
         return
     written = _read(folder / FILE)
@@ -61,13 +64,15 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if not path.is_dir() and path != folder / FILE and not _is_apart(path.relative_to(folder))
-    )
+    names = [name for name in _names(folder) if name != FILE]
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _names(folder: Path) -> list[str]:
+    """Of all files, relative to the folder, but for those apart."""
+    paths = ((path, path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(name.as_posix() for path, name in paths if not path.is_dir() and not _is_apart(name))
 
 
 def _is_apart(path: Path) -> bool:
@@ -76,7 +81,5 @@ def _is_apart(path: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise OSError(0, "is no ordinary file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """A released weight file into one of our folders and back: a strict bijection."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from moebius_jax.errors import UserError
-from moebius_jax.files import replace_when_complete
+from moebius_jax.files import replace_when_complete, resolved
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.norms import GROUPS
 from moebius_jax.weights.detect import detect_architecture
@@ -18,6 +19,7 @@ from moebius_jax.weights.release_files import ReleaseFile, open_release_file, sh
 from moebius_jax.weights.tensors import abstract_tensors, statistics_of
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_WRITTEN_BY = b"moebius-jax"
 BUFFERS = ("running_mean", "running_var")
 
 Track = Callable[..., Any]  # tqdm-like: wraps an iterable, takes desc=
@@ -50,6 +52,8 @@ def convert_file(
     Raises:
         UserError: the file cannot be read or is not exactly one of the known networks.
     """
+    if resolved(source).is_relative_to(resolved(dest)):
+        raise UserError(f"{source}: lies in {dest}, which is to be made; choose another destination")
     opened = open_release_file(source)
     if base is not None:
         opened = _complete_with(opened, open_release_file(base))
@@ -70,11 +74,27 @@ def convert_file(
         if slot.path in tensors and not np.array_equal(tensors[slot.path], array, equal_nan=True):
             raise UserError(f"{source}: {name} must repeat another tensor exactly and does not")
         tensors[slot.path] = array
-    origin = {"file": source.name, "variant": source.absolute().parent.name, "sha256": sha256(source)}
+    name = os.fsencode(source.name).decode(errors="replace")  # it may be no text
+    origin = {
+        "file": name,
+        "variant": os.fsencode(source.absolute().parent.name).decode(errors="replace"),
+        "sha256": sha256(source),
+    }
     if base is not None:
         origin["base"] = {"file": base.name, "sha256": sha256(base)}
     save(dest, architecture, tensors, dtype=dtype, source=origin, overwrite=overwrite)
     return architecture
+
+
+def is_converted(source: Path, dest: Path, *, dtype: str) -> bool:
+    """Whether `dest` is what converting `source` without a base makes; an earlier run may have done it."""
+    try:
+        found = read_config(dest)
+    except UserError:
+        return False
+    return (
+        found.dtype == dtype and "base" not in found.source and found.source.get("sha256") == sha256(source)
+    )
 
 
 def verify_folder(
@@ -134,12 +154,19 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     stored = load_numpy(folder)
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
     released |= {name: np.zeros((), np.int64) for name in counters(expected)}
+    if overwrite and dest.is_file() and _WRITTEN_BY not in _beginning(dest):
+        raise UserError(f"{dest}: not replaced, it is no file we wrote; choose another name")
     with replace_when_complete(dest, overwrite=overwrite) as partial:
         try:
-            save_file(released, partial, metadata={"format": "pt"})
+            save_file(released, partial, metadata={"format": "pt", "written_by": _WRITTEN_BY.decode()})
         except SafetensorError as error:
             raise UserError(f"{dest}: cannot be written ({error})") from None
     return len(released)
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(2**10)
 
 
 def require_bijection(source: ReleaseFile, expected: Mapping[str, Slot], architecture: Architecture) -> None:

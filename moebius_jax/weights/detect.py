@@ -147,5 +147,13 @@ def _elatentlpips(shapes: Shapes) -> ELatentLPIPSConfig:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number the pattern's group matches in any name."""
-    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+    """How many numbers the pattern's group matches in the names; they count from 0.
+
+    Raises:
+        ValueError: some are left out.
+    """
+    numbers = {m[1] for name in shapes if (m := re.match(pattern, name))}
+    if missing := sorted({str(i) for i in range(len(numbers))} - numbers):
+        named = pattern.replace("\\", "").replace("(d+)", missing[0]).rstrip(".")
+        raise ValueError(f"there is no {named}, and one of a higher number")
+    return len(numbers)

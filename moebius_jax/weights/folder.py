@@ -103,8 +103,8 @@ def save(
         raise UserError(
             f"{folder}: among several processes, folders are written by the first, from NumPy arrays"
         )
-    if (there := folder / "config.json").is_file() and not is_ours(there):
-        raise UserError(f"{there}: not replaced, it is not of a folder we write")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder / "config.json"):
+        raise UserError(f"{folder}: not replaced, it is no folder we wrote")
     with replace_when_complete(
         folder, overwrite=overwrite, ours=("config.json", "weights", checksums.FILE)
     ) as partial:

@@ -120,7 +120,7 @@ def _open_torch(path: Path) -> ReleaseFile:
             f"{path}: reading {path.suffix} files needs torch, which is not installed; "
             "run: pip install 'moebius-jax[convert]' (a .safetensors file needs no torch)"
         ) from None
-    _refuse_compressed(path)
+    _refuse_unsound_archive(path)
     content = _torch_load(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a state dict, found {type(content).__name__}")
@@ -132,34 +132,39 @@ def _open_torch(path: Path) -> ReleaseFile:
             f"{path}: expected a state dict of tensors, but the entry {others[0]!r} is a "
             f"{type(content[others[0]]).__name__}; save the state dict by itself"
         )
+    _refuse_more_than_stored(path, content)
     tensors = {str(name): _torch_tensor(value) for name, value in content.items()}
     return ReleaseFile(file=path, tensors=tensors)
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch stores tensors as they are; a compressed file may unpack to any size."""
+def _refuse_unsound_archive(path: Path) -> None:
+    """torch stores tensors as they are, and maps them without a look at their checksums. A compressed part
+    may unpack to any size, and would be mapped as it is."""
     try:
         with zipfile.ZipFile(path) as file:
-            compressed = [part for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return  # torch says what it is
+            compressed = [
+                part.filename for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED
+            ]
+            damaged = None if compressed else file.testzip()
+    except Exception:  # no archive, or not one that can be read: torch says what it is
+        return
     if compressed:
-        raise UserError(
-            f"{path}: not a readable torch checkpoint ({compressed[0].filename} is compressed, which torch "
-            "does not do)"
-        )
+        reason = f"{compressed[0]} is compressed, which torch does not do"
+    elif damaged:
+        reason = f"{damaged} is damaged, its checksum is another"
+    else:
+        return
+    raise UserError(f"{path}: not a readable torch checkpoint ({reason})")
 
 
 def _torch_load(path: Path) -> Any:
-    import pickle
-
     import torch
 
     try:
         # Mapping the file keeps memory at one tensor at a time; torch's oldest format cannot be mapped.
         mmap = path.open("rb").read(2) == b"PK"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler raises whatever the bytes lead it to
         # torch's own text for files with other objects in them advises to run their code.
         reason = (
             "it holds more than tensors"
@@ -167,6 +172,27 @@ def _torch_load(path: Path) -> Any:
             else "damaged or of another kind"
         )
         raise UserError(f"{path}: not a readable torch checkpoint ({reason})") from None
+
+
+def _refuse_more_than_stored(path: Path, tensors: Mapping[Any, Any]) -> None:
+    """Raises UserError for tensors larger than what is stored of them: few bytes, repeated for gigabytes."""
+    import torch
+
+    found = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and not t.is_sparse}
+    for name, tensor in found.items():
+        try:
+            stored = tensor.untyped_storage().nbytes()
+        except Exception:  # of a kind without storage
+            continue
+        if stored < tensor.numel() * tensor.element_size():
+            raise UserError(
+                f"{path}: tensor {name} of {list(tensor.shape)} is stored in {stored} bytes; expected "
+                "numbers of its own, save a contiguous copy"
+            )
+    # E-LatentLPIPS holds some tensors under two names.
+    total = sum(t.numel() * t.element_size() for t in found.values())
+    if total > 4 * (size := path.stat().st_size):
+        raise UserError(f"{path}: a file of {size:,} bytes claims to hold {total:,} bytes of tensors")
 
 
 def _torch_tensor(tensor: Any) -> LazyTensor:
@@ -187,6 +213,10 @@ def _ema(path: Path, content: dict[str, Any]) -> ReleaseFile:
     buffers, names = content["ema_buffers"], content.get("ema_name_map")
     if not isinstance(buffers, dict) or not isinstance(names, dict):
         raise UserError(f"{path}: an EMA file must hold the dictionaries ema_buffers and ema_name_map")
+    for name, short in names.items():
+        if not (isinstance(name, str) and isinstance(short, str)):
+            raise UserError(f"{path}: ema_name_map maps {name!r} to {short!r}; expected names")
+    _refuse_more_than_stored(path, buffers)
     problems = []
     tensors = {}
     used = set()
@@ -200,7 +230,7 @@ def _ema(path: Path, content: dict[str, Any]) -> ReleaseFile:
         tensors[name] = _torch_tensor(buffers[short])
     problems += [
         f"+ {short}: an EMA buffer without a name"
-        for short in sorted(set(buffers) - used - {"decay", "num_updates"})
+        for short in sorted(set(map(str, buffers)) - used - {"decay", "num_updates"})
     ]
     return ReleaseFile(file=path, tensors=tensors, is_ema=True, problems=tuple(problems))
 

@@ -1,0 +1,232 @@
+"""What is left after random kills: is a command, run again, equal to one nobody disturbed?
+
+    python -m benchmarks.kills --count 200            # over convert, sample, evaluate and train in turn
+    python -m benchmarks.kills --count 20 --only train
+
+Each trial starts a command (for "sample 2" and "train 2" two processes, both killed), sends SIGKILL at a
+random moment of the time it takes, runs the same command again to its end, and compares every file with those
+of an undisturbed run: to the bit, but for logs and times of day. Nothing else may be left over. Small
+networks on whatever device there is; a trial takes ten to forty seconds. Needs the `train` and `eval` extras.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.common import parser, report
+from moebius_jax.weights.folder import load_numpy
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "moebius_jax" / "tiny"
+PICTURES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A command that can go on.
+
+    Attributes:
+        commands: of its processes, given an output folder and a free port.
+        compare: what differs between two finished folders.
+    """
+
+    commands: Callable[[Path, int], list[list[str]]]
+    compare: Callable[[Path, Path], list[str]]
+
+
+def scenarios(work: Path) -> dict[str, Scenario]:
+    images, masks, released = work / "images", work / "masks", work / "released.safetensors"
+    folders = ["--image", str(images), "--mask", str(masks), "--num-inference-steps", "2"]
+
+    def sample(out: Path, processes: int) -> list[list[str]]:
+        command = ["sample.py", "--model", "tiny", *folders, "--output", str(out / "results")]
+        return [
+            [*command, "--num-processes", f"{processes}", "--process-id", f"{i}"] for i in range(processes)
+        ]
+
+    def evaluate(out: Path, _: int) -> list[list[str]]:
+        options = [
+            "--images",
+            str(images),
+            "--masks",
+            str(masks),
+            "--metrics",
+            "psnr",
+            "l1",
+            "--model",
+            "tiny",
+        ]
+        return [
+            [
+                "evaluate.py",
+                "custom",
+                *options,
+                "--num-inference-steps",
+                "2",
+                "--output",
+                str(out / "results"),
+            ]
+        ]
+
+    def train(out: Path, port: int, processes: int = 1) -> list[list[str]]:
+        command = ["train.py", "configs/debug.py", "--workdir", str(out / "run"), "checkpoint.every=5"]
+        command += ["log.grid_every=0", "loss.terms=task"]
+        if processes == 1:
+            return [command]
+        cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", f"{processes}"]
+        return [[*command, *cluster, "--process-id", f"{i}"] for i in range(processes)]
+
+    return {
+        "convert": Scenario(
+            commands=lambda out, _: [["convert_weights.py", str(released), str(out / "unet")]],
+            compare=lambda a, b: tensors(a / "unet", b / "unet"),
+        ),
+        "sample": Scenario(commands=lambda out, _: sample(out, 1), compare=files),
+        "sample 2": Scenario(commands=lambda out, _: sample(out, 2), compare=files),
+        "evaluate": Scenario(commands=evaluate, compare=files),
+        "train": Scenario(
+            commands=train, compare=lambda a, b: tensors(a / "run/model/unet", b / "run/model/unet")
+        ),
+        "train 2": Scenario(
+            commands=lambda out, port: train(out, port, 2),
+            compare=lambda a, b: tensors(a / "run/model/unet", b / "run/model/unet"),
+        ),
+    }
+
+
+def tensors(ours: Path, theirs: Path) -> list[str]:
+    """Names of tensors that are not the same to the bit."""
+    mine, other = load_numpy(ours), load_numpy(theirs)
+    return [name for name in other if mine[name].tobytes() != other[name].tobytes()]
+
+
+def files(ours: Path, theirs: Path) -> list[str]:
+    """Names of pictures and tables that are not the same to the byte, or are there in one folder only."""
+    names = {p.relative_to(top) for top in (ours, theirs) for p in top.rglob("*") if p.is_file()}
+    compared = {name for name in names if name.suffix in (".png", ".csv")}
+
+    def same(name: Path) -> bool:
+        return all((top / name).is_file() for top in (ours, theirs)) and (
+            (ours / name).read_bytes() == (theirs / name).read_bytes()
+        )
+
+    return sorted(str(name) for name in compared if not same(name))
+
+
+def remains(folder: Path) -> list[str]:
+    """What no finished command leaves."""
+    return [
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.name.startswith(".partial") or "-tmp" in p.name
+    ]
+
+
+def start(commands: list[list[str]], log: Path) -> list[subprocess.Popen]:
+    with log.open("ab") as file:
+        return [
+            subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            )
+            for command in commands
+        ]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def finish(scenario: Scenario, out: Path) -> bool:
+    """Whether the command came to its end, or found its work done."""
+    processes = start(scenario.commands(out, free_port()), out / "log")
+    codes = [process.wait() for process in processes]
+    return all(code == 0 for code in codes) or "exists already" in (out / "log").read_text()
+
+
+def trial(scenario: Scenario, out: Path, reference: Path, seconds: float) -> str:
+    """Kills once and goes on; returns what is wrong then, or nothing."""
+    processes = start(scenario.commands(out, free_port()), out / "log")
+    time.sleep(seconds)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if not finish(scenario, out):
+        return f"did not go on: {(out / 'log').read_text().splitlines()[-1:]}"
+    if different := scenario.compare(out, reference):
+        return f"{len(different)} differ, such as {different[0]}"
+    left = remains(out)
+    return f"left over: {left[0]}" if left else ""
+
+
+def prepare(work: Path) -> None:
+    """Pictures with holes, and a released file."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (work / name).mkdir()
+    for i in range(PICTURES):
+        Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)).save(work / f"images/{i}.png")
+        mask = np.zeros((128, 128), np.uint8)
+        mask[30 : 60 + 5 * i, 40:90] = 255
+        Image.fromarray(mask).save(work / f"masks/{i}.png")
+    command = ["convert_weights.py", str(TINY / "unet"), "--export", str(work / "released.safetensors")]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--count", type=int, default=200, help="kills in all")
+    options.add_argument("--only", help="one kind of command")
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
+    rng = np.random.default_rng(args.seed)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(work)
+        todo = {name: s for name, s in scenarios(work).items() if args.only in (None, name)}
+        if not todo:
+            options.error(f"--only is {args.only!r}; expected one of {', '.join(scenarios(work))}")
+        share = -(-args.count // len(todo))
+        for name, scenario in todo.items():
+            reference = work / "reference"
+            reference.mkdir()
+            finish(scenario, reference)  # compiles
+            shutil.rmtree(reference)
+            reference.mkdir()
+            started = time.perf_counter()
+            if not finish(scenario, reference):
+                raise SystemExit(f"{name}: {(reference / 'log').read_text()}")
+            duration = time.perf_counter() - started
+            wrong = []
+            for i in range(share):
+                out = work / "out"
+                out.mkdir()
+                if problem := trial(scenario, out, reference, rng.uniform(0, duration)):
+                    wrong.append(problem)
+                    print(f"{name}, kill {i}: {problem}", file=sys.stderr, flush=True)
+                shutil.rmtree(out)
+            shutil.rmtree(reference)
+            row = {"command": name, "kills": share, "undisturbed s": duration, "unequal": len(wrong)}
+            print(row, file=sys.stderr, flush=True)
+            rows.append(row)
+    report(rows, args)
+    return 1 if any(row["unequal"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
