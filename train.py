@@ -41,7 +41,7 @@ from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
 from moebius_jax.distillation.loss import Context, Loss
 from moebius_jax.errors import UserError
-from moebius_jax.hardware import peak_flops
+from moebius_jax.hardware import peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.sharding import make_mesh, replicated, tree_shardings
 from moebius_jax.training.aot import report_aot
@@ -63,7 +63,7 @@ from moebius_jax.training.networks import (
 from moebius_jax.training.optimizer import ema_update, learning_rate_schedule, run_optimizer
 from moebius_jax.training.overrides import describe
 from moebius_jax.training.preview import SampleGrids, preview_grid
-from moebius_jax.training.result import write_model
+from moebius_jax.training.result import require_room_for_model, write_model
 from moebius_jax.training.state import TrainState, abstract_state, bare_student, initial_state
 from moebius_jax.training.stopping import Stop
 from moebius_jax.training.validation import Validation
@@ -149,6 +149,7 @@ def make_update(
         if config.ema_decay:
             ema = ema_update(ema, {**new_params, **statistics}, done, config.ema_decay)
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        metrics["parameter_norm"] = optax.tree.norm(new_params)
         return TrainState(
             step=done, params=new_params, statistics=statistics, ema=ema, optimizer=optimizer_state
         ), metrics
@@ -208,8 +209,10 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
     say(f"{parameters / 1e6:.1f} M parameters, losses {', '.join(config.loss.names)}")
 
     # ------------------------------------------------------------------ restore, or begin
+    require_room_for_model(workdir)
+    require_memory(shapes)
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
-    restored = checkpoints.restore(shapes, config.seed)
+    restored = checkpoints.restore(shapes, describe(config))
     if restored:
         state, samples = restored
         position = first_batch(samples, config)

@@ -81,6 +81,28 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from None
 
 
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this process while it lasts; other machines are not kept away.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is using this folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def partial_of(dest: Path) -> Path:
     """The hidden name beside `dest` under which this process writes it."""
     # Short whatever the name's length, and with its suffix: writers choose their format by it.

@@ -1,8 +1,10 @@
 """Devices: what they could do at best, how they say that something was too much, those of a TPU slice."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -40,6 +42,21 @@ def memory_errors(what: str) -> Iterator[None]:
         ):
             raise
         raise UserError(f"{what} does not fit in the device's memory; use a smaller batch size") from None
+
+
+def require_memory(tree: Any) -> None:
+    """Raises UserError if arrays of these shapes and shardings are more than a device has memory for."""
+    device = jax.local_devices()[0]
+    has = (device.memory_stats() or {}).get("bytes_limit")
+    if has is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    leaves = jax.tree.leaves(tree)
+    wanted = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    if has is not None and wanted > has:
+        raise UserError(
+            f"parameters, averages and optimiser take {wanted / 2**30:,.0f} GiB a device, which has "
+            f"{has / 2**30:,.0f}; expected a smaller student, or more devices to share it (fsdp)"
+        )
 
 
 def slice_devices(topology: str) -> list[jax.Device]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import numpy as np
 import pydantic
@@ -25,6 +25,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 File = Annotated[Path, BeforeValidator(lambda x: Path(x) if isinstance(x, str) else x)]
 # Beyond any network there is; a damaged file may say anything, and a network is built to be looked at.
 Width = Annotated[int, Field(ge=1, le=2**16)]
+Platform = Literal["cpu", "gpu", "tpu"]  # as jax calls them
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

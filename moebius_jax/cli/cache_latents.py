@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    require_positive(args, "draws", "batch_size")
+    require_positive(args, "draws", most=10**6)
+    require_positive(args, "batch_size", most=2**16)
     # Losses, teacher and metric do not matter here.
     config = load_config(args.config, [*args.overrides, "data.kind=images", "loss.terms=task"])
     enable_compilation_cache()

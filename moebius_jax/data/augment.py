@@ -19,6 +19,7 @@ from moebius_jax.imaging.picture import read_mask, read_picture
 from moebius_jax.schema import Probability, checked, one_of
 
 _DILATIONS = (3, 5, 7)
+_MEGAPIXELS, _NARROWEST = 120, 32  # what a picture may have, as a whole and as one side to the other
 
 
 @checked
@@ -39,7 +40,7 @@ class AugmentConfig:
         ValueError: a field is out of range.
     """
 
-    image_size: Annotated[int, Field(ge=8)] = 512
+    image_size: Annotated[int, Field(ge=8, le=8192)] = 512
     masks: Annotated[tuple[Annotated[str, one_of(PRESETS)], ...], Field(min_length=1)] = (
         "thin_512",
         "medium_512",
@@ -73,15 +74,20 @@ def draw_sample(
     size = config.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's about single files would come once per epoch and worker
-        image = read_picture(record.image).rgb
+        image = read_picture(record.image, max_megapixels=_MEGAPIXELS).rgb
         use_file = record.mask is not None and (
             record.task == "foreground" or rng.random() >= config.random_mask
         )
-        grey = read_mask(record.mask) if use_file else None
+        grey = read_mask(record.mask, max_megapixels=_MEGAPIXELS) if use_file else None
     if grey is not None and grey.shape != image.shape[:2]:
         raise UserError(
             f"{record.mask}: {grey.shape[1]} x {grey.shape[0]} pixels; its image has "
             f"{image.shape[1]} x {image.shape[0]}"
+        )
+    if max(image.shape[:2]) > _NARROWEST * min(image.shape[:2]):
+        raise UserError(
+            f"{record.image}: {image.shape[1]} x {image.shape[0]} pixels; expected no side more than "
+            f"{_NARROWEST} times the other"
         )
     image = _short_side(image, size, Image.Resampling.LANCZOS)
     if grey is None:

@@ -6,16 +6,19 @@ encoder's posterior is kept, so its sampling stays random in training. 130 KB a 
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from moebius_jax.data.records import TASKS
 from moebius_jax.data.samples import LatentSample
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.schema import AtLeastOne, checked, read_json
 
 INDEX = "latents.json"
+CHECKSUMS = "crc32.npy"  # of each sample
 FILES = tuple(f"{name}.npy" for name in LatentSample._fields)
 
 
@@ -48,12 +51,15 @@ class CacheWriter:
             np.lib.format.open_memmap(folder / file, "w+", leaf.dtype, (info.samples, *leaf.shape))
             for file, leaf in zip(FILES, blank, strict=True)
         ]
+        self._checksums = np.zeros(info.samples, np.uint32)
 
     def add(self, samples: LatentSample) -> None:
         """Appends a batch."""
         count = len(samples.task)
         for array, values in zip(self._arrays, samples, strict=True):
             array[self._next : self._next + count] = values
+        for i in range(self._next, self._next + count):
+            self._checksums[i] = _crc32(LatentSample(*(array[i] for array in self._arrays)))
         self._next += count
 
     def close(self) -> None:
@@ -66,6 +72,7 @@ class CacheWriter:
             raise ValueError(f"{self._next} samples were added, {self._info.samples} announced")
         for array in self._arrays:
             array.flush()
+        np.save(self._folder / CHECKSUMS, self._checksums)
         (self._folder / INDEX).write_text(json.dumps(dataclasses.asdict(self._info), indent=2) + "\n")
 
 
@@ -80,7 +87,9 @@ class LatentCache:
         self._folder = folder
         try:
             self.info = read_json(folder / INDEX, CacheInfo)
-            self._arrays = LatentSample(*(np.load(folder / file, mmap_mode="r") for file in FILES))
+            self._arrays = LatentSample(*(self._load(file) for file in FILES))
+            # Caches of version 0.1 have none.
+            self._checksums = self._load(CHECKSUMS) if (folder / CHECKSUMS).exists() else None
             self._check()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
@@ -88,15 +97,35 @@ class LatentCache:
             ) from None
         except UserError:
             raise
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{folder}: damaged cache of latents ({error})") from None
+        except Exception as error:  # NumPy's readers raise whatever a header leads them to
+            raise UserError(f"{folder}: damaged cache of latents ({first_line(error)})") from None
+
+    def _load(self, file: str) -> np.ndarray:
+        path = self._folder / file
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{file} is no ordinary file")
+        array = np.load(path, mmap_mode="r")
+        if not isinstance(array, np.ndarray) or not array.ndim:
+            raise ValueError(f"{file} holds no array")
+        return array
 
     def _check(self) -> None:
-        channels = self._arrays.moments.shape[-1] // 2
-        expected = LatentSample.blank((self.info.side, self.info.side, channels))
-        for name, array, one in zip(LatentSample._fields, self._arrays, expected, strict=True):
-            if array.shape != (self.info.samples, *one.shape) or array.dtype.kind != one.dtype.kind:
-                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
+        """Raises ValueError unless all arrays belong together."""
+        moments = self._arrays.moments
+        if moments.dtype not in (np.float16, np.float32):
+            raise ValueError(f"moments are {moments.dtype}; expected float16 or float32")
+        blank = LatentSample.blank((self.info.side, self.info.side, moments.shape[-1] // 2), moments.dtype)
+        for name, array, one in zip(LatentSample._fields, self._arrays, blank, strict=True):
+            expected = (self.info.samples, *one.shape)
+            if array.shape != expected or array.dtype != one.dtype:
+                raise ValueError(
+                    f"{name} is {array.dtype}{list(array.shape)}; expected {one.dtype}{list(expected)}"
+                )
+        if self._checksums is not None and self._checksums.shape != (self.info.samples,):
+            raise ValueError(f"{CHECKSUMS} is {list(self._checksums.shape)}; expected [{self.info.samples}]")
+        tasks = self._arrays.task
+        if wrong := sorted(set(np.unique(tasks).tolist()) - set(range(len(TASKS)))):
+            raise ValueError(f"task holds {wrong[0]}; expected 0 to {len(TASKS) - 1}")
 
     def __getstate__(self) -> Path:
         return self._folder  # not the arrays: a worker that is sent a mapped file is sent its contents
@@ -108,4 +137,19 @@ class LatentCache:
         return self.info.samples
 
     def __getitem__(self, item: int) -> LatentSample:
-        return LatentSample(*(np.array(array[item]) for array in self._arrays))
+        """A sample.
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        sample = LatentSample(*(np.array(array[item]) for array in self._arrays))
+        if self._checksums is not None and self._checksums[item] != _crc32(sample):
+            raise UserError(f"{self._folder} (sample {item}): not what was written, its checksum is another")
+        return sample
+
+
+def _crc32(sample: LatentSample) -> int:
+    total = 0
+    for leaf in sample:
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return total

@@ -8,16 +8,18 @@ state is k.
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import grain
 import numpy as np
+from pydantic import Field
 
 from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch, Sample
 from moebius_jax.errors import UserError
-from moebius_jax.schema import AtLeastOne, AtLeastZero, Probability, checked
+from moebius_jax.schema import Probability, checked
 
+_ENDLESS = 2**60  # samples; grain counts in 64 bits, and some of its sums are above what it is told
 TRIES = 10  # files in a row that may be unreadable before a sample is given up
 
 
@@ -36,9 +38,9 @@ class LoaderConfig:
         ValueError: a field is out of range.
     """
 
-    workers: AtLeastZero = 0
-    threads: AtLeastOne = 4
-    prefetch: AtLeastOne = 4
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 4
+    prefetch: Annotated[int, Field(ge=1, le=4096)] = 4
     max_bad_fraction: Probability = 0.001
 
 
@@ -76,7 +78,8 @@ class Loader:
         self._global_batch = global_batch
         self._dataset, self._config, self._warn = dataset, config, warn
         self._bad: set[int] = set()
-        order = grain.MapDataset.range(len(dataset.names)).seed(seed).shuffle().repeat()
+        epoch = grain.MapDataset.range(len(dataset.names)).seed(seed).shuffle()
+        order = epoch.repeat(_ENDLESS // len(dataset.names))
         samples = order.random_map(_Draw(dataset))
         numbered = samples.map_with_index(_Number(global_batch))
         own = numbered[first_batch * global_batch + process :: processes]

@@ -13,7 +13,7 @@ from moebius_jax.evaluation.settings import ScoringSettings
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
-from moebius_jax.schema import AtLeastOne, AtLeastZero, File, Seed, checked, one_of
+from moebius_jax.schema import AtLeastOne, File, Seed, checked, one_of
 
 PAPER = {"num_inference_steps": 20, "scheduler": "ddim"}
 
@@ -43,7 +43,7 @@ class BenchmarkSettings(ScoringSettings):
     count: AtLeastOne | None = None
     mask_kind: Annotated[str, one_of(KINDS)] | None = None
     mask_ratio: tuple[float, float] | None = None
-    mask_seed: AtLeastZero = 0
+    mask_seed: Seed = 0
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     scheduler: str | None = None

@@ -1,6 +1,7 @@
 """Paints the pictures of an evaluation: batched over all devices, and resumable to the bit."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import warnings
@@ -14,9 +15,10 @@ from PIL import Image
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import Case, read_hole, read_truth
+from moebius_jax.evaluation.prefetch import prefetch
 from moebius_jax.files import AlreadyThere, remove_remains, replace_when_complete
 from moebius_jax.imaging.masks import MaskWarning
-from moebius_jax.imaging.picture import write_image
+from moebius_jax.imaging.picture import mark_of, read_picture, write_image
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
 from moebius_jax.schema import read_json
@@ -160,8 +162,27 @@ def paint(
                 begin()
                 begun = True
             # Another process may have painted the same by now: then it is the same to the bit.
-            write_image(result.item.tag.result, Image.fromarray(result.rgb), overwrite=True)
+            case, image = result.item.tag, Image.fromarray(result.rgb)
+            write_image(case.result, image, overwrite=True, mark=_mark(case, result.rgb))
     return problems
+
+
+def require_own_results(cases: Sequence[Case]) -> None:
+    """Raises UserError if a result is not what was painted for its case: it was changed, or exchanged."""
+
+    def is_own(case: Case) -> bool:
+        return mark_of(case.result) == _mark(case, read_picture(case.result).rgb)
+
+    for case, own in zip(cases, prefetch(is_own, cases), strict=True):
+        if not own:
+            raise UserError(
+                f"{case.result}: not what was painted for {case.name}; remove it, and it is painted again"
+            )
+
+
+def _mark(case: Case, rgb: np.ndarray) -> str:
+    """What a result bears: whose it is, and which pixels."""
+    return hashlib.sha256(os.fsencode(case.name) + b"\0" + np.ascontiguousarray(rgb).tobytes()).hexdigest()
 
 
 def _short(value: Any) -> str:

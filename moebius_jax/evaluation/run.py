@@ -28,7 +28,7 @@ from moebius_jax.evaluation.masks import (
 )
 from moebius_jax.evaluation.metrics.scorer import Scorer
 from moebius_jax.evaluation.metrics.scores import Metric
-from moebius_jax.evaluation.paint import check_folder, claim_folder, paint
+from moebius_jax.evaluation.paint import check_folder, claim_folder, paint, require_own_results
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.report.document import Run
 from moebius_jax.evaluation.report.result import EvaluationReport, case_loader, claim_report
@@ -160,6 +160,7 @@ class Benchmark:
         ]
         runs: list[Run] = []
         for plan in plans:
+            require_own_results([case for case in plan.cases if case.result.exists()])
             seconds, count = self._paint(pipeline, plan.cases[process::processes], plan)
             if self._scorer:
                 scores = self._scorer(

@@ -12,7 +12,7 @@ from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, IN
 from moebius_jax.evaluation.metrics.lpips import require_size
 from moebius_jax.evaluation.metrics.scorer import Scorer
 from moebius_jax.evaluation.metrics.scores import METRICS, NEEDS_INCEPTION, Metric
-from moebius_jax.schema import AtLeastOne, File, checked
+from moebius_jax.schema import File, checked
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights.folder import read_config
 from moebius_jax.weights.load import load_inception
@@ -39,11 +39,11 @@ class ScoringSettings:
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
     inception: File | None = None
     small_fid: bool = False
-    size: AtLeastOne | None = None
+    size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     masks: File | None = None
     invert_masks: bool = False
     pair_by: PairBy = "name"
-    batch_size: AtLeastOne = 8
+    batch_size: Annotated[int, Field(ge=1, le=2**12)] = 8
 
     def __post_init__(self) -> None:
         if self.size is not None and "lpips" in self.metrics:

@@ -21,7 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 KEEPS_ALPHA = (".png", ".webp", ".tif", ".tiff")
 LARGEST_FILE = 2**31  # bytes
 _LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # pixels, of formats and their library
-_SOFTWARE, _OURS = 0x0131, "moebius-jax"  # what EXIF calls the program that wrote a picture
+# EXIF's program that wrote a picture, and what the picture is.
+_SOFTWARE, _DESCRIPTION, _OURS = 0x0131, 0x010E, "moebius-jax"
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 
@@ -113,8 +114,14 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA") or "transparency" in image.info
 
 
-def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
+def write_image(path: Path, image: Image.Image, *, overwrite: bool, mark: str | None = None) -> None:
     """Writes an image in the format its suffix names; it appears under its name only when complete.
+
+    Args:
+        path: to write.
+        image: to be written.
+        overwrite: replace a picture of ours.
+        mark: text that `mark_of` finds again.
 
     It bears our name in its EXIF data (BMP has none), and only such a one is replaced.
 
@@ -137,6 +144,8 @@ def write_image(path: Path, image: Image.Image, *, overwrite: bool) -> None:
     if path.suffix.lower() != ".bmp":
         options["exif"] = Image.Exif()
         options["exif"][_SOFTWARE] = _OURS
+        if mark:
+            options["exif"][_DESCRIPTION] = mark
     with replace_when_complete(path, overwrite=overwrite) as partial:
         try:
             image.save(partial, **options)
@@ -154,6 +163,15 @@ def is_result(path: Path) -> bool:
     except Exception:  # whatever PIL's readers raise of half a picture
         return False
     return True
+
+
+def mark_of(path: Path) -> str | None:
+    """What `write_image` was given as the picture's mark."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.getexif().get(_DESCRIPTION)
+    except Exception:  # half a picture, or none
+        return None
 
 
 def _is_ours(path: Path) -> bool:

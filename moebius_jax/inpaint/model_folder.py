@@ -58,13 +58,18 @@ def write_model_folder(
     Raises:
         UserError: it exists and may not be replaced, or cannot be written.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise UserError(f"{folder}: not replaced, it is no pipeline we wrote")
+    require_replaceable(folder)
     with replace_when_complete(folder, overwrite=overwrite, ours=(_FILE, UNET, VAE, CARD)) as partial:
         partial.mkdir()
         yield partial
         (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
         (partial / CARD).write_text(_card(folder.name, read_config(partial / UNET), license))
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises UserError if there is something else than a pipeline we wrote."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
+        raise UserError(f"{folder}: not replaced, it is no pipeline we wrote")
 
 
 def _is_ours(folder: Path) -> bool:

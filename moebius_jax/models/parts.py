@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
-from moebius_jax.schema import Side, Width, checked
+from moebius_jax.schema import Platform, Side, Width, checked
 
 PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "fused"]
 
@@ -36,7 +36,7 @@ class Sizes:
     window: Side = 15
     ffn_ratio: Annotated[float, Field(ge=1 / 64, le=64)] = 2.5
     position_order: PositionOrder = dataclasses.field(default="auto", metadata=EXECUTION)
-    platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    platform: Platform | None = dataclasses.field(default=None, metadata=EXECUTION)
 
 
 @checked

@@ -17,7 +17,7 @@ from moebius_jax.models.linear import Linear, PointwiseConv, Product
 from moebius_jax.models.norms import GROUPS, GroupNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
-from moebius_jax.schema import Above0, Layers, Width, checked
+from moebius_jax.schema import Above0, Layers, Platform, Width, checked
 
 Map = Float[Array, "B H W C"]
 
@@ -46,7 +46,7 @@ class VAEConfig(Architecture):
     latent_channels: Width = 4
     scaling_factor: Above0 = 0.13025
     norm_groups: Width = dataclasses.field(default=GROUPS, metadata=ADDED)
-    platform: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    platform: Platform | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         for width in self.channels:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moebius_jax.data.config import open_dataset
-from moebius_jax.data.latent_cache import FILES, INDEX, CacheInfo, CacheWriter
+from moebius_jax.data.latent_cache import CHECKSUMS, FILES, INDEX, CacheInfo, CacheWriter
 from moebius_jax.data.loader import Loader
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.files import replace_when_complete
@@ -62,7 +62,7 @@ def cache_latents(
         },
     )
     blank = LatentSample.blank(config.student.latent_shape)
-    with replace_when_complete(folder, overwrite=overwrite, ours=(INDEX, *FILES)) as partial:
+    with replace_when_complete(folder, overwrite=overwrite, ours=(INDEX, CHECKSUMS, *FILES)) as partial:
         partial.mkdir()
         writer = CacheWriter(partial, info, blank)
         for first in track(range(0, samples, batch_size), desc="batches"):

@@ -1,5 +1,6 @@
 """Saving and resuming a run: asynchronous Orbax checkpoints of state, data position and configuration."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -11,13 +12,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax.errors import UserError, first_line
-from moebius_jax.files import replace_when_complete
+from moebius_jax.files import replace_when_complete, require_writable, sole_user
+from moebius_jax.schema import AtLeastZero, Seed, checked, parse_json
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
 from moebius_jax.weights import checksums
 from moebius_jax.weights.folder import quiet_storage
 
 FOLDER = "checkpoints"
+# Fields that another start of the same run may well have changed.
+_UNREMARKABLE = ("steps", "checkpoint.", "log.", "data.loader.", "fsdp", "init")
+
+
+@checked
+class _Position:
+    """Where a checkpoint's run is in its data."""
+
+    samples: AtLeastZero
+    seed: Seed
 
 
 class RunCheckpoints:
@@ -33,7 +45,7 @@ class RunCheckpoints:
         warn: told of checkpoints that cannot be read.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or another run is using it.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
@@ -46,6 +58,10 @@ class RunCheckpoints:
             step_prefix="step",
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
+        require_writable(self.folder)
+        self._hold = contextlib.ExitStack()
+        if jax.process_index() == 0:
+            self._hold.enter_context(sole_user(folder))
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -84,14 +100,15 @@ class RunCheckpoints:
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path(step)}: cannot be written ({first_line(error)})") from None
 
-    def restore(self, target: TrainState, seed: int) -> tuple[TrainState, int] | None:
+    def restore(self, target: TrainState, config: dict[str, Any]) -> tuple[TrainState, int] | None:
         """The newest state that can be read, and the samples drawn so far; None where there is none at all.
 
-        Checkpoints that cannot be read are put aside under another name.
+        Checkpoints that cannot be read are put aside under another name, and settings that are not those of
+        the checkpoint are warned of.
 
         Args:
             target: shapes, dtypes and shardings.
-            seed: of the run; the data are in another order for every seed.
+            config: of the run, flat; the data are in another order for every seed.
 
         Raises:
             UserError: there are checkpoints, and none can be read.
@@ -99,22 +116,26 @@ class RunCheckpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             wanted = ocp.args.Composite(
-                state=ocp.args.StandardRestore(_named(target)), data=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(_named(target)),
+                data=ocp.args.JsonRestore(),
+                config=ocp.args.JsonRestore(),
             )
             try:
                 with quiet_storage():
                     checksums.verify_checksums(self._path(step))
                     restored = self._manager.restore(step, args=wanted)
+                position = parse_json(json.dumps(restored["data"]), _Position)
             except Exception as error:  # storage libraries raise whatever they meet
                 self._explain(step, error, target)
                 continue
-            if restored["data"]["seed"] != seed:
+            if position.seed != config["seed"]:
                 raise UserError(
-                    f"{self._path(step)}: of a run with seed={restored['data']['seed']}; this one has "
-                    f"seed={seed}. Use another --workdir"
+                    f"{self._path(step)}: of a run with seed={position.seed}; this one has "
+                    f"seed={config['seed']}. Use another --workdir"
                 )
             self._agree(step)
-            return _unnamed(target, restored["state"]), int(restored["data"]["samples"])
+            self._tell_changes(restored["config"], config)
+            return _unnamed(target, restored["state"]), position.samples
         if steps:
             raise UserError(f"{self.folder}: none of its {len(steps)} checkpoints can be read")
         return None
@@ -132,8 +153,11 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Waits for what is being written; errors as for `wait`."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            self._hold.close()
 
     def _sum_up(self) -> None:
         """Adds checksums to a checkpoint that is written and has not its final name yet."""
@@ -142,6 +166,12 @@ class RunCheckpoints:
         for path in self.folder.glob("step_*"):
             if not (path / checksums.FILE).exists():
                 checksums.write_checksums(path)
+
+    def _tell_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(now, default=str))
+        for key in sorted(before.keys() & now.keys()):
+            if before[key] != now[key] and not key.startswith(_UNREMARKABLE):
+                self._warn(f"{key} was {before[key]} so far, it is {now[key]} from here on")
 
     def _agree(self, step: int) -> None:
         """Raises UserError unless every process could read the same checkpoint."""
@@ -199,7 +229,14 @@ def first_batch(samples: int, config: TrainConfig) -> int:
 
 
 def write_run_config(folder: Path, config: dict[str, Any]) -> None:
-    """Puts the configuration beside the checkpoints, for people."""
+    """Puts the configuration beside the checkpoints, for people.
+
+    Raises:
+        UserError: there is a `config.json` that is no run's, or it cannot be written.
+    """
+    there = folder / "config.json"
+    if there.exists() and not (there.is_file() and b"optimizer.learning_rate" in there.read_bytes()):
+        raise UserError(f"{there}: not replaced, it is of no run; use another --workdir")
     with replace_when_complete(folder / "config.json", overwrite=True) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -56,11 +56,11 @@ class LogConfig:
 
     every: AtLeastOne = 50
     grid_every: AtLeastZero = 2000
-    grid_images: AtLeastOne = 8
+    grid_images: Annotated[int, Field(ge=1, le=1024)] = 8
     grid_steps: Annotated[int, Field(ge=1, le=1000)] = 20
     validation: str | None = None
     validate_every: AtLeastZero = 1000
-    validation_samples: AtLeastOne = 512
+    validation_samples: Annotated[int, Field(ge=1, le=2**20)] = 512
 
 
 @checked
@@ -106,7 +106,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: AtLeastOne = 768
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 768
     accumulation: AtLeastOne = 1
     steps: AtLeastOne = 138_000
     seed: Seed = 0

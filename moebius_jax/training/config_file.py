@@ -1,5 +1,6 @@
 """Configuration files: Python files with `get_config()`, found by path or by a shipped one's name."""
 
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import cloudpickle
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.extensions import run_file
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.overrides import apply_overrides
@@ -33,7 +34,10 @@ def load_config(name: str | Path, overrides: Sequence[str]) -> TrainConfig:
         UserError: no such file, it cannot be run, or an override is wrong.
     """
     text, _, argument = str(name).partition(":")
-    path = _find(Path(text))
+    try:
+        path = _find(Path(text))
+    except OSError as error:  # a name no file can have
+        raise UserError(f"{text}: {error.strerror or error}") from None
     where = f"{path}:{argument}" if argument else str(path)
     try:
         module = _module(path)
@@ -41,9 +45,11 @@ def load_config(name: str | Path, overrides: Sequence[str]) -> TrainConfig:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    except Exception as error:  # whatever else a Python file can do
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{where}: {first_line(error)}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever else a Python file can do, leaving the program among it
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"{where}: get_config() gave {type(config).__name__}, expected a TrainConfig")
     return apply_overrides(config, [_renamed(override) for override in overrides])
@@ -64,6 +70,8 @@ def _find(path: Path) -> Path:
                 f"{path}: expected a Python file with get_config(), found {path.suffix or 'no suffix'}"
             )
         return path
+    if path.suffix == ".py" and os.path.lexists(path):
+        raise UserError(f"{path}: expected a Python file with get_config(), found no ordinary file")
     shipped = shipped_configs()
     if path.parent.name in ("", "configs") and (shipped / path.name).with_suffix(".py").is_file():
         return (shipped / path.name).with_suffix(".py")

@@ -25,12 +25,14 @@ def balance_metrics(balanced: Balanced, losses: Sequence[Loss]) -> Metrics:
 
 
 def first_bad_metric(metrics: Metrics) -> str | None:
-    """Name of the first loss that is not finite, the total last; or of the gradient norm.
+    """Name of the first loss that is not finite, the total last; or of the gradients' or parameters' norm.
+
+    A step's losses are those before its update; the parameters' norm tells of what it made of them.
 
     Of metrics on the host: asking the devices would wait for the step they have begun since.
     """
     losses = [name for name in metrics if name.startswith("loss_")]
-    for name in (*losses, "loss", "gradient_norm"):
+    for name in (*losses, "loss", "gradient_norm", "parameter_norm"):
         if name in metrics and not np.isfinite(metrics[name]):
             return name
     return None

@@ -1,13 +1,14 @@
 """The optimiser of a run: Muon or AdamW, schedule, clipping; and the moving average of the weights."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
+from pydantic import Field
 
 from moebius_jax.models import UNetConfig
 from moebius_jax.schema import Above0, AtLeast0, AtLeastZero, Below1, Share, checked
@@ -44,7 +45,7 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "muon"
-    learning_rate: Above0 = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     schedule: Schedule = "step"
     warmup_steps: AtLeastZero = 0
     decay_at: tuple[Share, ...] = (111 / 138, 129 / 138)

@@ -94,7 +94,7 @@ def _fields(node: Any) -> list[str]:
 
 
 def _unknown(key: str, config: Any) -> UserError:
-    nearest = difflib.get_close_matches(key, describe(config), n=1, cutoff=0.3)
+    nearest = difflib.get_close_matches(key, describe(config), n=1, cutoff=0.5)
     return UserError(f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 

@@ -19,6 +19,11 @@ from moebius_jax.weights.load import save_network
 FOLDER = "model"
 
 
+def require_room_for_model(workdir: Path) -> None:
+    """Raises UserError if there is something else where the model will go: now, not after the run."""
+    model_folder.require_replaceable(workdir / FOLDER)
+
+
 def write_model(workdir: Path, config: TrainConfig, state: TrainState, vae: VAE | None) -> Path:
     """Writes the averaged weights (and the VAE, where the run had one) as `workdir/model`.
 
