@@ -163,7 +163,7 @@ def paint(
                 begun = True
             # Another process may have painted the same by now: then it is the same to the bit.
             case, image = result.item.tag, Image.fromarray(result.rgb)
-            write_image(case.result, image, overwrite=True, mark=_mark(case, result.rgb))
+            write_image(case.result, image, overwrite=True, mark=result_mark(case, result.rgb))
     return problems
 
 
@@ -171,7 +171,7 @@ def require_own_results(cases: Sequence[Case]) -> None:
     """Raises UserError if a result is not what was painted for its case: it was changed, or exchanged."""
 
     def is_own(case: Case) -> bool:
-        return mark_of(case.result) == _mark(case, read_picture(case.result).rgb)
+        return mark_of(case.result) == result_mark(case, read_picture(case.result).rgb)
 
     for case, own in zip(cases, prefetch(is_own, cases), strict=True):
         if not own:
@@ -180,7 +180,7 @@ def require_own_results(cases: Sequence[Case]) -> None:
             )
 
 
-def _mark(case: Case, rgb: np.ndarray) -> str:
+def result_mark(case: Case, rgb: np.ndarray) -> str:
     """What a result bears: whose it is, and which pixels."""
     return hashlib.sha256(os.fsencode(case.name) + b"\0" + np.ascontiguousarray(rgb).tobytes()).hexdigest()
 
