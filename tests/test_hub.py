@@ -3,6 +3,7 @@
 Each download runs in a process of its own: huggingface_hub reads its environment when it is imported.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,9 @@ import pytest
 import synth
 from hub_server import COMMIT, serve
 from safetensors.numpy import save_file
+
+from moebius_jax import UserError
+from moebius_jax.weights.hub import _require_sound
 
 torch = pytest.importorskip("torch")
 
@@ -73,6 +77,7 @@ def test_fetched_and_converted_once(server, home):
     assert first.returncode == 0, first.stderr
     folder = Path(last_line(first.stdout))
     assert folder == home / "moebius-jax/hustvl--Moebius" / COMMIT / "ft_ffhq"
+    assert json.loads((folder / "config.json").read_text())["source"]["commit"] == COMMIT
     written = (folder / "config.json").stat().st_mtime_ns
     assert any(line.startswith("GET /hustvl/Moebius/resolve/main/ft_ffhq") for line in log)
     log.clear()
@@ -80,6 +85,19 @@ def test_fetched_and_converted_once(server, home):
     assert last_line(second.stdout) == str(folder)
     assert not [line for line in log if line.startswith("GET") and "resolve" in line], "downloaded twice"
     assert (folder / "config.json").stat().st_mtime_ns == written, "converted twice"
+
+
+def test_a_damaged_download_is_noticed(tmp_path):
+    """The cache's files bear the SHA-256 the Hub states, where it states one."""
+    content = b"weights"
+    kept = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    kept.parent.mkdir()
+    (tmp_path / "file.bin").symlink_to(kept)
+    kept.write_bytes(content)
+    _require_sound(tmp_path / "file.bin")
+    kept.write_bytes(b"weighty")
+    with pytest.raises(UserError, match=f"{kept}: not what the Hub holds"):
+        _require_sound(tmp_path / "file.bin")
 
 
 @pytest.mark.slow

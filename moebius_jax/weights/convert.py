@@ -80,6 +80,8 @@ def convert_file(
         "variant": os.fsencode(source.absolute().parent.name).decode(errors="replace"),
         "sha256": sha256(source),
     }
+    if (snapshot := source.absolute().parent.parent).parent.name == "snapshots":
+        origin["commit"] = snapshot.name  # of the Hub's repository, as its cache is laid out
     if base is not None:
         origin["base"] = {"file": base.name, "sha256": sha256(base)}
     save(dest, architecture, tensors, dtype=dtype, source=origin, overwrite=overwrite)

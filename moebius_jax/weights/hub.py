@@ -1,6 +1,7 @@
 """The release's folder layout: on disk, and on the Hub with a cache of converted folders."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import jax
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.weights.convert import Track, convert_file
 from moebius_jax.weights.folder import VAE_VERSION, is_outdated
+from moebius_jax.weights.release_files import sha256
 
 
 class HubUnreachable(UserError):
@@ -73,12 +75,24 @@ def fetch(
     if folder.exists() and is_outdated(folder):
         folder = folder.with_name(f"{folder.name}-{VAE_VERSION}")
     if not folder.exists():
+        _require_sound(file)
         try:
             _convert(file, folder, track)
         except UserError:
             if not folder.exists():  # else another process converted it at the same time
                 raise
     return folder
+
+
+def _require_sound(file: Path) -> None:
+    """Raises UserError if a download is not the file the Hub holds, where the Hub has told its SHA-256: the
+    cache names what it keeps after that."""
+    kept = file.resolve()
+    if re.fullmatch("[0-9a-f]{64}", kept.name) and (found := sha256(kept)) != kept.name:
+        raise UserError(
+            f"{kept}: not what the Hub holds, its SHA-256 is {found[:12]}…; remove it, and it is "
+            "fetched again"
+        )
 
 
 def fetch_folder(repository: str, marker: str, patterns: Sequence[str]) -> Path | None:
