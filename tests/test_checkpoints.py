@@ -133,6 +133,7 @@ def test_damaged_configs_are_named(folder, tmp_path, change, message):
 @pytest.mark.slow
 def test_damaged_files_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "f")
+    (tmp_path / "f" / checksums.FILE).unlink()
     (tmp_path / "f/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         load_unet(tmp_path / "f")
