@@ -208,6 +208,8 @@ def test_two_steps_from_pictures_to_averages(setting, packages):
             where, name = path.rsplit("_", 1)
             expected[f"grad_norm_{where}_{logged.get(name, name)}"] = value
         expected |= {"loss": total, "gradient_norm": length, "learning_rate": RATE}
+        squares = sum(np.sum(p.astype(float) ** 2) for p in reference.params.values())
+        expected["parameter_norm"] = np.sqrt(squares)
         assert metrics.pop("weight_task") == 1  # the anchor's
         assert set(metrics) == set(expected)
         for name, value in expected.items():
