@@ -18,6 +18,7 @@ single process Ctrl-C too) saves and exits with status 0; started again, it goes
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
 from moebius_jax.distillation.loss import Context, Loss
 from moebius_jax.errors import UserError
+from moebius_jax.files import sole_user
 from moebius_jax.hardware import peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.sharding import make_mesh, replicated, tree_shardings
@@ -158,7 +160,7 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
-def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
+def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
     # ------------------------------------------------------------------ configuration and devices
     overrides = [*args.overrides, *([f"data.kind={args.dataset}"] if args.dataset else [])]
     config = load_config(args.config, overrides)
@@ -211,6 +213,8 @@ def train(args: argparse.Namespace) -> int:  # noqa: PLR0915, PLR0912 (long, so 
     # ------------------------------------------------------------------ restore, or begin
     require_room_for_model(workdir)
     require_memory(shapes)
+    if is_first:
+        held.enter_context(sole_user(workdir))
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
     restored = checkpoints.restore(shapes, describe(config))
     if restored:
@@ -353,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    return run(lambda: train(args))
+    with contextlib.ExitStack() as held:
+        return run(lambda: train(args, held))
 
 
 if __name__ == "__main__":

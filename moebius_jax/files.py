@@ -83,11 +83,12 @@ def require_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Keeps a folder to this process while it lasts; other machines are not kept away.
+    """Makes a folder if need be and keeps it to this process while it lasts; not from other machines.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or it cannot be written to.
     """
+    require_writable(folder)
     try:
         import fcntl
     except ImportError:  # Windows

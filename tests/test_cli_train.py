@@ -336,7 +336,7 @@ def test_numbers_that_explode_end_the_run(in_process, tmp_path):
     """The step, the term, and where to go back to are named; nothing bad is saved."""
     status, err = in_process(
         "--workdir", tmp_path / "run", "vae=none", "loss.terms=task", "optimizer.name=adamw",
-        "optimizer.learning_rate=1e30", "checkpoint.every=1",
+        "optimizer.learning_rate=1000", "checkpoint.every=1",
     )  # fmt: skip
     assert status == 1
     assert "loss_task is" in err

@@ -1,6 +1,5 @@
 """Saving and resuming a run: asynchronous Orbax checkpoints of state, data position and configuration."""
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax.errors import UserError, first_line
-from moebius_jax.files import replace_when_complete, require_writable, sole_user
+from moebius_jax.files import replace_when_complete, require_writable
 from moebius_jax.schema import AtLeastZero, Seed, checked, parse_json
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
@@ -45,7 +44,7 @@ class RunCheckpoints:
         warn: told of checkpoints that cannot be read.
 
     Raises:
-        UserError: the folder cannot be made, or another run is using it.
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
@@ -59,9 +58,6 @@ class RunCheckpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
         require_writable(self.folder)
-        self._hold = contextlib.ExitStack()
-        if jax.process_index() == 0:
-            self._hold.enter_context(sole_user(folder))
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -153,11 +149,8 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Waits for what is being written; errors as for `wait`."""
-        try:
-            self.wait()
-            self._manager.close()
-        finally:
-            self._hold.close()
+        self.wait()
+        self._manager.close()
 
     def _sum_up(self) -> None:
         """Adds checksums to a checkpoint that is written and has not its final name yet."""
