@@ -52,33 +52,13 @@ def scenarios(work: Path) -> dict[str, Scenario]:
 
     def sample(out: Path, processes: int) -> list[list[str]]:
         command = ["sample.py", "--model", "tiny", *folders, "--output", str(out / "results")]
-        return [
-            [*command, "--num-processes", f"{processes}", "--process-id", f"{i}"] for i in range(processes)
-        ]
+        share = ["--num-processes", f"{processes}", "--process-id"]
+        return [[*command, *share, f"{i}"] for i in range(processes)]
 
     def evaluate(out: Path, _: int) -> list[list[str]]:
-        options = [
-            "--images",
-            str(images),
-            "--masks",
-            str(masks),
-            "--metrics",
-            "psnr",
-            "l1",
-            "--model",
-            "tiny",
-        ]
-        return [
-            [
-                "evaluate.py",
-                "custom",
-                *options,
-                "--num-inference-steps",
-                "2",
-                "--output",
-                str(out / "results"),
-            ]
-        ]
+        command = ["evaluate.py", "custom", "--images", str(images), "--masks", str(masks), "--size", "128"]
+        command += ["--metrics", "psnr", "l1", "--model", "tiny", "--num-inference-steps", "2"]
+        return [[*command, "--output", str(out / "results")]]
 
     def train(out: Path, port: int, processes: int = 1) -> list[list[str]]:
         command = ["train.py", "configs/debug.py", "--workdir", str(out / "run"), "checkpoint.every=5"]
