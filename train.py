@@ -36,7 +36,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from moebius_jax.cluster import join_given_cluster
+from moebius_jax.cluster import first_does, join_given_cluster
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
@@ -48,7 +48,12 @@ from moebius_jax.imaging.picture import write_image
 from moebius_jax.sharding import make_mesh, replicated, tree_shardings
 from moebius_jax.training.aot import report_aot
 from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, encoded, to_devices
-from moebius_jax.training.checkpointing import RunCheckpoints, first_batch, write_run_config
+from moebius_jax.training.checkpointing import (
+    RunCheckpoints,
+    first_batch,
+    require_run_folder,
+    write_run_config,
+)
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.config_file import load_config
 from moebius_jax.training.inputs import loss_keys, noised_inputs, step_keys
@@ -211,10 +216,14 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
     say(f"{parameters / 1e6:.1f} M parameters, losses {', '.join(config.loss.names)}")
 
     # ------------------------------------------------------------------ restore, or begin
-    require_room_for_model(workdir)
     require_memory(shapes)
-    if is_first:
+
+    def claim() -> None:
+        require_room_for_model(workdir)
+        require_run_folder(workdir)
         held.enter_context(sole_user(workdir))
+
+    first_does(claim)
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
     restored = checkpoints.restore(shapes, describe(config))
     if restored:
@@ -226,7 +235,6 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
         say(f"starting from {config.init}" if config.init else "starting from random weights")
     if is_first:
         write_run_config(workdir, describe(config))
-
     # ------------------------------------------------------------------ compile
     loader = training_loader(
         config, dataset, position, warn=lambda m: print(f"warning: {m}", file=sys.stderr)
@@ -293,6 +301,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
                 try:
                     batch = next(loader)
                 except UserError:  # data that cannot be read end the run, but nothing is lost
+                    look(pending)
+                    pending = None
                     save()
                     raise
                 except RuntimeError:  # the loader's workers were told to stop as well

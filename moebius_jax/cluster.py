@@ -1,4 +1,6 @@
-"""Joining the other processes of a job."""
+"""Joining the other processes of a job, and ending with them."""
+
+from collections.abc import Callable
 
 from moebius_jax.errors import UserError, first_line
 
@@ -43,3 +45,37 @@ def join_given_cluster(
         raise UserError("--coordinator, --num-processes and --process-id go together")
     if is_cluster or any(given):
         join_cluster(coordinator, num_processes, process_id)
+
+
+def first_does(action: Callable[[], object]) -> None:
+    """Has process 0 do something, and every process raise what it raised.
+
+    Raises:
+        UserError, OSError: as `action` did in process 0.
+    """
+    import jax
+
+    error: UserError | OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except (UserError, OSError) as raised:
+            error = raised
+    if jax.process_count() > 1:
+        error = _told_by_the_first(error)
+    if error is not None:
+        raise error
+
+
+def _told_by_the_first(error: UserError | OSError | None) -> UserError | OSError | None:
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    message = np.zeros(2048, np.uint8)
+    if error is not None:
+        said = (b"O" if isinstance(error, OSError) else b"U") + str(error).encode()[: len(message) - 1]
+        message[: len(said)] = np.frombuffer(said, np.uint8)
+    told = multihost_utils.broadcast_one_to_all(message).tobytes().rstrip(b"\0")
+    if error is not None or not told:
+        return error
+    return (OSError if told[:1] == b"O" else UserError)(told[1:].decode(errors="replace"))

@@ -21,7 +21,7 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     """Yields a path beside `dest` to write to; renames it to `dest` when the block ends well.
 
     A block that raises leaves nothing behind and `dest` as it was. Works for files and for folders; a link
-    is followed. What killed processes left beside it is cleaned up.
+    is followed. What killed processes left beside a folder is cleaned up; of files, `remove_remains` does it.
 
     Args:
         dest: what to write.
@@ -34,10 +34,11 @@ def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] 
     """
     try:
         dest = resolved(dest)
-        _recover(dest)
+        if ours:  # looking through a folder of many files for each of them would take long
+            _recover(dest)
+            remove_remains(dest.parent)
         _refuse_to_replace(dest, overwrite, ours)
         dest.parent.mkdir(parents=True, exist_ok=True)
-        remove_remains(dest.parent)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror or error})") from None
     partial = partial_of(dest)
@@ -83,7 +84,8 @@ def require_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Makes a folder if need be and keeps it to this process while it lasts; not from other machines.
+    """Makes a folder if need be and keeps it to this process while it lasts; from other machines where their
+    shared file system has locks.
 
     Raises:
         UserError: another process has it, or it cannot be written to.
@@ -98,7 +100,7 @@ def sole_user(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is using this folder") from None
+            raise UserError(f"{folder}: another process is using this folder (it holds .lock)") from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -145,10 +147,11 @@ def _recover(dest: Path) -> None:
     for old in dest.parent.glob(f".partial-{_processes()}-*-{_number(dest)}.old"):
         process = old.name.split("-")[2]
         if process.isdigit() and not _runs(int(process)):
-            if dest.exists():
-                _remove(old)
-            else:
-                old.rename(dest)
+            with contextlib.suppress(OSError):  # another process may be doing the same
+                if dest.exists():
+                    _remove(old)
+                else:
+                    old.rename(dest)
 
 
 def _processes() -> str:

@@ -26,6 +26,11 @@ def flip(path, position, bits=1):
     path.write_bytes(content)
 
 
+def replace(path, target):
+    path.unlink()
+    path.symlink_to(target)
+
+
 def test_the_package_carries_sound_weights():
     for part in ("unet", "vae"):
         assert (TINY / part / FILE).is_file()
@@ -53,10 +58,10 @@ def test_no_byte_may_change(folder):
     ("change", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "config.json: missing, and listed"),
-        (lambda f: (f / "weights/more").write_text(""), "weights/more: not listed"),
         (lambda f: (f / FILE).write_text("abc"), "line 1 is no SHA-256"),
         (lambda f: (f / FILE).write_bytes(b"\xff"), "cannot be read"),
-        (lambda f: (f / "weights/link").symlink_to("nowhere"), "weights/link: is no ordinary file"),
+        (lambda f: replace(f / "weights/_METADATA", "nowhere"), "_METADATA: missing, and listed"),
+        (lambda f: replace(f / "weights/_METADATA", "/dev/zero"), "_METADATA: is no ordinary file"),
     ],
 )
 def test_what_else_is_refused(folder, change, message):
@@ -65,8 +70,11 @@ def test_what_else_is_refused(folder, change, message):
         verify_checksums(folder)
 
 
-def test_folders_without_sums_and_hidden_files_pass(folder):
-    (folder / ".DS_Store").write_text("")
+def test_folders_without_sums_other_files_and_links_pass(folder):
+    (folder / "desktop.ini").write_text("")
+    verify_checksums(folder)
+    (folder / "weights").rename(folder.parent / "elsewhere")
+    (folder / "weights").symlink_to(folder.parent / "elsewhere")
     verify_checksums(folder)
     (folder / FILE).unlink()
     (folder / "more").write_text("")
@@ -85,7 +93,8 @@ def test_loading_and_the_command_line_ask(tmp_path, capsys):
     assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
     assert f"{damaged}: not what was written" in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
-    (tmp_path / "tiny/unet/weights/more").write_text("")
     shutil.copy(next((TINY / "unet").rglob(damaged.name)), damaged)
+    with (tmp_path / "tiny/unet/config.json").open("a") as file:
+        file.write("\n")
     assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
     assert sample(["--model", str(tmp_path / "tiny"), *options, "--no-verify"]) == 0

@@ -173,7 +173,10 @@ class TestReplacing:
         old = partial.with_name(partial.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-") + ".old")
         old.mkdir()
         (old / "weights").write_text("precious")
-        with pytest.raises(UserError, match="exists already"), replace_when_complete(dest, overwrite=False):
+        with (
+            pytest.raises(UserError, match="exists already"),
+            replace_when_complete(dest, overwrite=False, ours=("weights",)),
+        ):
             pass
         assert (dest / "weights").read_text() == "precious"
         assert [p.name for p in tmp_path.iterdir()] == ["model"]

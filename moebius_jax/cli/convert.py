@@ -86,7 +86,7 @@ def _convert(args: argparse.Namespace) -> int:
     files = find_weights(args.source) if args.source.is_dir() else {"": args.source}
     for name, file in files.items():
         dest = args.dest / name
-        if name and not args.overwrite and is_converted(file, dest, dtype=args.dtype):
+        if args.source.is_dir() and not args.overwrite and is_converted(file, dest, dtype=args.dtype):
             print(f"{dest}: converted already from this file, kept")
             if args.verify:
                 _verify(file, dest, args.base)

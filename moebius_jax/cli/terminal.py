@@ -1,10 +1,9 @@
 """What the command-line programs share: errors as one line, progress bars, quiet libraries."""
 
-import contextlib
 import importlib.util
 import logging
 import os
-import signal
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 
 from moebius_jax.errors import UserError
 
+_SIGPIPE = 141  # as a shell reports programs that a closed pipe ended
 FAILED = 1  # exit status when anything asked for was not done
 
 
@@ -23,21 +23,50 @@ def run(program: Callable[[], int]) -> int:
         status = program()
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        # Of a path that cannot be, as a rule; without one it is the standard output, on a full disk say.
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.filename is None and not _takes_output():
+            # Whoever read our output has seen enough; or it went to a disk that is full.
+            if isinstance(error, BrokenPipeError):
+                return _SIGPIPE
+            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+            return FAILED
+        what = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {what}{error.strerror or error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)
         return 130
+
+
+def _takes_output() -> bool:
+    """Whether the standard output can be written to; if not, it is closed for good, and quietly."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, but something of a notebook's, say
+        return True
+    try:
+        sys.stdout.flush()
+        is_open = not _is_broken_pipe(output)
+    except OSError:
+        is_open = False
+    if not is_open:
+        # Python would try again when it ends, and say that it could not.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, output)
+        os.close(null)
+    return is_open
+
+
+def _is_broken_pipe(output: int) -> bool:
+    """Whether nobody can read it any more: what was not written once is not tried again by flushing."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def quiet_libraries() -> None:

@@ -78,7 +78,8 @@ def _record(line: str, where: str, root: Path) -> Record:
     if not isinstance(value, dict) or not isinstance(value.get("image"), str):
         raise UserError(f'{where}: expected {{"image": PATH, "prompt": …, "mask": PATH}}, found {line[:80]}')
     for key in value:
-        if key not in _KEYS and (meant := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)):
+        meant = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)
+        if meant and meant[0] not in value:  # fields of others' own are no concern of ours
             raise UserError(f"{where}: unknown field {key[:80]!r}; did you mean {meant[0]}?")
     task, mask = value.get("prompt", "background"), value.get("mask")
     if task not in TASKS:

@@ -175,8 +175,10 @@ def require_own_results(cases: Sequence[Case]) -> None:
 
     for case, own in zip(cases, prefetch(is_own, cases), strict=True):
         if not own:
+            old = "" if mark_of(case.result) else " (version 0.1 did not mark its results)"
             raise UserError(
-                f"{case.result}: not what was painted for {case.name}; remove it, and it is painted again"
+                f"{case.result}: not what was painted for {case.name}{old}; remove it, and it is painted "
+                "again, or choose another --output"
             )
 
 

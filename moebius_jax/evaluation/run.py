@@ -160,7 +160,8 @@ class Benchmark:
         ]
         runs: list[Run] = []
         for plan in plans:
-            require_own_results([case for case in plan.cases if case.result.exists()])
+            looked_at = plan.cases if self._scorer else plan.cases[process::processes]
+            require_own_results([case for case in looked_at if case.result.exists()])
             seconds, count = self._paint(pipeline, plan.cases[process::processes], plan)
             if self._scorer:
                 scores = self._scorer(

@@ -114,7 +114,9 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA") or "transparency" in image.info
 
 
-def write_image(path: Path, image: Image.Image, *, overwrite: bool, mark: str | None = None) -> None:
+def write_image(
+    path: Path, image: Image.Image, *, overwrite: bool, mark: str | None = None, only_ours: bool = True
+) -> None:
     """Writes an image in the format its suffix names; it appears under its name only when complete.
 
     Args:
@@ -122,15 +124,16 @@ def write_image(path: Path, image: Image.Image, *, overwrite: bool, mark: str | 
         image: to be written.
         overwrite: replace a picture of ours.
         mark: text that `mark_of` finds again.
+        only_ours: replace no other.
 
-    It bears our name in its EXIF data (BMP has none), and only such a one is replaced.
+    It bears our name in its EXIF data. BMP has none: any is taken for ours.
 
     Raises:
         UserError: the suffix names no known format, the format cannot hold the image, or the file exists and
             may not be replaced.
     """
-    if overwrite and path.exists() and not _is_ours(path):
-        raise UserError(f"{path}: not replaced, it is no picture we wrote; choose another name")
+    if overwrite and only_ours:
+        require_replaceable(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}, found {path.suffix or 'no suffix'}")
     if image.mode in ("RGBA", "LA"):
@@ -174,8 +177,17 @@ def mark_of(path: Path) -> str | None:
         return None
 
 
-def _is_ours(path: Path) -> bool:
-    """Also what is empty, as after a full disk."""
+def require_replaceable(path: Path) -> None:
+    """Raises UserError if there is something else than a picture of ours."""
+    if path.exists() and not is_ours(path):
+        raise UserError(
+            f"{path}: not replaced, it is no picture we wrote (version 0.1 did not mark them); remove it, or "
+            "choose another name"
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether we wrote it; also what is empty, as after a full disk, and any BMP, which cannot say."""
     try:
         if path.is_file() and not path.stat().st_size:
             return True

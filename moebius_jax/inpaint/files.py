@@ -14,6 +14,7 @@ from moebius_jax.imaging.picture import (
     read_picture,
     require_alpha_format,
     require_fitting_format,
+    require_replaceable,
     write_image,
 )
 from moebius_jax.inpaint.pairing import Task, grid_path
@@ -71,6 +72,10 @@ def inpaint_files(
             try:
                 picture, mask = read_picture(task.image), read_mask(task.mask)
                 # Now, not after the work is done.
+                if overwrite:
+                    require_replaceable(task.output)
+                if grid:
+                    require_replaceable(grid_path(task.output))
                 require_fitting_format(task.output, picture.rgb.shape[1::-1])
                 if picture.alpha is not None:
                     require_alpha_format(task.output)
@@ -92,7 +97,7 @@ def inpaint_files(
         if result.error:
             raise result.error
         task, picture = result.item.tag
-        # Half a result, which another program's crash may leave, counts as none.
+        # Half a PNG of ours, or an empty file, counts as none.
         replace = overwrite or (task.output.is_file() and not is_result(task.output))
         write_image(task.output, picture.with_rgb(result.rgb), overwrite=replace)
         if grid:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moebius_jax.errors import UserError
 from moebius_jax.files import resolved
-from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES
+from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, is_ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,9 @@ def _is_folder(output: Path, image: Path) -> bool:
 
 
 def _refuse_collisions(tasks: list[Task], listed: list[Path], grid: bool) -> None:
-    inputs = {_resolved(f) for f in listed}
+    inputs = {_resolved(f) for task in tasks for f in (task.image, task.mask)}
+    # Also what has no partner, or another's name; but results of an earlier run are no inputs.
+    inputs |= {_resolved(f) for f in listed if not is_ours(f)}
     outputs = {resolved(task.output) for task in tasks}
     for task in tasks:
         if resolved(task.output) in inputs:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moebius_jax.cluster import first_does
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete, require_writable
 from moebius_jax.schema import AtLeastZero, Seed, checked, parse_json
@@ -118,7 +119,8 @@ class RunCheckpoints:
             )
             try:
                 with quiet_storage():
-                    checksums.verify_checksums(self._path(step))
+                    # By one process: the others' restores read parts only.
+                    first_does(lambda step=step: checksums.verify_checksums(self._path(step)))
                     restored = self._manager.restore(step, args=wanted)
                 position = parse_json(json.dumps(restored["data"]), _Position)
             except Exception as error:  # storage libraries raise whatever they meet
@@ -156,12 +158,13 @@ class RunCheckpoints:
         """Adds checksums to a checkpoint that is written and has not its final name yet."""
         if jax.process_index() > 0:
             return
-        for path in self.folder.glob("step_*"):
-            if not (path / checksums.FILE).exists():
-                checksums.write_checksums(path)
+        for path in self.folder.glob("step_*-tmp*"):
+            checksums.write_checksums(path)
 
     def _tell_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         now = json.loads(json.dumps(now, default=str))
+        if not isinstance(before, dict):
+            return
         for key in sorted(before.keys() & now.keys()):
             if before[key] != now[key] and not key.startswith(_UNREMARKABLE):
                 self._warn(f"{key} was {before[key]} so far, it is {now[key]} from here on")
@@ -221,15 +224,15 @@ def first_batch(samples: int, config: TrainConfig) -> int:
     return samples // config.batch_size
 
 
-def write_run_config(folder: Path, config: dict[str, Any]) -> None:
-    """Puts the configuration beside the checkpoints, for people.
-
-    Raises:
-        UserError: there is a `config.json` that is no run's, or it cannot be written.
-    """
+def require_run_folder(folder: Path) -> None:
+    """Raises UserError if there is a `config.json` that is no run's."""
     there = folder / "config.json"
     if there.exists() and not (there.is_file() and b"optimizer.learning_rate" in there.read_bytes()):
         raise UserError(f"{there}: not replaced, it is of no run; use another --workdir")
+
+
+def write_run_config(folder: Path, config: dict[str, Any]) -> None:
+    """Puts the configuration beside the checkpoints, for people."""
     with replace_when_complete(folder / "config.json", overwrite=True) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -45,7 +45,9 @@ class RunLog:
         """An image as an event, and as PNG in `samples/`."""
         if self._writer:
             self._writer.write_images(step, {name: np.asarray(image)[None] / 255.0})
-            write_image(self._folder / "samples" / f"step_{step:07d}.png", image, overwrite=True)
+            write_image(
+                self._folder / "samples" / f"step_{step:07d}.png", image, overwrite=True, only_ours=False
+            )
 
     def close(self) -> None:
         if self._writer:

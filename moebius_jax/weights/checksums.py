@@ -14,45 +14,39 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 def write_checksums(folder: Path) -> None:
     """Leaves `SHA256SUMS` in a folder whose files are all written."""
-    sums = _sums(folder)
+    sums = _sums(folder, [name for name in _names(folder) if name != FILE])
     with replace_when_complete(folder / FILE, overwrite=True) as partial:
-        partial.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        partial.write_text("".join(f"{d}  {name}\n" for name, d in sums.items()), newline="\n")
 
 
 def verify_checksums(folder: Path) -> None:
-    """Reads all files of a folder, several at a time, and compares them with its `SHA256SUMS`.
-
-    A folder without one, as version 0.1 wrote them, passes.
+    """Reads what `SHA256SUMS` lists, several files at a time, and compares it. What else is there does not
+    matter; a folder without a list, as version 0.1 wrote them, passes.
 
     Raises:
-        UserError: a file is missing, was added, is no ordinary one or not what was written; it is named.
+        UserError: a file is missing, no ordinary one or not what was written; it is named.
+        OSError: it cannot be read.
     """
-    for name in _names(folder):
+    listed = (folder / FILE).exists()
+    written = _read(folder / FILE) if listed else dict.fromkeys(_names(folder), "")
+    for name in written:
         if not (folder / name).is_file():  # reading a pipe or a device may never end
-            raise UserError(f"{folder / name}: is no ordinary file")
-    if not (folder / FILE).exists():
+            found = "is no ordinary file" if (folder / name).exists() else f"missing, and listed in {FILE}"
+            raise UserError(f"{folder / name}: {found}")
+    if not listed:
         return
-    written = _read(folder / FILE)
-    try:
-        found = _sums(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
-    if missing := sorted(set(written) - set(found)):
-        raise UserError(f"{folder / missing[0]}: missing, and listed in {FILE}")
-    if added := sorted(set(found) - set(written)):
-        raise UserError(f"{folder / added[0]}: not listed in {FILE}")
-    if changed := sorted(name for name in written if written[name] != found[name]):
-        name = changed[0]
-        raise UserError(
-            f"{folder / name}: not what was written, its SHA-256 is {found[name][:12]}…, {FILE} has "
-            f"{written[name][:12]}…"
-        )
+    for name, digest in _sums(folder, list(written)).items():
+        if digest != written[name]:
+            raise UserError(
+                f"{folder / name}: not what was written, its SHA-256 is {digest[:12]}…, {FILE} has "
+                f"{written[name][:12]}…"
+            )
 
 
 def _read(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     written = {}
     for number, line in enumerate(lines, 1):
@@ -63,8 +57,7 @@ def _read(path: Path) -> dict[str, str]:
     return written
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    names = [name for name in _names(folder) if name != FILE]
+def _sums(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 

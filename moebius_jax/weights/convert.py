@@ -146,6 +146,11 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
 
     if dest.suffix != ".safetensors":
         raise UserError(f"{dest}: exports are .safetensors files")
+    if overwrite and dest.is_file() and _WRITTEN_BY not in _beginning(dest):
+        raise UserError(
+            f"{dest}: not replaced, it is no file we wrote (version 0.1 did not mark them); remove it, or "
+            "choose another name"
+        )
     config = read_config(folder)
     if (groups := getattr(config.architecture, "norm_groups", GROUPS)) != GROUPS:
         raise UserError(
@@ -156,8 +161,6 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     stored = load_numpy(folder)
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
     released |= {name: np.zeros((), np.int64) for name in counters(expected)}
-    if overwrite and dest.is_file() and _WRITTEN_BY not in _beginning(dest):
-        raise UserError(f"{dest}: not replaced, it is no file we wrote; choose another name")
     with replace_when_complete(dest, overwrite=overwrite) as partial:
         try:
             save_file(released, partial, metadata={"format": "pt", "written_by": _WRITTEN_BY.decode()})
@@ -228,7 +231,7 @@ def _stored(name: str, slot: Slot, source: ReleaseFile, dtype: np.dtype) -> np.n
 
 def _require_sound(name: str, array: np.ndarray, source: Path) -> None:
     """Raises UserError for numbers no trained network has."""
-    hint = "; --allow-nonfinite converts it all the same"
+    hint = "; convert_weights.py --allow-nonfinite converts it all the same"
     if not (finite := np.isfinite(array)).all():
         raise UserError(f"{source}: tensor {name} has {np.sum(~finite)} NaN or infinite values{hint}")
     if name.endswith("running_var") and (lowest := array.min(initial=0)) < 0:

@@ -211,8 +211,10 @@ def _verify(folder: Path) -> None:
     try:
         checksums.verify_checksums(folder)
     except UserError as error:
-        hint = "make the folder again, or load it with --no-verify (verify=False)"
+        hint = f"make the folder again, or remove its {checksums.FILE} to load it all the same"
         raise UserError(f"{error}; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager
