@@ -203,6 +203,20 @@ class TestResuming:
 
 
 @pytest.mark.slow
+def test_two_processes_end_together(train, tmp_path):
+    """What only the first of them finds out ends both at once; the other would wait for minutes."""
+    (tmp_path / "config.json").write_text("mine")
+    cluster = ["--workdir", tmp_path, "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2]
+    options = ["loss.terms=task", "vae=none"]
+    pair = [train(TINY, *options, *cluster, "--process-id", i) for i in (0, 1)]
+    started = time.monotonic()
+    for status, _, err in [finish(process) for process in pair]:
+        assert status == 1
+        assert f"error: {tmp_path}/config.json: not replaced, it is of no run" in err
+    assert time.monotonic() - started < 120
+
+
+@pytest.mark.slow
 def test_two_processes_are_one_run(train, tmp_path):
     """Losses of a run over two processes, and its model, against those of one process."""
     address = f"127.0.0.1:{free_port()}"
