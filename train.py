@@ -235,6 +235,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
         say(f"starting from {config.init}" if config.init else "starting from random weights")
     if is_first:
         write_run_config(workdir, describe(config))
+
     # ------------------------------------------------------------------ compile
     loader = training_loader(
         config, dataset, position, warn=lambda m: print(f"warning: {m}", file=sys.stderr)

@@ -1,8 +1,6 @@
 """A folder of exported programs, and whether they compute what the model does."""
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,8 @@ from moebius_jax.export.programs import Program, programs
 from moebius_jax.files import replace_when_complete
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 from moebius_jax.schema import AtLeastOne, checked
+from moebius_jax.weights.folder import is_ours
+from moebius_jax.weights.release_files import sha256
 
 FORMATS: dict[str, ModuleType] = {"stablehlo": stablehlo, "onnx": onnx}
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ def export_model(
     suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)
     ours = (MANIFEST, *(program.name + suffix for program in exported for suffix in suffixes))
     differences = []
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder / MANIFEST):
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder / MANIFEST):
         raise UserError(f"{folder}: not replaced, it is no export of ours")
     with replace_when_complete(folder, overwrite=overwrite, ours=ours) as partial:
         partial.mkdir()
@@ -113,12 +113,6 @@ def export_model(
     return differences
 
 
-def _is_ours(file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return b"moebius-jax" in file.read_bytes()
-    return False
-
-
 def _require_small(differences: list[Difference], *, half: bool) -> None:
     limit = LIMIT_HALF if half else LIMIT
     for found in differences:
@@ -134,9 +128,7 @@ def _batch(options: ExportOptions) -> int | None:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _differences(kind: ModuleType, program: Program, folder: Path, batch: int) -> list[Difference]:

@@ -115,8 +115,9 @@ def _is_folder(output: Path, image: Path) -> bool:
 def _refuse_collisions(tasks: list[Task], listed: list[Path], grid: bool) -> None:
     inputs = {_resolved(f) for task in tasks for f in (task.image, task.mask)}
     # Also what has no partner, or another's name; but results of an earlier run are no inputs.
-    inputs |= {_resolved(f) for f in listed if not is_ours(f)}
     outputs = {resolved(task.output) for task in tasks}
+    written = outputs | {resolved(grid_path(task.output)) for task in tasks if grid}
+    inputs |= {path for f in listed if (path := _resolved(f)) in written and not is_ours(f)}
     for task in tasks:
         if resolved(task.output) in inputs:
             raise UserError(

@@ -1,12 +1,12 @@
 """`SHA256SUMS`: what each file of a folder was when it was written; `sha256sum -c` reads it too."""
 
-import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
+from moebius_jax.weights.release_files import sha256
 
 FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, str]:
 
 def _sums(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
-        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
 def _names(folder: Path) -> list[str]:
@@ -71,8 +71,3 @@ def _names(folder: Path) -> list[str]:
 def _is_apart(path: Path) -> bool:
     """What file managers leave, and Orbax's record of times and versions, written last."""
     return path.name == "_CHECKPOINT_METADATA" or any(part.startswith(".") for part in path.parts)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -116,7 +116,7 @@ def save(
 
 
 def is_ours(config: Path) -> bool:
-    """Whether a `config.json` is one we wrote, even where its version or damage keeps it from being read."""
+    """Whether a `config.json` or a manifest is of ours, even where it cannot be read any more."""
     with contextlib.suppress(OSError):
         return b"moebius-jax" in config.read_bytes()
     return False
