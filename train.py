@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,32 +35,35 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from moebius_jax.cluster import first_does, join_given_cluster
+from moebius_jax.cluster import Company, first_does, join_given_cluster, tell_others, wait_for_all
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
 from moebius_jax.distillation.loss import Context, Loss
-from moebius_jax.errors import UserError
+from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import sole_user
 from moebius_jax.hardware import peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
-from moebius_jax.sharding import make_mesh, replicated, tree_shardings
+from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings
 from moebius_jax.training.aot import report_aot
 from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, encoded, to_devices
 from moebius_jax.training.checkpointing import (
     RunCheckpoints,
     first_batch,
     require_run_folder,
+    require_shared_folder,
     write_run_config,
 )
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.config_file import load_config
+from moebius_jax.training.halting import HALTED_BY, halt, halted_by, stand_in, unless_halted
 from moebius_jax.training.inputs import loss_keys, noised_inputs, step_keys
 from moebius_jax.training.loading import training_loader
 from moebius_jax.training.logs import Progress, RunLog, Stopwatch, Trace
-from moebius_jax.training.metrics import Metrics, balance_metrics, first_bad_metric
+from moebius_jax.training.metrics import Metrics, balance_metrics, first_bad_metric, with_former_names
 from moebius_jax.training.networks import (
     TEACHER,
     FrozenNetwork,
@@ -77,6 +81,7 @@ from moebius_jax.training.validation import Validation
 from moebius_jax.weights.tensors import Tensors
 
 Frozen = Mapping[str, Tensors]  # tensors of the networks that are not trained, by network
+_COMPILING_S = 3600  # what one process may take longer than another
 Update = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
@@ -121,7 +126,11 @@ def make_update(
             bottleneck_losses={loss.name: bound(loss) for loss in config.loss.bottleneck_losses},
             form=config.loss.balance,
             scales=config.loss.scales,
+            all_norms=config.loss.all_norms,
         )
+
+    if config.loss.balance_over == "device":
+        gradients_of = of_each_device(gradients_of, mesh, sharded=3)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         # Whole weights for the products and cut ones for keeping: the compiler gathers each when it is
@@ -155,21 +164,24 @@ def make_update(
         done, ema = state.step + 1, state.ema
         if config.ema_decay:
             ema = ema_update(ema, {**new_params, **statistics}, done, config.ema_decay)
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
-        metrics["parameter_norm"] = optax.tree.norm(new_params)
-        return TrainState(
+        new = TrainState(
             step=done, params=new_params, statistics=statistics, ema=ema, optimizer=optimizer_state
-        ), metrics
+        )
+        halted = halted_by(batch.index)
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "lr": schedule(state.step)}
+        metrics |= {"parameter_norm": optax.tree.norm(new_params), HALTED_BY: halted}
+        return unless_halted(halted, new, state), metrics
 
     places = tree_shardings(mesh, abstract_state(config, mesh, optimizer))
     return jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
-def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
+def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
     # ------------------------------------------------------------------ configuration and devices
     overrides = [*args.overrides, *([f"data.kind={args.dataset}"] if args.dataset else [])]
     config = load_config(args.config, overrides)
     join_given_cluster(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    held.enter_context(company)
     if args.print_config:
         print(*(f"{k}={v}" for k, v in describe(config).items()), sep="\n")
         return 0
@@ -224,6 +236,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
         held.enter_context(sole_user(workdir))
 
     first_does(claim)
+    require_shared_folder(workdir)
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
     restored = checkpoints.restore(shapes, describe(config))
     if restored:
@@ -243,6 +256,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
     started = time.perf_counter()
     update = make_update(config, mesh, networks, optimizer)
     update = update.lower(state, frozen, abstract_batch(config, mesh, dataset)).compile()
+    wait_for_all("compiled", _COMPILING_S)
     say(f"compiled in {time.perf_counter() - started:.0f} s")
     validation = grids = None
     if held_out and config.log.validate_every:
@@ -256,9 +270,11 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
     watch = Stopwatch(config.batch_size, step_flops(update, config, mesh), peak_flops(mesh))
     log.text(done, "config", "\n".join(f"    {k} = {v}" for k, v in describe(config).items()))
     pending: tuple[int, Metrics] | None = None
+    trouble: Exception | None = None  # why this process has no more batches
 
     def save() -> None:
-        checkpoints.save(state, loader.samples, describe(config))
+        samples = (position + int(state.step) - first) * config.batch_size
+        checkpoints.save(state, samples, describe(config))
 
     def is_due(every: int) -> bool:
         return done > first and every > 0 and (done % every == 0 or done == config.steps)
@@ -269,17 +285,22 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
             return
         step, metrics = pending
         metrics = jax.device_get(metrics)
+        if halting := halt(metrics, trouble):
+            if int(state.step) > first:
+                save()
+            raise halting
+        del metrics[HALTED_BY]
         if bad := first_bad_metric(metrics):
             checkpoints.wait()
             before = f"the last checkpoint before it is {checkpoints.latest}"
             none = "there is no checkpoint yet"
             hint = hint_of_range(config)
-            raise UserError(
+            raise SharedError(
                 f"step {step}: {bad} is {float(metrics[bad])}; {before if checkpoints.latest else none}{hint}"
             )
         if step % config.log.every == 0 or step == config.steps:
             values = {name: float(value) for name, value in metrics.items()} | watch.rates()
-            log.scalars(step, values)
+            log.scalars(step, with_former_names(values))
             progress.report(step, values)
 
     try:
@@ -300,16 +321,14 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
             trace.at(done)
             with watch.waiting_for_data():
                 try:
-                    batch = next(loader)
-                except UserError:  # data that cannot be read end the run, but nothing is lost
-                    look(pending)
-                    pending = None
-                    save()
-                    raise
-                except RuntimeError:  # the loader's workers were told to stop as well
-                    if not stop.asked:
-                        raise
-                    continue
+                    batch = stand_in(dataset, config) if trouble else next(loader)
+                except Exception as error:
+                    if stop.asked and isinstance(error, RuntimeError):
+                        continue  # the loader's workers were told to stop as well
+                    trouble, batch = error, stand_in(dataset, config)
+                    if not isinstance(error, UserError):
+                        traceback.print_exc()
+                    tell_others(first_line(error))
             watch.tick()
             state, metrics = update(state, frozen, encoded(to_devices(batch, mesh), vae))
             # Looked at a step late: the devices are then busy with the next one already.
@@ -317,6 +336,17 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> int:  # noqa:
             done += 1
             pending = (done, metrics)
             progress.step()
+    except JaxRuntimeError as error:
+        company.tell(error)
+        if jax.process_count() == 1:
+            raise
+        raise UserError(
+            f"this process has lost the others ({first_line(error)}); when all have ended, the same command "
+            f"goes on from {checkpoints.latest or 'the beginning'}"
+        ) from None
+    except BaseException as error:
+        company.tell(error)  # first of all: what follows may wait for the others
+        raise
     finally:
         # Also on the way out of an error: a checkpoint that is being written is lost otherwise.
         checkpoints.close()
@@ -368,8 +398,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    with contextlib.ExitStack() as held:
-        return run(lambda: train(args, held))
+    company = Company()
+
+    def program() -> int:
+        with contextlib.ExitStack() as held:
+            return train(args, held, company)
+
+    return company.run(lambda: run(program))
 
 
 if __name__ == "__main__":

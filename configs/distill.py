@@ -26,6 +26,9 @@ def get_config() -> TrainConfig:
         loss=LossConfig(perceptual=Perceptual(network="converted/elatentlpips")),
         vae="converted/vae",
         data=DataConfig(loader=LoaderConfig(workers=8)),
+        # Paper, section 4.1: Muon at 2e-4 with decay 0.1, a tenth at 111k and 129k (OptimizerConfig's own),
+        # balance of Eqs 4 and 5 (LossConfig's own), and these two. Of noise offset, timesteps, masks and
+        # moving average it says nothing: the first two are the released configuration's, the others guesses.
         batch_size=768,
         steps=138_000,
     )

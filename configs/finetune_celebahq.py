@@ -3,8 +3,9 @@
     python train.py configs/finetune_celebahq.py data.path=celebahq/
 
 Starts from the released weights, converted to converted/pretrained; init=FOLDER
-takes others. Needs converted/vae too. The paper does not say how the learning rate falls: here at the same
-shares of the run as in distill.py.
+takes others. Needs converted/vae too. From the paper are devices, batch and steps. The rest it does not say
+and is guessed: the task loss alone; learning rate, where it falls (as shares of the run), masks and moving
+average as in distill.py.
 
 Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images. Time: not measured by us yet.
 """

@@ -1,8 +1,26 @@
-"""Joining the other processes of a job, and ending with them."""
+"""Joining the other processes of a job, sharing what one of them finds out, and ending with them."""
 
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
 
-from moebius_jax.errors import UserError, first_line
+from moebius_jax.errors import SharedError, UserError, first_line
+
+_HEARTBEAT_S = 50  # a process that is killed ends the others after so long
+_LOOK_S = 1.0
+_GRACE_S = 10.0  # for ending by oneself, with a message that says more
+_GOODBYE_S = _GRACE_S + 5  # for the others to come, before one ends without them
+_CLEANING_S = 30.0  # for what a failing process still has to close
+_A_WEEK_S = 7 * 24 * 3600.0
+_ENDED, _LEAVING, _SAID = "moebius/ended", "moebius/leaving", "moebius/said"
+_LONGEST = 2048  # of a message, bytes
 
 
 def join_cluster(
@@ -20,7 +38,9 @@ def join_cluster(
     import jax
 
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"no cluster could be joined ({first_line(error)}); outside TPU pods, SLURM and the like pass "
@@ -67,15 +87,147 @@ def first_does(action: Callable[[], object]) -> None:
         raise error
 
 
+def wait_for_all(what: str, limit_s: float = _A_WEEK_S) -> None:
+    """Returns when every process has come here; `what` must be another name each time.
+
+    For places that processes reach at very different times: collectives and jax's own end have limits.
+
+    Raises:
+        UserError: some have not come in time.
+    """
+    import jax
+
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        try:
+            _client().wait_at_barrier(f"moebius/{what}", int(1000 * limit_s))
+        except Exception as error:  # jaxlib raises what grpc says
+            raise UserError(
+                f"not all processes came to '{what}' within {limit_s:.0f} s ({first_line(error)})"
+            ) from None
+
+
+class Company:
+    """The other processes of a job, to whom it is told when this one ends by an error, and the other way.
+
+    Otherwise the rest would wait for it in their next common step, for minutes or for ever.
+    Within `with company:` an error is told to all. They have ten seconds to end by themselves, then each
+    prints the message and ends. A `SharedError` is known to all already. A process that is killed can tell
+    nobody: jax notices it and ends the others (`_HEARTBEAT_S`).
+    """
+
+    def __init__(self) -> None:
+        self._has_told = False
+        self._is_over = threading.Event()
+        self._is_leaving = threading.Lock()
+
+    def __enter__(self) -> Self:
+        import jax
+
+        if jax.process_count() > 1:
+            threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: TracebackType | None) -> None:
+        if error is not None:
+            self.tell(error)
+        self._is_over.set()
+
+    def tell(self, error: BaseException) -> None:
+        """All processes are to end because of this; this one too, if what it still does takes too long."""
+        import jax
+
+        if jax.process_count() == 1 or self._has_told or isinstance(error, SharedError):
+            return
+        self._has_told = True
+        message = first_line(error) if isinstance(error, UserError | OSError) else repr(error)[:_LONGEST]
+        with contextlib.suppress(Exception):  # the one who keeps the keys may be gone
+            _client().key_value_set(_ENDED, f"{jax.process_index()} {message}", allow_overwrite=True)
+        threading.Thread(target=self._end_late, args=(message,), daemon=True).start()
+
+    def run(self, program: Callable[[], int]) -> int:
+        """What `program` returns; after an error that was told the process ends here, without jax's own
+        waiting for processes that cannot come any more."""
+        try:
+            status = program()
+        except Exception:
+            if not self._has_told:
+                raise
+            traceback.print_exc()
+            status = 1
+        if self._has_told:
+            self._leave(status)
+        return status
+
+    def _listen(self) -> None:
+        import jax
+
+        while not self._is_over.wait(_LOOK_S):
+            try:
+                said = _client().key_value_try_get(_ENDED)
+            except Exception:  # nothing said yet
+                continue
+            process, _, message = said.partition(" ")
+            if int(process) != jax.process_index() and not self._is_over.wait(_GRACE_S):
+                print(f"error: process {process} has ended: {message}", file=sys.stderr)
+                self._leave(1)
+            return
+
+    def _end_late(self, message: str) -> None:
+        time.sleep(_CLEANING_S)
+        if not self._is_leaving.locked():
+            print(f"error: {message}", file=sys.stderr)
+            self._leave(1)
+
+    def _leave(self, status: int) -> None:
+        import jax
+
+        if not self._is_leaving.acquire(blocking=False):
+            time.sleep(2 * _GOODBYE_S)  # another thread is about to end us
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # who does not come is hung, or gone
+            _client().wait_at_barrier(_LEAVING, int(1000 * _GOODBYE_S))
+        if jax.process_index() == 0:
+            time.sleep(_LOOK_S)  # with it go the keys; jax would abort those who still look
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(status)
+
+
+def tell_others(message: str) -> None:
+    """Prints what ends this process's work, and keeps it for the others' `told_by`."""
+    import jax
+
+    if jax.process_count() > 1:
+        me = jax.process_index()
+        print(f"process {me} cannot go on, all end after this step: {message}", file=sys.stderr, flush=True)
+        _client().key_value_set(f"{_SAID}/{me}", message[:_LONGEST], allow_overwrite=True)
+
+
+def told_by(process: int) -> str:
+    """What a process told the others; "" if nothing can be had."""
+    try:
+        return _client().blocking_key_value_get(f"{_SAID}/{process}", int(1000 * _GRACE_S))
+    except Exception:  # jaxlib raises what grpc says
+        return ""
+
+
+def _client() -> Any:
+    """The keys and barriers of the job's first process; jax has no public name for them."""
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
+
+
 def _told_by_the_first(error: UserError | OSError | None) -> UserError | OSError | None:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    message = np.zeros(2048, np.uint8)
+    message = np.zeros(_LONGEST, np.uint8)
     if error is not None:
         said = (b"O" if isinstance(error, OSError) else b"U") + str(error).encode()[: len(message) - 1]
         message[: len(said)] = np.frombuffer(said, np.uint8)
     told = multihost_utils.broadcast_one_to_all(message).tobytes().rstrip(b"\0")
-    if error is not None or not told:
-        return error
-    return (OSError if told[:1] == b"O" else UserError)(told[1:].decode(errors="replace"))
+    if not told:
+        return None
+    return (OSError if told[:1] == b"O" else SharedError)(told[1:].decode(errors="replace"))

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """One that every process of a job raises at the same point: nobody has to be told of it."""
+
+
 def first_line(error: Exception | str) -> str:
     """What a library's exception says, short enough for a message; its type where it says nothing."""
     text = str(error).strip()

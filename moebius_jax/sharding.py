@@ -1,10 +1,11 @@
 """Where arrays lie: one mesh of two axes, one rule for tensors, one for batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moebius_jax.errors import UserError
@@ -41,6 +42,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def of_each_device(function: Callable[..., Any], mesh: Mesh, sharded: int) -> Callable[..., Any]:
+    """`function` as each device alone would compute it from its share of a batch; the mean of the results.
+
+    Args:
+        function: of arrays.
+        mesh: all its devices.
+        sharded: which argument is the batch; the others are whole everywhere.
+    """
+
+    def mean(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: lax.pmean(x, mesh.axis_names), function(*arguments))
+
+    def apply(*arguments: Any) -> Any:
+        places = [PartitionSpec()] * len(arguments)
+        places[sharded] = batch_sharding(mesh).spec
+        # Unchecked: the checked form would add gradients up over devices before they have been looked at.
+        return jax.shard_map(
+            mean, mesh=mesh, in_specs=tuple(places), out_specs=PartitionSpec(), check_vma=False
+        )(*arguments)
+
+    return apply
 
 
 def tensor_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from logged import scalars
+from logged import RELEASED_NAMES, scalars
 from PIL import Image
 from test_processes import free_port
 
@@ -117,9 +117,10 @@ class TestResults:
         tags = set(scalars(straight[0]))
         losses = {"loss", "loss_task", "loss_outkd", "loss_featkd", "loss_elatentlpips"}
         assert losses <= tags
+        assert tags >= RELEASED_NAMES - {"feat_gnorm_task", "feat_gnorm_outkd", "feat_gnorm_elatentlpips"}
         assert {"weight_outkd", "weight_elatentlpips", "weight_cross", "learning_rate"} <= tags
-        assert {"grad_norm_theta_f_task", "grad_norm_theta_c_featkd", "grad_norm_theta_c_output"} <= tags
-        assert {"images_per_second", "data_wait_share", "gradient_norm"} <= tags
+        assert {"grad_norm_theta_f_task", "grad_norm_theta_c_featkd", "gradient_norm"} <= tags
+        assert {"images_per_second", "data_wait_share", "feat_gnorm_output"} <= tags
 
     def test_sample_takes_the_model_as_it_is(self, straight, train, tmp_path):
         rng = np.random.default_rng(0)

@@ -110,7 +110,7 @@ def form(request):
 
 @pytest.fixture(scope="module")
 def step(form, problem):
-    config = LossConfig(balance=form, perceptual=Perceptual(augment=False))
+    config = LossConfig(balance=form, perceptual=Perceptual(augment=False, rescale_inputs=True))
     return run(problem, config, all_norms=form == "paper")  # as many passes more: in one form
 
 

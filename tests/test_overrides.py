@@ -131,11 +131,24 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
         load_config("nowhere", [])
 
 
+def test_the_releases_configuration():
+    """Its own values, as far as they are known, and the paper's where they are not."""
+    config, paper = load("distill_release"), load("distill")
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (1e-4, "constant")
+    assert (config.steps, config.ema_decay, config.data.augment.masks) == (200_000, 0, ("medium_512",))
+    assert config.loss.balance == "release"
+    assert config.loss.balance_over == config.batch_norm == "device"
+    assert config.loss.perceptual.rescale_inputs
+    assert config.loss.scales == {"coarse": 0.01, "fine": 0.01, "task": 0.5, "perceptual": 0.5}
+    assert config.noise_offset == paper.noise_offset == 0.0357
+    assert (config.student, config.teacher, config.batch_size) == (paper.student, paper.teacher, 768)
+
+
 def test_configurations_are_the_papers():
     paper = load("distill")
     assert (paper.batch_size, paper.steps, paper.optimizer.weight_decay) == (768, 138_000, 0.1)
     assert paper.loss.balance == "paper"
-    assert load("distill_release").batch_norm == "device"
+    assert not paper.loss.perceptual.rescale_inputs
     assert [
         (load(f"finetune_{n}").batch_size, load(f"finetune_{n}").steps)
         for n in ("places2", "celebahq", "ffhq")
@@ -145,6 +158,9 @@ def test_configurations_are_the_papers():
         (88, 117_000),
     ]
     assert load("table5:2").loss.terms == ("coarse", "fine")
+    teacher = load("table2:teacher")
+    assert teacher.student == UNetConfig.teacher(remat=True)
+    assert (teacher.steps, teacher.loss.terms) == (18_000, ("task",))
     nine, ten = load("table2:9"), load("table2:10")
     assert nine.student == ten.student == UNetConfig.student(remat=True)
     assert nine.loss == paper.loss

@@ -36,7 +36,7 @@ def configuration():
         seed=SEED,
         noise_offset=OFFSET,
         batch_size=BATCH,
-        loss=LossConfig(perceptual=Perceptual(network=metric, augment=False)),
+        loss=LossConfig(perceptual=Perceptual(network=metric, augment=False, rescale_inputs=True)),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=RATE,
@@ -203,14 +203,17 @@ def test_two_steps_from_pictures_to_averages(setting, packages):
     for number, (state, metrics) in enumerate(packages):
         losses, norms, weights, total, length = reference.step(number)
         expected = {f"loss_{logged[n]}": value for n, value in losses.items()}
-        expected |= {f"weight_{logged.get(n, n)}": value for n, value in weights.items()}
+        expected["feat_weight_task"] = weights.pop("cross")
+        expected |= {f"out_weight_{logged[n]}": value for n, value in weights.items()}
         for path, value in norms.items():
             where, name = path.rsplit("_", 1)
-            expected[f"grad_norm_{where}_{logged.get(name, name)}"] = value
-        expected |= {"loss": total, "gradient_norm": length, "learning_rate": RATE}
+            kind = {"theta_f": "out_gnorm", "theta_c": "feat_gnorm"}[where]
+            expected[f"{kind}_{logged.get(name, name)}"] = value
+        expected |= {"loss": total, "grad_norm": length, "lr": RATE}
         squares = sum(np.sum(p.astype(float) ** 2) for p in reference.params.values())
         expected["parameter_norm"] = np.sqrt(squares)
-        assert metrics.pop("weight_task") == 1  # the anchor's
+        assert metrics.pop("out_weight_task") == 1  # the anchor's
+        assert metrics.pop("halted_by") == 0
         assert set(metrics) == set(expected)
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=2e-3), (number, name)

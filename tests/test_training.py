@@ -10,12 +10,16 @@ import pytest
 import tiny_run
 from conftest import TINY_VAE, network_from_synth
 from flax import nnx
+from logged import RELEASED_NAMES
 
 from moebius_jax import save_unet
 from moebius_jax.data.datasets import Source, SyntheticDataset
 from moebius_jax.data.samples import LatentSample, PixelSample
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.distillation.gradients import Balanced
+from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.errors import UserError
-from moebius_jax.models import VAE, ELatentLPIPS, UNet
+from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
@@ -27,9 +31,10 @@ from moebius_jax.training.batches import (
     encoder_digest,
     to_devices,
 )
+from moebius_jax.training.halting import HALTED_BY
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
-from moebius_jax.training.metrics import first_bad_metric
+from moebius_jax.training.metrics import balance_metrics, first_bad_metric, with_former_names
 from moebius_jax.training.networks import hint_of_range, load_frozen, load_initial_tensors, teacher_dtypes
 from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
@@ -236,14 +241,98 @@ def test_validation_is_the_task_loss_of_the_same_noise():
     assert found == {"validation_loss_task": pytest.approx(float(jnp.concatenate(losses).mean()), rel=1e-4)}
 
 
+@pytest.mark.slow
+def test_balance_of_each_device_is_that_of_its_own_samples():
+    """Two devices against two runs of one device with half the batch each: everything is the mean."""
+    config = tiny_run.get_config()
+    config = config.replace(
+        batch_norm="device",
+        loss=dataclasses.replace(config.loss, balance="release", balance_over="device", all_norms=True),
+        optimizer=dataclasses.replace(config.optimizer, clip_norm=None),
+    )
+    whole = first_batch(config)
+    halves = [jax.tree.map(lambda x, part=part: x[part], whole) for part in (slice(4), slice(4, None))]
+    together = one_step(config, jax.devices()[:2], whole)
+    alone = [one_step(config.replace(batch_size=4), jax.devices()[:1], half) for half in halves]
+
+    def sums(state):
+        """What the first step's gradients have become of themselves: momenta; and statistics."""
+        leaves = jax.tree_util.tree_leaves_with_path((state.optimizer, state.statistics))
+        names = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        return {k: v for k, v in names.items() if ".trace" in k or ".mu" in k or k.startswith("[1]")}
+
+    ours, theirs = sums(together[0]), [sums(state) for state, *_ in alone]
+    assert len(ours) > 100
+    for name, value in ours.items():
+        expected = (theirs[0][name] + theirs[1][name]) / 2
+        assert np.linalg.norm(value - expected) <= 1e-4 * np.linalg.norm(expected) + 1e-6, name
+    for name, value in together[1].items():
+        if name not in ("grad_norm", "parameter_norm"):  # of the mean gradient and what it made
+            assert value == pytest.approx((alone[0][1][name] + alone[1][1][name]) / 2, rel=1e-4), name
+    weights = [metrics["out_weight_outkd"] for _, metrics, _ in alone]
+    assert abs(weights[0] - weights[1]) > 1e-3 * weights[0], "else it would not matter"
+
+
+@pytest.mark.slow
+def test_a_step_with_a_stand_in_changes_nothing_and_says_whose_it_is():
+    config = tiny_run.get_config()
+    batch = first_batch(config)
+    number = batch.index.copy()
+    number[5:] = -1 - 2  # the third process's
+    before, *_ = one_step(config, jax.devices()[:1])
+    mesh = make_mesh(jax.devices()[:1])
+    networks = load_frozen(config, mesh)
+    frozen = {name: network.tensors for name, network in networks.items()}
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    update = make_update(config, mesh, networks, optimizer)
+    kept = jax.tree.map(np.asarray, before)
+    after, metrics = update(before, frozen, to_devices(batch._replace(index=number), mesh))
+    assert metrics[HALTED_BY] == 3
+    assert int(after.step) == int(kept.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), kept)
+    after, metrics = update(after, frozen, to_devices(batch, mesh))
+    assert metrics[HALTED_BY] == 0
+    assert int(after.step) == 2
+    changed = jax.tree.map(lambda x, y: bool((np.asarray(x) != y).any()), after.params, kept.params)
+    assert sum(changed.values()) > 0.9 * len(changed)
+
+
+def test_every_figure_of_the_releases_trainer_is_logged_by_its_name():
+    """With `all_norms`; of ours are the anchor's weight, and the norm of all output losses together."""
+    config = LossConfig(perceptual=Perceptual(network=ELatentLPIPSConfig()))
+    losses = [loss.name for loss in config.losses]
+    at_output = [loss.name for loss in config.output_losses]
+    balanced = Balanced(
+        losses=dict.fromkeys([*losses, "total"], jnp.float32(0)),
+        weights=dict.fromkeys([*at_output, "cross"], jnp.float32(0)),
+        norms={f"theta_f/{n}": jnp.float32(0) for n in at_output}
+        | {f"theta_c/{n}": jnp.float32(0) for n in losses},
+    )
+    names = set(balance_metrics(balanced, config.losses)) | {"grad_norm", "lr"}
+    assert names == RELEASED_NAMES | {"out_weight_task"}
+
+
+def test_former_names_are_logged_as_well():
+    now = {"grad_norm": 1.0, "lr": 2.0, "feat_weight_task": 3.0, "out_weight_outkd": 4.0, "loss": 5.0}
+    norms = {"out_gnorm_task": 6.0, "feat_gnorm_featkd": 7.0}
+    assert with_former_names(now | norms) == now | norms | {
+        "gradient_norm": 1.0,
+        "learning_rate": 2.0,
+        "weight_cross": 3.0,
+        "weight_outkd": 4.0,
+        "grad_norm_theta_f_task": 6.0,
+        "grad_norm_theta_c_featkd": 7.0,
+    }
+
+
 def test_a_bad_term_is_named():
-    good = {"loss_task": jnp.float32(1), "loss": jnp.float32(2), "gradient_norm": jnp.float32(1)}
+    good = {"loss_task": jnp.float32(1), "loss": jnp.float32(2), "grad_norm": jnp.float32(1)}
     assert first_bad_metric(good) is None
     assert (
         first_bad_metric({**good, "loss_task": jnp.float32(jnp.nan), "loss": jnp.float32(jnp.nan)})
         == "loss_task"
     )
-    assert first_bad_metric({**good, "gradient_norm": jnp.float32(jnp.inf)}) == "gradient_norm"
+    assert first_bad_metric({**good, "grad_norm": jnp.float32(jnp.inf)}) == "grad_norm"
 
 
 def test_meshes_and_batches_that_do_not_fit():

@@ -4,12 +4,13 @@ A program's help and its errors about arguments come before jax is imported, whi
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebius_jax.cli.terminal import progress
-from moebius_jax.cluster import join_cluster
+from moebius_jax.cluster import join_cluster, wait_for_all
 from moebius_jax.defaults import DEFAULT_MODEL, DTYPES, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.extensions import load_extension
@@ -123,7 +124,9 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def process_share(args: argparse.Namespace) -> tuple[int, int]:
-    """This process's number and how many there are.
+    """This process's number and how many there are; with --distributed, when all have come here.
+
+    Those that joined end together: `part`.
 
     Raises:
         UserError: numbers that do not fit, or no cluster to join.
@@ -139,7 +142,16 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
 
     several = args.num_processes > 1
     join_cluster(args.coordinator, *((args.num_processes, args.process_id) if several else ()))
+    wait_for_all("looked at what there is to do")
     return jax.process_index(), jax.process_count()
+
+
+def part(args: argparse.Namespace, status: int) -> int:
+    """`status`, when the others of --distributed are through as well: jax gives slower ones five minutes."""
+    if getattr(args, "distributed", False):
+        with contextlib.suppress(UserError):  # one of them was killed: jax ends us
+            wait_for_all("done")
+    return status
 
 
 def require_positive(args: argparse.Namespace, *names: str, most: int | None = None) -> None:

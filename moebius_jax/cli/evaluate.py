@@ -10,6 +10,7 @@ from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
+    part,
     process_share,
     require_positive,
     require_seed,
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     command = ["python", "evaluate.py", *arguments]
     program = _score if args.protocol == "score" else _evaluate
-    return run(lambda: program(args, command))
+    return part(args, run(lambda: program(args, command)))
 
 
 def _evaluate(args: argparse.Namespace, command: list[str]) -> int:

@@ -10,6 +10,7 @@ from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
+    part,
     process_share,
     require_positive,
     require_seed,
@@ -47,7 +48,7 @@ Existing results are skipped, so a stopped run continues where it was.
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = _parser().parse_args(argv)
-    return run(lambda: _sample(args))
+    return part(args, run(lambda: _sample(args)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,15 +135,22 @@ def _sample(args: argparse.Namespace) -> int:
     tasks, problems = plan_tasks(
         args.image, args.mask, args.output, seed=args.seed, num_samples=args.num_samples, grid=args.grid
     )
-    process, count = process_share(args)
-    tasks = tasks[process::count]
-    todo = [t for t in tasks if args.overwrite or not is_result(t.output)]
-    if skipped := len(tasks) - len(todo):
-        print(f"{skipped} of {len(tasks)} results exist already and are kept; --overwrite redoes them")
+    if not args.distributed:  # shares of all there is: the others may look earlier or later
+        process, count = process_share(args)
+        tasks = tasks[process::count]
+    kept = [] if args.overwrite else [t for t in tasks if is_result(t.output)]
+    is_kept = {t.output for t in kept}
+    todo = [t for t in tasks if t.output not in is_kept]
+    if args.distributed:  # of what is left: after this all have looked, and before it none has painted
+        process, count = process_share(args)
+        kept, todo = kept[process::count], todo[process::count]
+    if kept:
+        total = len(kept) + len(todo)
+        print(f"{len(kept)} of {total} results exist already and are kept; --overwrite redoes them")
     from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
 
-    if args.grid and skipped:
-        problems += add_missing_grids([t for t in tasks if t not in todo])
+    if args.grid and kept:
+        problems += add_missing_grids(kept)
     if todo:
         options, sampling = _options(args)
         if not args.no_compilation_cache:

@@ -6,7 +6,10 @@ every P-th. So neither workers nor processes nor a restart change what is traine
 state is k.
 """
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
@@ -20,6 +23,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.schema import Probability, checked
 
 _ENDLESS = 2**60  # samples; grain counts in 64 bits, and some of its sums are above what it is told
+_LOOK_AFTER_PARENT_S = 2.0
 TRIES = 10  # files in a row that may be unreadable before a sample is given up
 
 
@@ -180,10 +184,20 @@ def _with_workers(iterable: Any, config: LoaderConfig) -> Any:
     options = grain.MultiprocessingOptions(
         num_workers=config.workers, per_worker_buffer_size=max(1, config.prefetch // config.workers)
     )
-    return iterable.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
+    return iterable.mp_prefetch(options, worker_init_fn=_live_as_long_as_the_parent)
 
 
-def _leave_signals_to_the_parent(*_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the workers too; the parent still needs them while it saves."""
+def _live_as_long_as_the_parent(*_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too; the parent still needs them while it saves.
+
+    A parent that is killed cannot end them: they look after it themselves.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_AFTER_PARENT_S)
+    os._exit(1)

@@ -1,6 +1,7 @@
 """Which losses are trained on, and how they are balanced."""
 
 import dataclasses
+from typing import Literal
 
 from moebius_jax.distillation.balance import BalanceForm
 from moebius_jax.distillation.imitation import Coarse, Fine, Task
@@ -22,6 +23,10 @@ class LossConfig:
         terms: of coarse, fine, task, perceptual, by name; or losses of one's own.
         balance: "paper" (Eqs 4, 5: ratios of squared norms), "release" (ratios of norms, clipped), or
             "static" (W = 1).
+        balance_over: the "global" batch, or each "device"'s own samples, as the release's data parallelism
+            has it: gradients are balanced there and then averaged.
+        all_norms: log every output loss's gradient norm at the bottleneck too, as the release does: for each
+            that no weight needs, another pass through the up half.
         coarse, fine, task, perceptual: their settings.
 
     Raises:
@@ -30,6 +35,8 @@ class LossConfig:
 
     terms: tuple[str | Loss, ...] = ("coarse", "fine", "task", "perceptual")
     balance: BalanceForm = "paper"
+    balance_over: Literal["global", "device"] = "global"
+    all_norms: bool = False
     coarse: Coarse = dataclasses.field(default_factory=Coarse)
     fine: Fine = dataclasses.field(default_factory=Fine)
     task: Task = dataclasses.field(default_factory=Task)

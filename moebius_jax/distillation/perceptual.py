@@ -20,8 +20,8 @@ class Perceptual(Loss):
     """L_P: distance of the clean latents the student predicts from those its target amounts to.
 
     Attributes:
-        rescale_inputs: multiply both inputs by 0.13025 first. The release does, although its latents are
-            scaled already (`normalize=True`).
+        rescale_inputs: multiply both inputs by 0.13025 first, although the latents are scaled already. The
+            release does (its `normalize=True`); the paper says nothing of it.
         augment: send both inputs through the same random transform.
     """
 
@@ -31,7 +31,7 @@ class Perceptual(Loss):
     NETWORK: ClassVar[type[Architecture] | None] = ELatentLPIPSConfig
 
     network: str | ELatentLPIPSConfig | None = None
-    rescale_inputs: bool = True
+    rescale_inputs: bool = False
     augment: bool = True
 
     def require_network(self) -> None:

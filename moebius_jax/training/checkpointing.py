@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax.cluster import first_does
-from moebius_jax.errors import UserError, first_line
+from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import replace_when_complete, require_writable
 from moebius_jax.schema import AtLeastZero, Seed, checked, parse_json
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
@@ -20,6 +20,7 @@ from moebius_jax.weights import checksums
 from moebius_jax.weights.folder import quiet_storage
 
 FOLDER = "checkpoints"
+_SEEN_WITHIN_S = 10  # shared file systems may show a new file late
 # Fields that another start of the same run may well have changed.
 _UNREMARKABLE = ("steps", "checkpoint.", "log.", "data.loader.", "fsdp", "init")
 
@@ -229,6 +230,31 @@ def require_run_folder(folder: Path) -> None:
     there = folder / "config.json"
     if there.exists() and not (there.is_file() and b"optimizer.learning_rate" in there.read_bytes()):
         raise UserError(f"{there}: not replaced, it is of no run; use another --workdir")
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raises SharedError unless what process 0 writes into the folder is there for every process.
+
+    Each process writes its part of a checkpoint: in folders of their own none would be whole.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
+    mark = folder / f".seen-by-all-{number}"
+    first_does(mark.touch)
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.bool_(seen)))
+    first_does(mark.unlink)
+    if len(blind):
+        those = ", ".join(map(str, blind))
+        raise SharedError(
+            f"{folder.absolute()}: process {those} of {jax.process_count()} does not see what process 0 "
+            "writes there; --workdir must be one folder that all hosts share"
+        )
 
 
 def write_run_config(folder: Path, config: dict[str, Any]) -> None:

@@ -138,6 +138,11 @@ class TrainConfig:
                 f"student.transformers is {self.student.transformers}; the gradient norm of a loss at the "
                 "bottleneck is taken at a transformer of the last level"
             )
+        if self.loss.balance_over == "device" and self.batch_norm != "device":
+            raise ValueError(
+                f"loss.balance_over is device and batch_norm is {self.batch_norm}; a device that balances by "
+                "itself has statistics of its own samples: batch_norm=device"
+            )
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; expected no more than steps = "

@@ -47,9 +47,10 @@ def bare_student(config: TrainConfig, mesh: Mesh) -> Bare[UNet]:
     dtypes = {name: jnp.dtype(getattr(config, name)) for name in ("dtype", "stream_dtype")}
     unet = abstract_network(config.student, **dtypes)
     unet.train()
+    is_split = config.batch_norm == "device" and config.loss.balance_over == "global"  # else it is by itself
     for _, module in nnx.iter_modules(unet):
         if isinstance(module, BatchNorm):
-            module.groups = mesh.size if config.batch_norm == "device" else 1
+            module.groups = mesh.size if is_split else 1
     return Bare(unet)
 
 
