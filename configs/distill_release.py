@@ -38,6 +38,8 @@ def get_config() -> TrainConfig:
             augment=dataclasses.replace(
                 config.data.augment,
                 masks=("medium_512",),  # its configuration
+                holes_on="image",  # its data set: a hole is finished before a square is cut
+                foreground_masks="own",  # its data set: masks of the file's own foreground samples
             ),
         ),
         batch_norm="device",  # its data parallelism synchronises no statistics

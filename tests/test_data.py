@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from synth import GOLDEN
 
+from moebius_jax.data import augment
 from moebius_jax.data.augment import AugmentConfig, draw_sample
 from moebius_jax.data.config import DataConfig, open_dataset
 from moebius_jax.data.datasets import ImageDataset, Source, SyntheticDataset
@@ -76,12 +78,36 @@ class TestRecords:
             '["key", {"image": "/b.png", "prompt": "foreground", "mask": "m.png"}]\n'
             '{"image": "c.png", "mask": "m.png"}\n'
         )
-        assert read_records(file) == [
+        assert list(read_records(file)) == [
             Record(image=tmp_path / "a.png"),
             Record(image=tmp_path.__class__("/b.png"), task="foreground", mask=tmp_path / "m.png"),
             Record(image=tmp_path / "c.png", mask=tmp_path / "m.png"),
         ]
         assert read_records(file, tmp_path / "root")[0].image == tmp_path / "root" / "a.png"
+
+    def test_python_notation_as_the_release_takes_it(self, tmp_path):
+        file = tmp_path / "train.jsonl"
+        file.write_text("{'image': 'a.png', 'prompt': 'background', 'mask': None}\n")
+        assert list(read_records(file)) == [Record(image=tmp_path / "a.png")]
+
+    def test_a_sample_takes_nine_bytes_and_can_be_sent_to_workers(self, tmp_path):
+        file = tmp_path / "train%d.jsonl"
+        line = '{"image": "%s/%06d.jpg", "prompt": "%s", "mask": "%06d.png"}\n'
+        with file.open("w") as out:
+            for i in range(20_000):
+                out.write(line % ("long/" * 30, i, ("background", "foreground")[i % 2], i))
+        records = read_records(file)
+        sent = pickle.dumps(records)
+        assert len(sent) < 9 * len(records) + 2000
+        there = pickle.loads(sent)
+        for i in (0, 7, 19_999, -1):
+            assert there[i] == records[i]
+        assert records[7].image.name == "000007.jpg"
+        assert records[7].mask == tmp_path / "000007.png"
+        np.testing.assert_array_equal(records.foreground(), np.arange(1, 20_000, 2))
+        file.write_text("cut short")
+        with pytest.raises(UserError, match=r"train%d.jsonl, sample 7: "):
+            records[7]
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -157,9 +183,61 @@ class TestSamples:
         assert len(sizes) >= 3
 
     def test_images_and_masks_of_different_sizes(self, record, tmp_path):
-        Image.new("L", (10, 10)).save(tmp_path / "mask.png")
-        with pytest.raises(UserError, match=r"mask.png: 10 x 10 pixels; its image has 128 x 64"):
-            draw_sample(record, SMALL, [], np.random.default_rng(0))
+        """The mask is resized, as the release does it, and that is said once."""
+        config = AugmentConfig(image_size=64, dilation=0)
+        whole = draw_sample(record, config, [], np.random.default_rng(0)).hole
+        Image.open(record.mask).resize((512, 256), Image.Resampling.NEAREST).save(record.mask)
+        augment._say_once_that_masks_are_resized.cache_clear()
+        with pytest.warns(UserWarning, match="some masks are not of their images' sizes") as said:
+            larger = [draw_sample(record, config, [], np.random.default_rng(0)).hole for _ in range(2)]
+        assert len(said) == 1
+        np.testing.assert_array_equal(larger[0], whole)
+
+    def test_holes_on_the_whole_image_are_cut_with_it(self, record):
+        """Drawn, intersected and grown before a square is cut out, which shows half of them at least."""
+        background = Record(image=record.image)
+        config = AugmentConfig(image_size=64, masks=("medium_512",), holes_on="image", intersection=1.0)
+        narrow = record.mask.with_name("narrow.png")
+        grey = np.zeros((64, 128), np.uint8)
+        grey[:, 100:110] = 255
+        Image.fromarray(grey).save(narrow)
+        seen = 0
+        for seed in range(40):
+            sample = draw_sample(background, config, [narrow], np.random.default_rng(seed))
+            columns = set(sample.image[..., 0][sample.hole].tolist())  # red is the column of the whole image
+            if columns and max(columns) - min(columns) < 30:  # else nothing was common, and the hole stayed
+                seen += 1
+                assert columns <= set(range(100 - 6, 110 + 6)), "grown by twice a square of 7 at most"
+        assert seen > 5
+        with pytest.raises(
+            ValueError, match="holes_on is image and masks has comodgan, which is made for squ"
+        ):
+            AugmentConfig(masks=("comodgan",), holes_on="image")
+
+    def test_objects_are_masks_of_a_folder_of_a_file_or_the_datas_own(self, record, tmp_path):
+        lines = [
+            {"image": "image.png", "prompt": "background"},
+            {"image": "image.png", "prompt": "foreground", "mask": "mask.png"},
+            {"image": "image.png", "prompt": "background", "mask": "other.png"},
+        ]
+        file = tmp_path / "train.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)))
+        folder = tmp_path / "objects"
+        folder.mkdir()
+        shutil.copy(record.mask, folder / "a.png")
+
+        def objects(masks, path=file):
+            return list(
+                ImageDataset(Source(path=path, augment=AugmentConfig(foreground_masks=masks)))._objects
+            )
+
+        assert objects(None) == []
+        assert objects("own") == objects(str(file), tmp_path) == [record.mask]
+        assert objects(str(folder)) == [folder / "a.png"]
+        for masks, path in (("own", tmp_path), ("own", tmp_path / "none.jsonl")):
+            (tmp_path / "none.jsonl").write_text('{"image": "image.png"}')
+            with pytest.raises(UserError, match="has no foreground samples, whose masks are wanted"):
+                objects(masks, path)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from moebius_jax.data.augment import AugmentConfig, draw_sample
+from moebius_jax.data.augment import OWN_MASKS, AugmentConfig, draw_sample
 from moebius_jax.data.latent_cache import LatentCache
-from moebius_jax.data.records import read_records
+from moebius_jax.data.records import FolderRecords, ForegroundMasks, ImagePaths, read_records
 from moebius_jax.data.samples import LatentSample, PixelSample, Sample
 from moebius_jax.errors import UserError
 
@@ -40,6 +40,19 @@ class Source:
         return self.path
 
 
+class SampleNames(Sequence[str]):
+    """Names of samples that have none but their number, made when they are asked for."""
+
+    def __init__(self, where: str, count: int) -> None:
+        self._where, self._count = where, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> str:
+        return f"{self._where} (sample {range(self._count)[i]})"
+
+
 class Dataset:
     """Samples by number. To add a kind: docs/extending.md.
 
@@ -57,7 +70,7 @@ class Dataset:
     """
 
     SAMPLE: ClassVar[type[Sample]]
-    names: Sequence[str]
+    names: Sequence[str | Path]
     blank: Sample
     encoder: str | None = None
 
@@ -79,17 +92,23 @@ class ImageDataset(Dataset):
     SAMPLE = PixelSample
 
     def __init__(self, source: Source) -> None:
-        self._records = read_records(source.require_path(), source.root)
-        self._augment = source.augment
-        self.names = [str(r.image) for r in self._records]
+        path, augment = source.require_path(), source.augment
+        self._records = read_records(path, source.root)
+        self._augment = augment
+        self.names = ImagePaths(self._records)
         # The latents' size is the encoder's business: see `training.batches.check_encoder`.
         self.blank = PixelSample.blank(source.augment.image_size)
-        self._foreground: list[Path] = []
-        if source.augment.foreground_masks:
-            self._foreground = [r.image for r in read_records(Path(source.augment.foreground_masks))]
+        self._objects: Sequence[Path] = ()
+        if augment.foreground_masks == OWN_MASKS:
+            self._objects = ForegroundMasks(self._records, path)
+        elif augment.foreground_masks:
+            file = Path(augment.foreground_masks)
+            masks = read_records(file)
+            is_folder = isinstance(masks, FolderRecords)
+            self._objects = ImagePaths(masks) if is_folder else ForegroundMasks(masks, file)
 
     def draw(self, item: int, rng: np.random.Generator) -> PixelSample:
-        return draw_sample(self._records[item], self._augment, self._foreground, rng)
+        return draw_sample(self._records[item], self._augment, self._objects, rng)
 
 
 class LatentDataset(Dataset):
@@ -100,8 +119,8 @@ class LatentDataset(Dataset):
     def __init__(self, source: Source) -> None:
         folder = source.require_path()
         self._cache = LatentCache(folder)
-        self.names = [f"{folder} (sample {i})" for i in range(len(self._cache))]
-        if not self.names:
+        self.names = SampleNames(str(folder), len(self._cache))
+        if not len(self._cache):
             raise UserError(f"{folder}: holds no samples")
         self.blank, self.encoder = LatentSample(*map(np.zeros_like, self._cache[0])), self._cache.info.vae
         side, channels = source.latent_shape[0], source.latent_shape[-1]
@@ -124,7 +143,7 @@ class SyntheticDataset(Dataset):
 
     def __init__(self, source: Source) -> None:
         self._shape = source.latent_shape
-        self.names = [""] * (1 << 20)
+        self.names = SampleNames("synthetic", 1 << 20)
         self.blank = LatentSample.blank(self._shape)
 
     def draw(self, item: int, rng: np.random.Generator) -> LatentSample:

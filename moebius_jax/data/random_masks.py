@@ -56,10 +56,14 @@ class Mixed:
 
     def draw(self, rng: np.random.Generator, size: int) -> Hole:
         """A hole in a square of any side: lengths are scaled from the preset's own."""
-        scale = size / self.size
+        return self.draw_on(rng, size, size)
+
+    def draw_on(self, rng: np.random.Generator, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+        """A hole in a whole picture; its shorter side is a square's."""
+        scale = min(height, width) / self.size
         if self.boxes is not None and rng.random() < self.box_probability:
-            return _boxes(rng, size, self.boxes, scale)
-        return _strokes(rng, size, self.strokes, scale)
+            return _boxes(rng, (height, width), self.boxes, scale)
+        return _strokes(rng, (height, width), self.strokes, scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,31 +124,32 @@ PRESETS: dict[str, Mixed | FreeForm] = {
 }
 
 
-def _strokes(rng: np.random.Generator, size: int, p: Strokes, scale: float) -> Hole:
-    image = Image.new("1", (size, size))
+def _strokes(rng: np.random.Generator, shape: tuple[int, int], p: Strokes, scale: float) -> Hole:
+    width_height = shape[::-1]
+    image = Image.new("1", width_height)
     canvas = ImageDraw.Draw(image)
     for stroke in range(rng.integers(p.min_times, p.max_times + 2)):
-        point = rng.integers(0, size, 2).astype(float)
+        point = np.array([float(rng.integers(0, n)) for n in width_height])
         for _ in range(rng.integers(1, 6)):
             angle = 0.01 + rng.integers(p.max_angle)
             if stroke % 2 == 0:
                 angle = 2 * math.pi - angle
             length = scale * (10 + rng.integers(p.max_len))
             brush = scale * (5 + rng.integers(p.max_width))
-            end = np.clip(point + length * np.array([math.sin(angle), math.cos(angle)]), 0, size)
+            end = np.clip(point + length * np.array([math.sin(angle), math.cos(angle)]), 0, width_height)
             _capsule(canvas, point, end, brush / 2)
             point = end
     return np.asarray(image, bool)
 
 
-def _boxes(rng: np.random.Generator, size: int, p: Boxes, scale: float) -> Hole:
-    hole = np.zeros((size, size), bool)
+def _boxes(rng: np.random.Generator, shape: tuple[int, int], p: Boxes, scale: float) -> Hole:
+    hole = np.zeros(shape, bool)
     margin = round(scale * p.margin)
-    smallest, largest = round(scale * p.min_size), min(round(scale * p.max_size), size - 2 * margin)
+    smallest, largest = round(scale * p.min_size), min(round(scale * p.max_size), min(shape) - 2 * margin)
     for _ in range(rng.integers(p.min_times, p.max_times + 1)):
         width, height = rng.integers(smallest, largest + 1, 2)
-        x = rng.integers(margin, size - margin - width + 1)
-        y = rng.integers(margin, size - margin - height + 1)
+        x = rng.integers(margin, shape[1] - margin - width + 1)
+        y = rng.integers(margin, shape[0] - margin - height + 1)
         hole[y : y + height, x : x + width] = True
     return hole
 

@@ -1,11 +1,23 @@
-"""What there is to train on: the release's JSON-lines file, or every image of a folder."""
+"""What there is to train on: the release's JSON-lines file, or every image of a folder.
 
+Millions of samples are held by every process and by each of its workers, so of a sample there are nine bytes
+in memory: where its line begins, and its task. Lines are checked when they are counted, and read again when a
+sample is drawn.
+"""
+
+import array
+import ast
 import dataclasses
 import difflib
-import json
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from pydantic_core import from_json
 
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.imaging.picture import SUFFIXES
@@ -13,12 +25,14 @@ from moebius_jax.imaging.picture import SUFFIXES
 Task = Literal["background", "foreground"]
 _KEYS = ("image", "prompt", "mask")
 _LONGEST_NAME = 4096
+_LONGEST_LINE = 1 << 20
+_MARK = b"\xef\xbb\xbf"  # that some editors begin a file with
 TASKS: tuple[Task, ...] = ("background", "foreground")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of an annotation file.
+    """One sample.
 
     Attributes:
         image: file.
@@ -31,7 +45,144 @@ class Record:
     mask: Path | None = None
 
 
-def read_records(path: Path, root: Path | None = None) -> list[Record]:
+class Records(Sequence[Record]):
+    """The samples of a folder or a file, by number; see `read_records`."""
+
+    def foreground(self) -> Int[np.ndarray, " m"]:
+        """Numbers of the foreground samples."""
+        return np.empty(0, np.int64)
+
+
+class FolderRecords(Records):
+    """All images below a folder, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        images = sorted(
+            Path(below, name).relative_to(folder)
+            for below, _, names in os.walk(folder)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        )
+        if not images:
+            raise UserError(f"{folder}: no images ({', '.join(SUFFIXES)}) in this folder")
+        names = [os.fsencode(image) for image in images]
+        self._ends = np.cumsum([len(name) for name in names])
+        self._names = b"".join(names)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> Record:
+        i = range(len(self))[i]
+        name = self._names[self._ends[i - 1] if i else 0 : self._ends[i]]
+        return Record(image=self._folder / os.fsdecode(name))
+
+
+class AnnotationRecords(Records):
+    """The lines of a JSON-lines file.
+
+    Args:
+        path: of the file.
+        root: what relative paths in it start from; its folder by default.
+
+    Raises:
+        UserError: it cannot be read, or holds a line that cannot be understood (names the first), or none.
+    """
+
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        self._path, self._root = path, root or path.parent
+        starts, tasks, end = array.array("q"), bytearray(), 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    start, end = end, end + len(line)
+                    if line.strip():
+                        fields = _fields(line.removeprefix(_MARK), f"{path}:", number)
+                        starts.append(start)
+                        tasks.append(TASKS.index(fields[1]))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such folder of images, or JSON-lines file") from None
+        except OSError as error:
+            raise UserError(f"{path}: unreadable ({error})") from None
+        if not starts:
+            raise UserError(f"{path}: holds no samples")
+        self._starts = np.frombuffer(starts, np.int64)
+        self._tasks: UInt8[np.ndarray, " n"] = np.frombuffer(tasks, np.uint8)
+        self._file: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Record:
+        i = range(len(self))[i]
+        try:
+            image, task, mask = _fields(self._line(i), f"{self._path}, sample ", i)
+        except OSError as error:
+            raise UserError(f"{self._path}: unreadable ({error})") from None
+        return Record(image=self._root / image, task=task, mask=self._root / mask if mask else None)
+
+    def foreground(self) -> Int[np.ndarray, " m"]:
+        return np.flatnonzero(self._tasks == TASKS.index("foreground"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # another process opens it anew
+
+    def _line(self, i: int) -> bytes:
+        if self._file is None:
+            self._file = os.open(self._path, os.O_RDONLY)
+        start = int(self._starts[i])
+        end = int(self._starts[i + 1]) if i + 1 < len(self) else start + _LONGEST_LINE
+        # Not through a map of the file: one that is cut short meanwhile would end the process.
+        return os.pread(self._file, end - start, start).removeprefix(_MARK).split(b"\n", 1)[0]
+
+
+class ForegroundMasks(Sequence[Path]):
+    """The masks of the foreground samples.
+
+    Args:
+        records: that have some.
+        where: they are from, for the message.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, records: Records, where: Path) -> None:
+        self._records, self._numbers = records, records.foreground()
+        if not len(self._numbers):
+            raise UserError(
+                f"{where}: has no foreground samples, whose masks are wanted; data.augment.foreground_masks "
+                "names others, or none"
+            )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> Path:
+        mask = self._records[int(self._numbers[i])].mask
+        assert mask is not None, "a foreground sample has one"
+        return mask
+
+
+class ImagePaths(Sequence[Path]):
+    """The samples' images."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Path:
+        return self._records[i].image
+
+
+def read_records(path: Path, root: Path | None = None) -> Records:
     """The samples of a folder (all images below it, by name) or of a JSON-lines file.
 
     Args:
@@ -42,56 +193,60 @@ def read_records(path: Path, root: Path | None = None) -> list[Record]:
         UserError: nothing there, or a line that cannot be understood.
     """
     if path.is_dir():
-        images = sorted(
-            Path(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        )
-        if not images:
-            raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
-        return [Record(image=image) for image in images]
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: no ordinary file or folder")
-        if path.suffix.lower() in SUFFIXES:
-            raise UserError(f"{path}: an image; expected a folder of images, or a JSON-lines file")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() splits within strings too
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such folder of images, or JSON-lines file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    root = root or path.parent
-    records = [_record(line, f"{path}:{i}", root) for i, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise UserError(f"{path}: holds no samples")
-    return records
+        return FolderRecords(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: no ordinary file or folder")
+    if path.suffix.lower() in SUFFIXES:
+        raise UserError(f"{path}: an image; expected a folder of images, or a JSON-lines file")
+    return AnnotationRecords(path, root)
 
 
-def _record(line: str, where: str, root: Path) -> Record:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({first_line(error)})") from None
+def _fields(line: bytes, where: str, number: int) -> tuple[str, Task, str | None]:
+    """Image, task and mask of a line; `where` and `number` tell its place, for messages."""
+    value = _parsed(line, where, number)
     if isinstance(value, list) and len(value) == 2:  # the release's [key, object] lines
         value = value[1]
     if not isinstance(value, dict) or not isinstance(value.get("image"), str):
-        raise UserError(f'{where}: expected {{"image": PATH, "prompt": …, "mask": PATH}}, found {line[:80]}')
+        found = line[:80].decode(errors="replace").strip()
+        raise UserError(
+            f'{where}{number}: expected {{"image": PATH, "prompt": …, "mask": PATH}}, found {found}'
+        )
     for key in value:
-        meant = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)
-        if meant and meant[0] not in value:  # fields of others' own are no concern of ours
-            raise UserError(f"{where}: unknown field {key[:80]!r}; did you mean {meant[0]}?")
-    task, mask = value.get("prompt", "background"), value.get("mask")
+        if key not in _KEYS and (meant := _meant(key)) and meant not in value:
+            raise UserError(f"{where}{number}: unknown field {key[:80]!r}; did you mean {meant}?")
+    image, task, mask = value["image"], value.get("prompt", "background"), value.get("mask")
     if task not in TASKS:
-        raise UserError(f'{where}: prompt is {_short(task)}; expected "background" or "foreground"')
+        raise UserError(f'{where}{number}: prompt is {_short(task)}; expected "background" or "foreground"')
     if mask is not None and not isinstance(mask, str):
-        raise UserError(f"{where}: mask is {_short(mask)}; expected a path")
-    for name in (value["image"], mask or ""):
+        raise UserError(f"{where}{number}: mask is {_short(mask)}; expected a path")
+    for name in (image, mask or ""):
         if len(name) > _LONGEST_NAME:
-            raise UserError(f"{where}: a path of {len(name):,} characters; expected {_LONGEST_NAME} or fewer")
+            raise UserError(
+                f"{where}{number}: a path of {len(name):,} characters; expected {_LONGEST_NAME} or fewer"
+            )
     if task == "foreground" and not mask:
-        raise UserError(f"{where}: a foreground sample needs a mask")
-    return Record(image=root / value["image"], task=task, mask=root / mask if mask else None)
+        raise UserError(f"{where}{number}: a foreground sample needs a mask")
+    return image, task, mask or None
+
+
+def _parsed(line: bytes, where: str, number: int) -> Any:
+    if len(line) > _LONGEST_LINE:
+        raise UserError(
+            f"{where}{number}: a line of {len(line):,} bytes; expected {_LONGEST_LINE:,} or fewer"
+        )
+    try:
+        return from_json(line)
+    except ValueError as error:
+        try:  # the release reads Python's own notation too
+            return ast.literal_eval(line.decode().strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise UserError(f"{where}{number}: not JSON ({first_line(error)})") from None
+
+
+@functools.cache
+def _meant(key: str) -> str | None:
+    """The field somebody may have meant; others' own fields are no concern of ours."""
+    return next(iter(difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)), None)
 
 
 def _short(value: object) -> str:
