@@ -182,7 +182,7 @@ class TestSamples:
         assert sizes <= {22, 24, 26, 28, 32}
         assert len(sizes) >= 3
 
-    def test_images_and_masks_of_different_sizes(self, record, tmp_path):
+    def test_images_and_masks_of_different_sizes(self, record):
         """The mask is resized, as the release does it, and that is said once."""
         config = AugmentConfig(image_size=64, dilation=0)
         whole = draw_sample(record, config, [], np.random.default_rng(0)).hole
@@ -197,17 +197,17 @@ class TestSamples:
         """Drawn, intersected and grown before a square is cut out, which shows half of them at least."""
         background = Record(image=record.image)
         config = AugmentConfig(image_size=64, masks=("medium_512",), holes_on="image", intersection=1.0)
-        narrow = record.mask.with_name("narrow.png")
+        right = record.mask.with_name("right.png")
         grey = np.zeros((64, 128), np.uint8)
-        grey[:, 100:110] = 255
-        Image.fromarray(grey).save(narrow)
+        grey[:, 64:] = 255
+        Image.fromarray(grey).save(right)
         seen = 0
         for seed in range(40):
-            sample = draw_sample(background, config, [narrow], np.random.default_rng(seed))
+            sample = draw_sample(background, config, [right], np.random.default_rng(seed))
             columns = set(sample.image[..., 0][sample.hole].tolist())  # red is the column of the whole image
-            if columns and max(columns) - min(columns) < 30:  # else nothing was common, and the hole stayed
+            if max(columns) > 64 + 6:  # else nothing was common, and the hole stayed: grown by 6 at most
                 seen += 1
-                assert columns <= set(range(100 - 6, 110 + 6)), "grown by twice a square of 7 at most"
+                assert min(columns) >= 64 - 6
         assert seen > 5
         with pytest.raises(
             ValueError, match="holes_on is image and masks has comodgan, which is made for squ"
