@@ -224,9 +224,36 @@ class TestRoundTrip:
         with pytest.raises(UserError, match=r"1 tensors differ[^~]*~ diff_model\.conv_norm_out\.bias"):
             verify_folder(tmp_path / "g.safetensors", converted)
 
-    def test_exports_are_safetensors_and_never_overwrite_unasked(self, converted, tmp_path):
-        with pytest.raises(UserError, match=r"exports are \.safetensors"):
-            export_file(converted, tmp_path / "f.bin")
+    def test_torch_files_are_written_as_they_are_read(self, state, converted, tmp_path):
+        file = tmp_path / "back.bin"
+        export_file(converted, file)
+        back = torch.load(file, weights_only=True)
+        assert set(state) <= set(back)
+        for key, value in state.items():
+            np.testing.assert_array_equal(back[key].numpy(), value)
+        convert_file(file, tmp_path / "again")
+        ours, theirs = load_numpy(tmp_path / "again"), load_numpy(converted)
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+        export_file(converted, file, overwrite=True)  # it is ours
+        torch.save(back, file)
+        with pytest.raises(UserError, match="not replaced, it is no file we wrote"):
+            export_file(converted, file, overwrite=True)
+
+    def test_half_precision_goes_to_torch_too(self, state, tmp_path):
+        save_file(state, tmp_path / "f.safetensors")
+        convert_file(tmp_path / "f.safetensors", tmp_path / "half", dtype="bfloat16")
+        export_file(tmp_path / "half", tmp_path / "half.bin")
+        back = torch.load(tmp_path / "half.bin", weights_only=True)
+        key = next(k for k, v in state.items() if v.ndim > 1)
+        assert back[key].dtype == torch.bfloat16
+        np.testing.assert_array_equal(
+            back[key].float().numpy(), state[key].astype(ml_dtypes.bfloat16).astype(np.float32)
+        )
+
+    def test_exports_are_safetensors_or_torchs_and_never_overwrite_unasked(self, converted, tmp_path):
+        with pytest.raises(UserError, match=r"exports are \.safetensors or \.bin files"):
+            export_file(converted, tmp_path / "f.npz")
         (tmp_path / "f.safetensors").write_text("precious")
         with pytest.raises(UserError, match="exists already"):
             export_file(converted, tmp_path / "f.safetensors")

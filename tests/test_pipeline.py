@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ import synth
 from conftest import TINY_UNET, TINY_VAE
 from PIL import Image
 
-from moebius_jax import MoebiusInpaintPipeline, UserError
+from moebius_jax import MoebiusInpaintPipeline, UNetConfig, UserError
+from moebius_jax.diffusion.draws import draw_noise, sample_keys
 from moebius_jax.imaging import masks
+from moebius_jax.inpaint import model_folder
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
@@ -115,6 +118,30 @@ class TestBatches:
             ).images
             np.testing.assert_array_equal(alone, together[i])
 
+    def test_noise_of_the_callers_own(self, tiny_pipeline, photo, mask):
+        """What would have been drawn, handed in, gives the same; one noise may serve all."""
+        keys = sample_keys(np.array([(7, i, 0) for i in range(2)], np.uint32))
+        noise = np.asarray(draw_noise(keys, TINY_UNET.latent_shape, 0.0357))
+        drawn = tiny_pipeline([photo, photo], mask, seed=7, **STEPS).images
+        given = tiny_pipeline([photo, photo], mask, seed=7, latents=noise, noise_offset=9.0, **STEPS).images
+        stepped = tiny_pipeline(
+            [photo, photo], mask, seed=7, latents=noise, callback_on_step_end=lambda *_: {}, **STEPS
+        ).images
+        np.testing.assert_array_equal(drawn, given)
+        assert np.abs(np.int32(stepped) - np.int32(given)).max() <= 1
+        options = {"seed": [7, 7], "image_indices": [0, 0]}
+        a, b = tiny_pipeline([photo, photo], mask, latents=noise[1], **options, **STEPS).images
+        np.testing.assert_array_equal(a, b)
+        assert (a != drawn[0]).any()
+
+    def test_noise_for_a_hole_in_several_squares_is_refused(self, tiny_pipeline):
+        wide = np.zeros((64, 400, 3), np.uint8)
+        holes = np.zeros((64, 400), np.uint8)
+        holes[20:30, 5:15] = holes[20:30, 380:390] = 255
+        noise = np.zeros(TINY_UNET.latent_shape)
+        with pytest.raises(UserError, match="image 0: its hole takes 2 squares, and latents are for one"):
+            tiny_pipeline(wide, holes, latents=noise, **STEPS)
+
     def test_seeds_of_their_own(self, tiny_pipeline, photo, mask):
         a, b = tiny_pipeline([photo, photo], mask, seed=[3, 4], **STEPS).images
         assert (a != b).any()
@@ -157,7 +184,6 @@ class TestRelease:
 
         noise = normal(2, 2, 4, 32, 32) + 0.0357 * normal(3, 2, 4, 1, 1)
         monkeypatch.setattr(sampler, "draw_normal", lambda _keys, draw, _shape: normal(draw, 2, 4, 32, 32))
-        monkeypatch.setattr(sampler, "draw_noise", lambda *_: noise)
         out = {}
         for kind, options in (
             ("plain", {"paste": False}),
@@ -170,7 +196,7 @@ class TestRelease:
                 mode="release",
                 num_inference_steps=5,
                 guidance_scale=2.0,
-                callback_on_step_end=lambda *_: {},  # step by step, so that the noise above is used
+                latents=noise,
                 output_type="np",
                 **options,
             ).images
@@ -220,6 +246,8 @@ class TestArguments:
             ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
             ({"batch_size": -1}, "batch_size is -1"),
             ({"seed": 1.5}, "seed is 1.5; expected whole numbers"),
+            ({"latents": np.zeros((4, 8, 8))}, r"latents have shape \(4, 8, 8\); expected \(8, 8, 4\) or"),
+            ({"latents": np.full((8, 8, 4), np.nan)}, "latents hold NaN"),
         ],
     )
     def test_bad_values_are_named(self, tiny_pipeline, photo, mask, options, message):
@@ -304,6 +332,18 @@ class TestLoading:
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq", variant="ft_ffhq")
         with pytest.raises(UserError, match="nor the variant pretrained/"):
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub")
+
+    def test_the_teacher_has_its_own_guidance(self, tmp_path, monkeypatch):
+        for name, config in (("teacher", UNetConfig.teacher()), ("row", UNetConfig.ablation(1))):
+            (tmp_path / name).mkdir()
+            monkeypatch.setattr(
+                model_folder, "read_config", lambda _, c=config: SimpleNamespace(architecture=c, source={})
+            )
+            (tmp_path / name / "config.json").touch()
+            found = model_folder.find_model(
+                tmp_path / name, variant=None, vae=tmp_path, cache_dir=None, track=None
+            )
+            assert found.guidance_scale == {"teacher": 4.5, "row": 2.5}[name]
 
     def test_variant_of_a_saved_pipeline_is_refused(self, tiny_folder):
         with pytest.raises(UserError, match="holds one model; leave out variant='ft_ffhq'"):

@@ -338,8 +338,11 @@ def test_a_bad_term_is_named():
 def test_meshes_and_batches_that_do_not_fit():
     with pytest.raises(UserError, match="divisor of the 8 devices"):
         make_mesh(fsdp=3)
-    with pytest.raises(UserError, match="multiple of the 8 devices"):
-        check_batch(tiny_run.get_config().replace(batch_size=24, accumulation=2), make_mesh())
+    config = tiny_run.get_config()
+    with pytest.raises(UserError, match=r"is 12; expected a multiple of the 8 devices: batch_size 16 or 32"):
+        check_batch(config.replace(batch_size=24, accumulation=2), make_mesh())
+    with pytest.raises(UserError, match=r"is 6; expected a multiple of the 8 devices: batch_size 8"):
+        check_batch(config.replace(batch_size=6), make_mesh())
 
 
 def test_teachers_that_do_not_fit_are_refused():
@@ -347,6 +350,16 @@ def test_teachers_that_do_not_fit_are_refused():
     wrong = config.teacher.replace(channels=(64, 32))
     with pytest.raises(UserError, match="do not fit"):
         load_frozen(config.replace(teacher=wrong), make_mesh(), abstract=True)
+
+
+def test_a_teacher_of_another_size_teaches_if_its_mixers_allow():
+    """Attention and GLA take latents of any size; Interactive-λ has a table of positions."""
+    config, mesh = tiny_run.get_config(), make_mesh()
+    larger = config.teacher.replace(latent_size=64)
+    assert load_frozen(config.replace(teacher=larger), mesh, abstract=True)["teacher"]
+    bound = larger.replace(cross_mixer="interactive_lambda")
+    with pytest.raises(UserError, match="do not fit: the student's last down level gives 8 x 8"):
+        load_frozen(config.replace(teacher=bound), mesh, abstract=True)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "--export",
         type=Path,
         metavar="FILE",
-        help="write SOURCE, a converted folder, as a released-style .safetensors",
+        help="write SOURCE, a converted folder, as the release's .safetensors or (with torch) .bin",
     )
     add_extension_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it exists")

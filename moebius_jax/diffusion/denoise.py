@@ -168,6 +168,7 @@ def inpaint_latents(
     noise_offset: Float[Array, ""],
     *,
     guided: bool,
+    noise: Latents | None = None,
 ) -> Latents:
     """The compiled core: draws each image's noise from its key and denoises the batch.
 
@@ -180,8 +181,10 @@ def inpaint_latents(
         keys: one per image, see `sample_keys`.
         steps, guidance_scale, guided: see `denoise`.
         noise_offset: see `draw_noise`.
+        noise: to start from, instead of drawn.
     """
-    noise = draw_noise(keys, image_latents.shape[1:], noise_offset)
+    if noise is None:
+        noise = draw_noise(keys, image_latents.shape[1:], noise_offset)
     return denoise(
         unet_network(nnx.merge(graphdef, params)),
         start_latents(image_latents, noise, steps),

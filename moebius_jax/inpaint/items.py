@@ -1,9 +1,11 @@
 """What callers hand the pipeline, as items: PIL images or arrays, one or a list, seeds and indices."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from moebius_jax.errors import UserError
@@ -49,6 +51,28 @@ def make_items(
         )
         for i, picture in enumerate(pictures)
     ]
+
+
+def with_noise(
+    items: list[Item], noise: Float[np.ndarray, "*N h w c"], shape: tuple[int, int, int]
+) -> list[Item]:
+    """The items with the noise each starts from.
+
+    Args:
+        items: of a call.
+        noise: for all of them, or for each.
+        shape: [h, w, c] of the network's latents.
+
+    Raises:
+        UserError: another shape, or numbers that are not finite.
+    """
+    if noise.shape not in (shape, (len(items), *shape)):
+        each = " or ".join(map(str, dict.fromkeys((shape, (len(items), *shape)))))
+        raise UserError(f"latents have shape {noise.shape}; expected {each}")
+    if not np.isfinite(noise).all():
+        raise UserError("latents hold NaN or infinite numbers")
+    each = np.broadcast_to(noise, (len(items), *shape))
+    return [dataclasses.replace(item, noise=own) for item, own in zip(items, each, strict=True)]
 
 
 def _as_list(value: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
+from moebius_jax.models import UNetConfig
 from moebius_jax.schema import checked, read_json
 from moebius_jax.weights import hub
 from moebius_jax.weights.folder import FolderConfig, is_ours, read_config
 
 DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
 PORTRAIT_GUIDANCE = 2.0
+TEACHER_GUIDANCE = 4.5  # PixelHacker's own
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
 _FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
@@ -176,4 +178,6 @@ def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:
     recorded = read_config(unet).source.get("variant")
     variant = recorded if recorded in hub.VARIANTS else None
     guidance = PORTRAIT_GUIDANCE if (asked or variant) in PORTRAIT_VARIANTS else DEFAULT_GUIDANCE
+    if read_config(unet).architecture.to_dict() == UNetConfig.teacher().to_dict():
+        guidance = TEACHER_GUIDANCE
     return ModelFolders(unet=unet, vae=vae, guidance_scale=guidance, variant=variant)

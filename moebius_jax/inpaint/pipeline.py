@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from PIL import Image
 
 from moebius_jax.defaults import DTYPES
@@ -19,7 +20,7 @@ from moebius_jax.diffusion.solvers import Solver
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.picture import Picture
 from moebius_jax.inpaint import model_folder
-from moebius_jax.inpaint.items import ImageLike, make_items
+from moebius_jax.inpaint.items import ImageLike, make_items, with_noise
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, find_model, write_model_folder
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
@@ -188,6 +189,7 @@ class MoebiusInpaintPipeline:
         strength: float = 0.99,
         seed: int | Sequence[int] = 0,
         image_indices: Sequence[int] | None = None,
+        latents: ArrayLike | None = None,
         scheduler: str | Solver = "ddim",
         noise_offset: float = 0.0357,
         mode: Mode = "crop",
@@ -213,6 +215,9 @@ class MoebiusInpaintPipeline:
                 another may round differently by one grey level.
             image_indices: each image's index; by default its position when one seed serves all, else 0. To
                 repeat image i of a list alone, pass the same seed and `image_indices=[i]`.
+            latents: the noise to start from instead of drawing it, [h, w, c] for all images or [N, h, w, c],
+                of the network's latent size; PyTorch's [N, c, h, w] is `noise.permute(0, 2, 3, 1)` of that.
+                No noise offset is added. An image's hole must fit one square.
             mode, invert_mask, mask_dilation, mask_blur, padding_mask_crop, match_color, paste: see
                 `InpaintOptions`.
             batch_size: squares per compiled batch; by default as many as there are images, at most 8.
@@ -249,6 +254,8 @@ class MoebiusInpaintPipeline:
             truncate=mode == "release",
         )
         items = make_items(image, mask_image, seed, image_indices)
+        if latents is not None:
+            items = with_noise(items, np.asarray(latents, np.float32), self.unet.config.latent_shape)
         stream = inpaint_stream(
             self.sampler,
             items,

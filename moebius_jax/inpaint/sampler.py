@@ -85,6 +85,7 @@ class Sampler:
         seeds: Int[np.ndarray, "B 3"],
         options: SamplingOptions,
         callback: StepCallback | None = None,
+        noise: Float[np.ndarray, "B h w c"] | None = None,
     ) -> tuple[UInt8[Array, "B S S 3"], Bool[Array, " B"]]:
         """Inpaints a batch; returns before the devices are done.
 
@@ -93,6 +94,7 @@ class Sampler:
             seeds: what each item's random draws come from: seed, image index, window number.
             options: see `SamplingOptions`.
             callback: called after every step; runs the loop step by step.
+            noise: to start from, instead of drawn.
 
         Returns:
             Images, and for each whether all its numbers were finite.
@@ -109,7 +111,9 @@ class Sampler:
             draw_normal(keys, Draw.IMAGE_POSTERIOR, shape),
             draw_normal(keys, Draw.MASKED_POSTERIOR, shape),
         )
-        latents = self.denoise(conditions, keys, options, callback)
+        if noise is not None:
+            noise = jax.device_put(noise.astype(np.float32), batch_sharding(self.mesh))
+        latents = self.denoise(conditions, keys, options, callback, noise)
         return decode(self._vae, latents, truncate=options.truncate)
 
     def denoise(
@@ -118,6 +122,7 @@ class Sampler:
         keys: Array,
         options: SamplingOptions,
         callback: StepCallback | None = None,
+        noise: Float[Array, "B h w c"] | None = None,
     ) -> Float[Array, "B h w 4"]:
         """The denoising loop on encoded images."""
         steps = solver_steps(options.scheduler, options.num_inference_steps, options.strength)
@@ -126,7 +131,9 @@ class Sampler:
             "guided": options.guidance_scale != 1.0,
         }
         if callback is not None:
-            return self._step_by_step(conditions, keys, steps, options.noise_offset, callback, arguments)
+            if noise is None:
+                noise = draw_noise(keys, self.config.latent_shape, jnp.float32(options.noise_offset))
+            return self._step_by_step(conditions, noise, steps, callback, arguments)
         return inpaint_latents(
             self._graphdef,
             self._params,
@@ -136,19 +143,18 @@ class Sampler:
             keys,
             steps,
             noise_offset=jnp.float32(options.noise_offset),
+            noise=noise,
             **arguments,
         )
 
     def _step_by_step(
         self,
         conditions: Conditions,
-        keys: Array,
+        noise: Array,
         steps: SolverSteps,
-        noise_offset: float,
         callback: StepCallback,
         arguments: dict[str, Any],
     ) -> Float[Array, "B h w 4"]:
-        noise = draw_noise(keys, conditions.image_latents.shape[1:], jnp.float32(noise_offset))
         latents = start_latents(conditions.image_latents, noise, steps)
         before = jnp.zeros_like(latents)
         for i in range(len(steps.timesteps)):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from moebius_jax.errors import UserError
 from moebius_jax.hardware import memory_errors
@@ -62,6 +62,8 @@ class Item:
         rgb: [H, W, 3].
         mask: grey levels [H, W], white = repaint; in "crop" mode of the image's size.
         seed, index: what its random numbers come from, each 0 to 2³² - 1.
+        noise: [h, w, c] to start from, instead of drawn; all items of a stream have it, or none. Its hole
+            must fit one square.
         name, mask_name: for messages.
         tag: whatever the caller wants back with the result.
     """
@@ -70,6 +72,7 @@ class Item:
     mask: UInt8[np.ndarray, "h w"]
     seed: int = 0
     index: int = 0
+    noise: Float[np.ndarray, "h w c"] | None = None
     name: str = "image"
     mask_name: str = "mask"
     tag: Any = None
@@ -167,6 +170,12 @@ def _prepare(item: Item, options: InpaintOptions, sampler: Sampler, rows: collec
     except MemoryError:
         job.error = UserError(f"{item.name}: too large for this machine's memory")
         return job
+    if item.noise is not None and len(new) > 1:
+        job.error = UserError(
+            f"{item.name}: its hole takes {len(new)} squares, and latents are for one; mode='release' makes "
+            "it one"
+        )
+        return job
     job.left = len(new)
     rows.extend(new)
     return job
@@ -230,6 +239,7 @@ def _start(
             seeds,
             sampling,
             callback,
+            None if filled[0].job.item.noise is None else np.stack([r.job.item.noise for r in filled]),
         )
     return _Batch(rows=taken, images=images, finite=finite)
 

@@ -120,6 +120,11 @@ class UNetConfig(Architecture, Sizes):
         return self.latent_size, self.latent_size, self.out_channels
 
     @property
+    def is_bound_to_latent_size(self) -> bool:
+        """Whether it runs at `latent_size` alone: the teacher's mixers, attention and GLA, take any size."""
+        return (self.self_mixer, self.cross_mixer) != ("gla", "attention")
+
+    @property
     def category_ids(self) -> Int[np.ndarray, "2 L"]:
         """Rows of the embedding table by category: [0] background (0..9 of ten tokens), [1] foreground.
 

@@ -51,10 +51,13 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, dataset: Dataset | None = No
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless every device gets the same number of samples of every part of a batch."""
-    part = config.batch_size // config.accumulation
+    part, step = config.batch_size // config.accumulation, mesh.size * config.accumulation
     if part % mesh.size:
+        below = config.batch_size // step * step
+        nearest = " or ".join(str(size) for size in (below, below + step) if size)
         raise UserError(
-            f"batch_size / accumulation is {part}; expected a multiple of the {mesh.size} devices"
+            f"batch_size / accumulation is {part}; expected a multiple of the {mesh.size} devices: "
+            f"batch_size {nearest}"
         )
 
 

@@ -161,14 +161,15 @@ def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> Fr
 
 def _check_taps(student: UNetConfig, teacher: UNetConfig) -> None:
     """A loss at the bottleneck compares maps, so they have to agree in shape."""
+    at = teacher.latent_size if teacher.is_bound_to_latent_size else student.latent_size
     ours = student.latent_size // 2 ** (len(student.channels) - 1), student.channels[-1]
-    side = teacher.latent_size // 2 ** (len(teacher.channels) - 1)
+    side = at // 2 ** (len(teacher.channels) - 1)
     theirs = side * 2 if len(teacher.channels) > 1 else side, teacher.channels[-1]
-    if ours != theirs or student.latent_size != teacher.latent_size:
+    if ours != theirs or student.latent_size != at:
         raise UserError(
             f"teacher and student do not fit: the student's last down level gives {ours[0]} x {ours[0]} x "
             f"{ours[1]} at latents of {student.latent_size}, the teacher's first up level {theirs[0]} x "
-            f"{theirs[0]} x {theirs[1]} at {teacher.latent_size}"
+            f"{theirs[0]} x {theirs[1]} at {at}"
         )
 
 

@@ -15,7 +15,7 @@ from moebius_jax.models.norms import GROUPS
 from moebius_jax.weights.detect import detect_architecture
 from moebius_jax.weights.folder import load_numpy, read_config, save
 from moebius_jax.weights.names import Slot, counters, expected_tensors
-from moebius_jax.weights.release_files import ReleaseFile, open_release_file, sha256
+from moebius_jax.weights.release_files import ReleaseFile, open_release_file, sha256, write_torch
 from moebius_jax.weights.tensors import abstract_tensors, statistics_of
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -130,7 +130,7 @@ def verify_folder(
 
 
 def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
-    """Writes a converted folder as a `.safetensors` file with the release's names and layouts.
+    """Writes a converted folder as a `.safetensors` or `.bin` file with the release's names and layouts.
 
     BatchNorm counters, which carry nothing and are dropped by conversion, are written as zeros so that
     torch's strict loading accepts the file.
@@ -139,14 +139,13 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
         The number of tensors written.
 
     Raises:
-        UserError: not such a folder, not of the release's kind, or the file cannot be written.
+        UserError: not such a folder, not of the release's kind, or the file cannot be written; torch, which
+            writes `.bin` files, is not installed.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    if dest.suffix != ".safetensors":
-        raise UserError(f"{dest}: exports are .safetensors files")
-    if overwrite and dest.is_file() and _WRITTEN_BY not in _beginning(dest):
+    write = {".safetensors": _write_safetensors, ".bin": _write_torch}.get(dest.suffix)
+    if write is None:
+        raise UserError(f"{dest}: exports are .safetensors or .bin files")
+    if overwrite and dest.is_file() and not _is_ours(dest):
         raise UserError(
             f"{dest}: not replaced, it is no file we wrote (version 0.1 did not mark them); remove it, or "
             "choose another name"
@@ -162,16 +161,33 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
     released |= {name: np.zeros((), np.int64) for name in counters(expected)}
     with replace_when_complete(dest, overwrite=overwrite) as partial:
-        try:
-            save_file(released, partial, metadata={"format": "pt", "written_by": _WRITTEN_BY.decode()})
-        except SafetensorError as error:
-            raise UserError(f"{dest}: cannot be written ({error})") from None
+        write(released, partial, dest)
     return len(released)
 
 
-def _beginning(file: Path) -> bytes:
+def _write_safetensors(tensors: dict[str, np.ndarray], partial: Path, dest: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, partial, metadata={"format": "pt", "written_by": _WRITTEN_BY.decode()})
+    except SafetensorError as error:
+        raise UserError(f"{dest}: cannot be written ({error})") from None
+
+
+def _write_torch(tensors: dict[str, np.ndarray], partial: Path, dest: Path) -> None:
+    try:
+        write_torch(tensors, partial, mark=_WRITTEN_BY)
+    except UserError as error:
+        raise UserError(str(error).replace(str(partial), str(dest))) from None
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether it bears our mark: in a .safetensors file at the beginning, in a .bin at the end."""
     with file.open("rb") as opened:
-        return opened.read(2**10)
+        beginning = opened.read(2**10)
+        opened.seek(-min(2**10, file.stat().st_size), os.SEEK_END)
+        return _WRITTEN_BY in beginning + opened.read()
 
 
 def require_bijection(source: ReleaseFile, expected: Mapping[str, Slot], architecture: Architecture) -> None:

@@ -113,13 +113,7 @@ def _open_shards(index: Path) -> ReleaseFile:
 
 
 def _open_torch(path: Path) -> ReleaseFile:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path}: reading {path.suffix} files needs torch, which is not installed; "
-            "run: pip install 'moebius-jax[convert]' (a .safetensors file needs no torch)"
-        ) from None
+    torch = _import_torch(path, "reading")
     _refuse_unsound_archive(path)
     content = _torch_load(path)
     if not isinstance(content, dict):
@@ -135,6 +129,39 @@ def _open_torch(path: Path) -> ReleaseFile:
     _refuse_more_than_stored(path, content)
     tensors = {str(name): _torch_tensor(value) for name, value in content.items()}
     return ReleaseFile(file=path, tensors=tensors)
+
+
+def write_torch(tensors: Mapping[str, np.ndarray], file: Path, *, mark: bytes) -> None:
+    """Writes a state dict as torch does, with a mark at the end of the file.
+
+    Raises:
+        UserError: torch is not installed, or the file cannot be written.
+    """
+    torch = _import_torch(file, "writing")
+
+    def tensor(value: np.ndarray) -> Any:
+        value = value if value.flags.writeable else value.copy()
+        if value.dtype == ml_dtypes.bfloat16:  # which NumPy and torch know by different names
+            return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(value)
+
+    try:
+        torch.save({name: tensor(value) for name, value in tensors.items()}, file)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = mark
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+        raise UserError(f"{file}: cannot be written ({first_line(error)})") from None
+
+
+def _import_torch(path: Path, doing: str) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: {doing} {path.suffix} files needs torch, which is not installed; "
+            "run: pip install 'moebius-jax[convert]' (a .safetensors file needs no torch)"
+        ) from None
+    return torch
 
 
 def _refuse_unsound_archive(path: Path) -> None:
