@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from moebius_jax.cli.arguments import local_path
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
 
 exit_without_extra("train", "optax", "grain")  # before the imports that need them
@@ -380,9 +381,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", help="a file of configs/, or one of your own; FILE:ARGUMENT for those that take one")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
-    add("--workdir", type=Path, help="everything the run writes (default: runs/CONFIG)")
+    add("--workdir", type=local_path, help="everything the run writes (default: runs/CONFIG)")
     add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
-    add("--preview-data", type=Path, metavar="PNG", help="draw what the network will see, and stop")
+    add("--preview-data", type=local_path, metavar="PNG", help="draw what the network will see, and stop")
     add("--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop")
     add("--print-config", action="store_true", help="show every field, and stop")
     add("--profile", type=int, metavar="STEP", help="trace five steps from STEP on (TensorBoard)")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import shutil
 import tempfile
 import zlib
@@ -210,3 +211,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def require_local(path: str) -> str:
+    """`path`; raises ValueError if it is an address.
+
+    As a path `gs://bucket/run` would be the folder `gs:` here.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", path):
+        raise ValueError("expected a path of this machine; a bucket is reached through a mount (gcsfuse, …)")
+    return path

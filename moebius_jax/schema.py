@@ -10,6 +10,7 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from moebius_jax.errors import UserError
+from moebius_jax.files import require_local
 
 T = TypeVar("T")
 
@@ -28,8 +29,10 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Platform = Literal["cpu", "gpu", "tpu"]  # as jax calls them
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
+LocalPath = Annotated[str, AfterValidator(require_local)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+_KINDS = ("str", "int", "float", "none")  # of a union: pydantic names which it tried, checks as f(kind)
 # Types are as declared: no text for a number, no number for a text, neither infinity nor NaN.
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid")
 _EXPECTED = {
@@ -138,7 +141,7 @@ def explain(error: pydantic.ValidationError, path: str = "") -> str:
     problem = error.errors(include_url=False)[0]
     kind, context = problem["type"], problem.get("ctx", {})
     # Which branch of a union it tried last says nothing to people.
-    below = [str(part) for part in problem["loc"] if part not in ("str", "int", "float", "none")]
+    below = [str(part) for part in problem["loc"] if part not in _KINDS and "(" not in str(part)]
     path = ".".join(filter(None, [path, *below]))
     if kind in ("unexpected_keyword_argument", "missing"):
         return f"{path}: {'missing' if kind == 'missing' else 'unknown'} field"

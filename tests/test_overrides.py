@@ -1,5 +1,6 @@
 """KEY=VALUE on the command line, and the configuration files."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,13 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
         assert load_config(name, []).student == UNetConfig.student(remat=True)
     with pytest.raises(UserError, match=r"nowhere: no such configuration; there are debug\.py, distill\.py"):
         load_config("nowhere", [])
+
+
+@pytest.mark.parametrize("field", ["data.path", "teacher", "vae", "init", "log.validation"])
+def test_a_buckets_address_is_no_path(field):
+    """It would be a folder `gs:` here."""
+    with pytest.raises(UserError, match=rf"^{re.escape(field)} is 'gs://b/x'; expected a path of this mach"):
+        load("debug", f"{field}=gs://b/x")
 
 
 def test_the_releases_configuration():

@@ -14,6 +14,7 @@ from moebius_jax.cluster import join_cluster, wait_for_all
 from moebius_jax.defaults import DEFAULT_MODEL, DTYPES, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.extensions import load_extension
+from moebius_jax.files import require_local
 
 if TYPE_CHECKING:
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
@@ -34,7 +35,7 @@ def add_model_arguments(
     )
     add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
-    add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
+    add("--vae", type=local_path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
     add(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -54,6 +55,14 @@ def add_model_arguments(
         help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
     )
     add("--no-verify", action="store_true", help="do not compare the weights with their checksums")
+
+
+def local_path(text: str) -> Path:
+    """For `type=` of an argument: a path of this machine, and no bucket's address."""
+    try:
+        return Path(require_local(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def add_extension_argument(parser: argparse.ArgumentParser) -> None:

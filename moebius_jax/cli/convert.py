@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moebius_jax.cli.arguments import add_extension_argument
+from moebius_jax.cli.arguments import add_extension_argument, local_path
 from moebius_jax.cli.terminal import progress, run
 from moebius_jax.defaults import DTYPES
 
@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", type=Path, help=".bin, .pth or .safetensors file, or a folder of the Hub's layout"
+        "source", type=local_path, help=".bin, .pth or .safetensors file, or a folder of the Hub's layout"
     )
     parser.add_argument(
-        "dest", type=Path, nargs="?", help="folder to make: config.json and an Orbax checkpoint"
+        "dest", type=local_path, nargs="?", help="folder to make: config.json and an Orbax checkpoint"
     )
     parser.add_argument(
         "--dtype",
@@ -46,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         help="of the stored parameters (default float32; BatchNorm statistics always are)",
     )
     parser.add_argument(
-        "--base", type=Path, metavar="CHECKPOINT", help="supplies the BatchNorm statistics an EMA file lacks"
+        "--base",
+        type=local_path,
+        metavar="CHECKPOINT",
+        help="supplies the BatchNorm statistics an EMA file lacks",
     )
     parser.add_argument(
         "--allow-nonfinite",
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read DEST again and compare every tensor")
     parser.add_argument(
         "--export",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="write SOURCE, a converted folder, as the release's .safetensors or (with torch) .bin",
     )

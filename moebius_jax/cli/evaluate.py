@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
+    local_path,
     part,
     process_share,
     require_positive,
@@ -139,8 +139,8 @@ def _describe(protocol: Protocol) -> str:
 
 def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> None:
     add = parser.add_argument
-    add("--images", type=Path, required=True, metavar="DIR", help="originals; subfolders are searched too")
-    add("--output", type=Path, required=True, metavar="DIR", help="for results, masks and report")
+    add("--images", type=local_path, required=True, metavar="DIR", help="originals; subfolders too")
+    add("--output", type=local_path, required=True, metavar="DIR", help="for results, masks and report")
     count = f"the protocol's {protocol.count:,}" if protocol.count else "all"
     add("--count", type=int, metavar="N", help=f"the first N images by name (default: {count})")
     add(
@@ -206,18 +206,18 @@ def _size(text: str) -> int | None:
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--pred", type=Path, required=True, metavar="DIR", help="results")
-    add("--gt", type=Path, required=True, metavar="DIR", help="originals, of the same names")
+    add("--pred", type=local_path, required=True, metavar="DIR", help="results")
+    add("--gt", type=local_path, required=True, metavar="DIR", help="originals, of the same names")
     _mask_arguments(add)
     add("--size", type=int, metavar="PX", help="bring originals to this size first, as the protocols do")
-    add("--output", type=Path, metavar="DIR", help="write a report here")
+    add("--output", type=local_path, metavar="DIR", help="write a report here")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")
     add("--beside", metavar="PROTOCOL", help="show this protocol's published figures")
     _metric_arguments(parser)
 
 
 def _mask_arguments(add: Any) -> None:
-    add("--masks", type=Path, metavar="DIR", help="a stored set")
+    add("--masks", type=local_path, metavar="DIR", help="a stored set")
     add("--invert-masks", action="store_true", help="black is the hole, as in MAT's and CoModGAN's own files")
     add(
         "--pair-by",
@@ -230,7 +230,7 @@ def _mask_arguments(add: Any) -> None:
 def _metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("metrics").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
-    add("--inception", type=Path, metavar="DIR", help="converted Inception weights, for fid and ids")
+    add("--inception", type=local_path, metavar="DIR", help="converted Inception weights, for fid and ids")
     add(
         "--small-fid",
         action="store_true",

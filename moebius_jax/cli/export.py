@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from moebius_jax.cli.arguments import local_path, require_positive
 from moebius_jax.cli.terminal import require_extra, run
 from moebius_jax.defaults import DTYPES, TINY
 
@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("model", help=f"converted folder, Hub repository, or {TINY}")
-    add("folder", type=Path, help="to write")
+    add("folder", type=local_path, help="to write")
     add("--format", choices=tuple(_EXTRAS), default="stablehlo", help="default stablehlo")
     add("--variant", help="of the released weights: pretrained (default), ft_places2, …")
-    add("--vae", type=Path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
+    add("--vae", type=local_path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
     add(
         "--dtype",
         choices=DTYPES,
@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from moebius_jax.cli.arguments import require_positive
     from moebius_jax.errors import UserError
     from moebius_jax.export.write import ExportOptions, export_model
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline

@@ -1,9 +1,8 @@
 """`python -m moebius_jax.masks`: a set of random masks in a folder."""
 
 import argparse
-from pathlib import Path
 
-from moebius_jax.cli.arguments import require_positive
+from moebius_jax.cli.arguments import local_path, require_positive
 from moebius_jax.cli.terminal import progress, run
 from moebius_jax.evaluation.masks import KINDS, MaskSpec, write_set
 
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("LOW", "HIGH"),
         help="only masks whose hole is this share of the image, e.g. 0.4 0.5",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
+    add("--output", type=local_path, required=True, metavar="DIR", help="folder to make; must not exist")
     args = parser.parse_args(argv)
     return run(lambda: _draw(args))
 

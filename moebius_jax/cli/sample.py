@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
     load_pipeline,
+    local_path,
     part,
     process_share,
     require_positive,
@@ -59,15 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--image", type=Path, required=True, metavar="FILE|DIR", help="image, or folder of images")
+    add("--image", type=local_path, required=True, metavar="FILE|DIR", help="image, or folder of images")
     add(
         "--mask",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FILE|DIR",
         help="mask (white = repaint), or folder of masks",
     )
-    add("--output", type=Path, required=True, metavar="FILE|DIR", help="result, or folder for results (PNG)")
+    add("--output", type=local_path, required=True, metavar="FILE|DIR", help="result, or folder for PNGs")
     add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument

@@ -17,7 +17,7 @@ from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.masks import THRESHOLD, Hole, dilate
 from moebius_jax.imaging.picture import read_mask, read_picture
-from moebius_jax.schema import Probability, checked, one_of
+from moebius_jax.schema import LocalPath, Probability, checked, one_of
 
 OWN_MASKS = "own"
 _DILATIONS = (3, 5, 7)
@@ -53,7 +53,7 @@ class AugmentConfig:
     )
     random_mask: Probability = 0.5
     holes_on: Literal["square", "image"] = "square"
-    foreground_masks: str | None = None
+    foreground_masks: LocalPath | None = None
     intersection: Probability = 0.5
     dilation: Probability = 0.99
     flip: Probability = 0.5

@@ -7,7 +7,7 @@ from typing import Annotated
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import DATASETS, Dataset, Source
 from moebius_jax.data.loader import LoaderConfig
-from moebius_jax.schema import checked, one_of
+from moebius_jax.schema import LocalPath, checked, one_of
 
 
 @checked
@@ -27,8 +27,8 @@ class DataConfig:
     """
 
     kind: Annotated[str, one_of(DATASETS)] = "images"
-    path: str | None = None
-    root: str | None = None
+    path: LocalPath | None = None
+    root: LocalPath | None = None
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
 

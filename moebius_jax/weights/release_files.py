@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, first_line
 from moebius_jax.schema import checked, read_json
 
 SUFFIXES = (".bin", ".pth", ".pt", ".safetensors")
