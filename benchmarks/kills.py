@@ -5,10 +5,10 @@
 
 Each trial starts a command (for "sample 2" and "train 2" two processes, both killed; for "one of 4" a run
 over four: one is killed once they have found each other, and the others must end within a minute), sends
-SIGKILL at a random moment of the time it takes, runs the same command again to its end, and compares pictures,
-tables of scores and weights with those of an undisturbed run, to the bit. Nothing half-written may be left
-over. Small networks on whatever device there is; a trial takes ten to forty seconds, of four processes a few
-minutes. Needs the `train` and `eval` extras.
+SIGKILL at a random moment of the time it takes, runs the same command again to its end, and compares
+pictures, tables of scores and weights with those of an undisturbed run, to the bit. Nothing half-written may
+be left over. Small networks on whatever device there is; a trial takes ten to forty seconds, with four
+processes a few minutes. Needs the `train` and `eval` extras.
 """
 
 import contextlib
