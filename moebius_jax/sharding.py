@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moebius_jax.errors import UserError
@@ -16,22 +17,27 @@ SMALLEST_SHARDED = 2**14  # elements; below it a tensor is copied to every devic
 def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
     """Devices as a `data` x `fsdp` mesh (Auto axes), as the topology of a slice suits it.
 
+    Several TPU slices lie behind each other on `data`: the network between them carries gradients alone.
+
     Args:
         devices: all of all processes by default. Sampling takes `jax.local_devices()`.
         fsdp: how many of them share one copy of weights and optimiser.
 
     Raises:
-        UserError: the number of devices is no multiple of `fsdp`.
+        UserError: the number of devices, of a slice where there are several, is no multiple of `fsdp`.
     """
     devices = list(devices) if devices is not None else jax.devices()
-    if len(devices) % fsdp:
-        raise UserError(f"fsdp is {fsdp}; expected a divisor of the {len(devices)} devices")
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp),
-        ("data", "fsdp"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices,
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if len(devices) // slices % fsdp:
+        of_a_slice = f" of each of {slices} slices" if slices > 1 else ""
+        raise UserError(
+            f"fsdp is {fsdp}; expected a divisor of the {len(devices) // slices} devices{of_a_slice}"
+        )
+    axes = {"axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto, AxisType.Auto)}
+    shape = (len(devices) // slices // fsdp, fsdp)
+    if slices > 1:
+        return Mesh(mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices), **axes)
+    return jax.make_mesh(shape, devices=devices, **axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

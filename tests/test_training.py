@@ -12,7 +12,7 @@ from conftest import TINY_VAE, network_from_synth
 from flax import nnx
 from logged import RELEASED_NAMES
 
-from moebius_jax import save_unet
+from moebius_jax import save_unet, sharding
 from moebius_jax.data.datasets import Source, SyntheticDataset
 from moebius_jax.data.samples import LatentSample, PixelSample
 from moebius_jax.distillation.config import LossConfig
@@ -333,6 +333,25 @@ def test_a_bad_term_is_named():
         == "loss_task"
     )
     assert first_bad_metric({**good, "grad_norm": jnp.float32(jnp.inf)}) == "grad_norm"
+
+
+def test_slices_lie_behind_each_other_on_the_data_axis(monkeypatch):
+    """Eight devices that say they are of two slices, in an order that mixes them."""
+
+    class Device:
+        def __init__(self, i):
+            self.id, self.slice_index, self.process_index = i, i % 2, i % 2
+            self.platform = self.device_kind = "cpu"
+
+    seen = {}
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, **axes: seen.update(axes, grid=grid))
+    make_mesh([Device(i) for i in range(8)], fsdp=2)
+    assert seen["axis_names"] == ("data", "fsdp")
+    slices = np.vectorize(lambda device: device.slice_index)(seen["grid"])
+    np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    assert len({device.id for device in seen["grid"].flat}) == 8
+    with pytest.raises(UserError, match="fsdp is 8; expected a divisor of the 4 devices of each of 2 slices"):
+        make_mesh([Device(i) for i in range(8)], fsdp=8)
 
 
 def test_meshes_and_batches_that_do_not_fit():
