@@ -1,5 +1,7 @@
 """Values that check themselves: frozen dataclasses and JSON files whose errors name the field (pydantic)."""
 
+import dataclasses
+import difflib
 import functools
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -67,7 +69,7 @@ def checked(cls: type[T]) -> type[T]:
         try:
             create(self, **{name: _plain(value) for name, value in values.items()})
         except pydantic.ValidationError as error:
-            raise UserError(explain(error)) from None
+            raise UserError(explain(error, kind=made)) from None
 
     made.__init__ = __init__
     return made
@@ -112,7 +114,7 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        raise UserError(explain(error)) from None
+        raise UserError(explain(error, kind=kind)) from None
 
 
 def read_json(file: Path, kind: type[T]) -> T:
@@ -136,18 +138,29 @@ def read_json(file: Path, kind: type[T]) -> T:
         raise UserError(f"{file}: {error}") from None
 
 
-def explain(error: pydantic.ValidationError, path: str = "") -> str:
-    """The first problem in one line: the field's path (below `path`), what was found, what was expected."""
-    problem = error.errors(include_url=False)[0]
-    kind, context = problem["type"], problem.get("ctx", {})
+def explain(error: pydantic.ValidationError, path: str = "", kind: type | None = None) -> str:
+    """The first problem in one line: the field's path (below `path`), what was found, what was expected.
+
+    Args:
+        error: of pydantic.
+        path: of what was looked at.
+        kind: the dataclass it was to be, if it was one: for what an unknown field may have been meant for.
+    """
+    problems = error.errors(include_url=False)
+    unknown = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), None)
+    problem = unknown or problems[0]  # a field with a wrong name is missing too
+    kind_of_error, context = problem["type"], problem.get("ctx", {})
     # Which branch of a union it tried last says nothing to people.
     below = [str(part) for part in problem["loc"] if part not in _KINDS and "(" not in str(part)]
     path = ".".join(filter(None, [path, *below]))
-    if kind in ("unexpected_keyword_argument", "missing"):
-        return f"{path}: {'missing' if kind == 'missing' else 'unknown'} field"
-    if kind == "json_invalid":
+    if kind_of_error in ("unexpected_keyword_argument", "missing"):
+        if problem is not unknown:
+            return f"{path}: missing field"
+        meant = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(problem, problems, kind), n=1)
+        return f"{path}: unknown field" + (f"; did you mean {meant[0]}?" if meant else "")
+    if kind_of_error == "json_invalid":
         return f"not JSON ({context['error']})"
-    if kind == "value_error":
+    if kind_of_error == "value_error":
         said = str(context["error"])
         if not said.startswith("expected "):  # it names the field itself
             return ".".join(filter(None, (path, said)))
@@ -155,7 +168,15 @@ def explain(error: pydantic.ValidationError, path: str = "") -> str:
         bounds = {
             name: int(x) if isinstance(x, float) and x.is_integer() else x for name, x in context.items()
         }
-        said = f"expected {_EXPECTED.get(kind, problem['msg']).format(**bounds)}"
+        said = f"expected {_EXPECTED.get(kind_of_error, problem['msg']).format(**bounds)}"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else f"{found[:79]}…"
     return f"{path} is {found}; {said}" if path else f"found {found}; {said}"
+
+
+def _siblings(unknown: dict[str, Any], problems: list[dict[str, Any]], kind: type | None) -> list[str]:
+    """What may be meant by an unknown field: of the whole any field, further inside what is missing there."""
+    *parent, _ = unknown["loc"]
+    if not parent and dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return [str(p["loc"][-1]) for p in problems if p["type"] == "missing" and list(p["loc"][:-1]) == parent]

@@ -69,7 +69,9 @@ def test_bad_experiment_and_fields_are_named():
     with pytest.raises(ValueError, match="rows 1 to 15"):
         UNetConfig.ablation(16)
     values = UNetConfig.student().to_dict()
-    with pytest.raises(ValueError, match=r"^colour: unknown field"):
+    with pytest.raises(ValueError, match=r"^chanels: unknown field; did you mean channels\?"):
+        UNetConfig.student(chanels=(32,))
+    with pytest.raises(ValueError, match=r"^colour: unknown field$"):
         UNetConfig.from_dict({**values, "colour": 1})
     values.pop("window")
     with pytest.raises(ValueError, match=r"^window: missing field"):
