@@ -157,11 +157,12 @@ def _recover(dest: Path) -> None:
 
 def _processes() -> str:
     """Whose process numbers are meant: this machine's, or on Linux this container's."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
+    names = [platform.node()]
+    with contextlib.suppress(OSError):
+        names.append(os.readlink("/proc/self/ns/pid"))
+    with contextlib.suppress(OSError):  # machines of one name may share a disk
+        names.append(Path("/etc/machine-id").read_text())
+    return f"{zlib.crc32(' '.join(names).encode()):08x}"
 
 
 def _runs(process: int) -> bool:
