@@ -36,11 +36,14 @@ def join_cluster(
         UserError: there is no cluster to ask, or it cannot be joined.
     """
     import jax
+    from jax.experimental import multihost_utils
 
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S
         )
+        if jax.default_backend() == "cpu":  # there, who comes 30 s later to the first meeting comes too late
+            multihost_utils.sync_global_devices("joined")
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"no cluster could be joined ({first_line(error)}); outside TPU pods, SLURM and the like pass "

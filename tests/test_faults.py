@@ -33,6 +33,16 @@ files.inpaint_files = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
+LATE = """
+import sys, time
+from train import parse
+from moebius_jax.cluster import first_does, join_given_cluster
+args = parse(["", *sys.argv[1:]])
+join_given_cluster(False, args.coordinator, args.num_processes, args.process_id)
+time.sleep(33 * args.process_id)
+first_does(lambda: None)
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -116,6 +126,14 @@ def test_data_that_one_cannot_read_end_all_and_nothing_is_lost(job, photos, tmp_
     ours, theirs = (load_numpy(tmp_path / n / "model" / "unet") for n in ("one", "undisturbed"))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_a_late_process_is_waited_for(job, tmp_path):
+    """CPU collectives give up after 30 s where a process comes that much later to the first; here it does."""
+    code = tmp_path / "late.py"
+    code.write_text(LATE)
+    results = ends(job(code))
+    assert [status for status, _ in results] == [0, 0], results
 
 
 def test_folders_of_their_own_are_refused_at_once(job, tmp_path):
