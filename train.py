@@ -39,7 +39,14 @@ from jax import lax
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from moebius_jax.cluster import Company, first_does, join_given_cluster, tell_others, wait_for_all
+from moebius_jax.cluster import (
+    Company,
+    first_does,
+    is_lost_connection,
+    join_given_cluster,
+    tell_others,
+    wait_for_all,
+)
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck
@@ -309,13 +316,17 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
             # This order must not change. A checkpoint holds the state after `done` steps and the position
             # before the next batch; drawing first would skip that batch on resuming.
             at_end = done >= config.steps or stop.agreed(done)
-            if done > first and (at_end or done % config.checkpoint.every == 0):
+            is_saved = done > first and (at_end or done % config.checkpoint.every == 0)
+            is_validated = validation and is_due(config.log.validate_every)
+            is_drawn = grids and is_due(config.log.grid_every)
+            if is_saved or is_validated or is_drawn:  # but not a step that went wrong
                 look(pending)
                 pending = None
+            if is_saved:
                 save()
-            if validation and is_due(config.log.validate_every):
+            if is_validated:
                 log.scalars(done, validation(state.result))
-            if grids and is_due(config.log.grid_every):
+            if is_drawn:
                 log.picture(done, "samples", grids.draw(state.result))
             if at_end:
                 break
@@ -329,7 +340,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
                     trouble, batch = error, stand_in(dataset, config)
                     if not isinstance(error, UserError):
                         traceback.print_exc()
-                    tell_others(first_line(error))
+                    tell_others(str(error))
             watch.tick()
             state, metrics = update(state, frozen, encoded(to_devices(batch, mesh), vae))
             # Looked at a step late: the devices are then busy with the next one already.
@@ -339,7 +350,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
             progress.step()
     except JaxRuntimeError as error:
         company.tell(error)
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not is_lost_connection(error):
             raise
         raise UserError(
             f"this process has lost the others ({first_line(error)}); when all have ended, the same command "
@@ -349,7 +360,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
         company.tell(error)  # first of all: what follows may wait for the others
         raise
     finally:
-        # Also on the way out of an error: a checkpoint that is being written is lost otherwise.
+        # Also on the way out of an error: a checkpoint that is being written is lost otherwise (of several
+        # processes, one that takes longer than they wait for each other).
         checkpoints.close()
         trace.close()
         progress.close()
@@ -361,6 +373,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
 
     # ------------------------------------------------------------------ result
     model = write_model(workdir, config, state, vae)
+    wait_for_all("finished")  # an error in writing is told to those who are still here
     say(f"finished: {model}")
     if vae is not None:
         say(f"try it: python sample.py --model {model} --image photo.jpg --mask mask.png --output result.png")

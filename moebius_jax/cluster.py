@@ -100,13 +100,15 @@ def wait_for_all(what: str, limit_s: float = _A_WEEK_S) -> None:
     """
     import jax
 
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        try:
-            _client().wait_at_barrier(f"moebius/{what}", int(1000 * limit_s))
-        except Exception as error:  # jaxlib raises what grpc says
-            raise UserError(
-                f"not all processes came to '{what}' within {limit_s:.0f} s ({first_line(error)})"
-            ) from None
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    place, until = f"moebius/at/{what}", time.monotonic() + limit_s
+    _client().key_value_set(f"{place}/{jax.process_index()}", "", allow_overwrite=True)
+    # Not a barrier of jax's: Python would see no signal within one.
+    while len(_client().key_value_dir_get(place)) < jax.process_count():
+        if time.monotonic() > until:
+            raise UserError(f"not all processes came to '{what}' within {limit_s:.0f} s")
+        time.sleep(_LOOK_S)
 
 
 class Company:
@@ -142,7 +144,7 @@ class Company:
         if jax.process_count() == 1 or self._has_told or isinstance(error, SharedError):
             return
         self._has_told = True
-        message = first_line(error) if isinstance(error, UserError | OSError) else repr(error)[:_LONGEST]
+        message = _text(str(error) if isinstance(error, UserError | OSError) else repr(error))
         with contextlib.suppress(Exception):  # the one who keeps the keys may be gone
             _client().key_value_set(_ENDED, f"{jax.process_index()} {message}", allow_overwrite=True)
         threading.Thread(target=self._end_late, args=(message,), daemon=True).start()
@@ -152,10 +154,11 @@ class Company:
         waiting for processes that cannot come any more."""
         try:
             status = program()
-        except Exception:
+        except BaseException as error:
             if not self._has_told:
                 raise
-            traceback.print_exc()
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
             status = 1
         if self._has_told:
             self._leave(status)
@@ -197,6 +200,12 @@ class Company:
         os._exit(status)
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a common step failed because a process is gone, and not for its own reasons (memory, say)."""
+    text = str(error)
+    return any(said in text for said in ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"))
+
+
 def tell_others(message: str) -> None:
     """Prints what ends this process's work, and keeps it for the others' `told_by`."""
     import jax
@@ -204,7 +213,8 @@ def tell_others(message: str) -> None:
     if jax.process_count() > 1:
         me = jax.process_index()
         print(f"process {me} cannot go on, all end after this step: {message}", file=sys.stderr, flush=True)
-        _client().key_value_set(f"{_SAID}/{me}", message[:_LONGEST], allow_overwrite=True)
+        with contextlib.suppress(Exception):  # then they learn who, and not why
+            _client().key_value_set(f"{_SAID}/{me}", _text(message), allow_overwrite=True)
 
 
 def told_by(process: int) -> str:
@@ -213,6 +223,11 @@ def told_by(process: int) -> str:
         return _client().blocking_key_value_get(f"{_SAID}/{process}", int(1000 * _GRACE_S))
     except Exception:  # jaxlib raises what grpc says
         return ""
+
+
+def _text(message: str) -> str:
+    """As the keys take it: file names may hold what is no UTF-8."""
+    return message[:_LONGEST].encode("utf-8", "backslashreplace").decode()
 
 
 def _client() -> Any:
@@ -228,7 +243,8 @@ def _told_by_the_first(error: UserError | OSError | None) -> UserError | OSError
 
     message = np.zeros(_LONGEST, np.uint8)
     if error is not None:
-        said = (b"O" if isinstance(error, OSError) else b"U") + str(error).encode()[: len(message) - 1]
+        kind = "O" if isinstance(error, OSError) else "U"
+        said = (kind + _text(str(error))).encode()[: len(message)]
         message[: len(said)] = np.frombuffer(said, np.uint8)
     told = multihost_utils.broadcast_one_to_all(message).tobytes().rstrip(b"\0")
     if not told:

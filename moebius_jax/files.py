@@ -219,6 +219,6 @@ def require_local(path: str) -> str:
 
     As a path `gs://bucket/run` would be the folder `gs:` here.
     """
-    if re.match(r"[a-z][a-z0-9+.-]*:/", path):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
         raise ValueError("expected a path of this machine; a bucket is reached through a mount (gcsfuse, …)")
     return path

@@ -59,6 +59,14 @@ class TestRandomMasks:
         assert holes[0].dtype == bool
         np.testing.assert_array_equal(*holes)
 
+    def test_on_a_wide_picture_strokes_are_those_of_its_shorter_side(self):
+        def mean(*shape):
+            rng = np.random.default_rng(0)
+            return np.mean([PRESETS["medium_512"].draw_on(rng, *shape).mean() for _ in range(100)])
+
+        assert mean(64, 256) == pytest.approx(mean(256, 64), rel=0.3)
+        assert mean(64, 256) < 0.6 * mean(64, 64)
+
     def test_small_free_form_masks_are_smaller(self):
         def mean(preset):
             rng = np.random.default_rng(0)
@@ -97,6 +105,7 @@ class TestRecords:
             for i in range(20_000):
                 out.write(line % ("long/" * 30, i, ("background", "foreground")[i % 2], i))
         records = read_records(file)
+        assert records[3].image.name == "000003.jpg"  # opened here, and not to be sent
         sent = pickle.dumps(records)
         assert len(sent) < 9 * len(records) + 2000
         there = pickle.loads(sent)
@@ -108,12 +117,24 @@ class TestRecords:
         file.write_text("cut short")
         with pytest.raises(UserError, match=r"train%d.jsonl, sample 7: "):
             records[7]
+        with pytest.raises(UserError, match=r"train%d.jsonl: is another file than when it was first read"):
+            pickle.loads(sent)[7]
+
+    def test_a_mark_at_the_beginning_is_no_sample(self, tmp_path):
+        file = tmp_path / "train.jsonl"
+        file.write_bytes(b'\xef\xbb\xbf\r\n{"image": "a.png"}\r\n\r\n{"image": "b.png"}')
+        assert [r.image.name for r in read_records(file)] == ["a.png", "b.png"]
+        file.write_bytes(b"\xef\xbb\xbf")
+        with pytest.raises(UserError, match="holds no samples"):
+            read_records(file)
 
     @pytest.mark.parametrize(
         ("line", "message"),
         [
             ("{", r"train\.jsonl:2: not JSON"),
             ('{"img": "a"}', "expected"),
+            ('{{"image": "a"}}', r"train\.jsonl:2: not JSON"),
+            ("{1: 2, 'image': 'a'}", r"train\.jsonl:2: the field 1 has no name"),
             ('{"image": "a", "prompt": "sky"}', "prompt is 'sky'"),
             ('{"image": "a", "prompt": "foreground"}', "needs a mask"),
             ('{"image": "a", "mask": 3}', "mask is 3"),
@@ -192,6 +213,22 @@ class TestSamples:
             larger = [draw_sample(record, config, [], np.random.default_rng(0)).hole for _ in range(2)]
         assert len(said) == 1
         np.testing.assert_array_equal(larger[0], whole)
+
+    def test_a_mask_of_other_proportions_is_refused(self, record):
+        Image.new("L", (64, 64)).save(record.mask)
+        with pytest.raises(
+            UserError, match=r"mask.png: 64 x 64 pixels, of other proportions than its image's 128"
+        ):
+            draw_sample(record, SMALL, [], np.random.default_rng(0))
+
+    def test_a_broken_object_leaves_the_hole_as_it_is(self, record, tmp_path):
+        background = Record(image=record.image)
+        broken = tmp_path / "broken.png"
+        broken.write_text("no picture")
+        config = AugmentConfig(image_size=64, intersection=1.0)
+        with pytest.warns(UserWarning, match=r"broken\.png: .*; holes stay as they are"):
+            sample = draw_sample(background, config, [broken], np.random.default_rng(0))
+        assert sample.hole.any()
 
     def test_holes_on_the_whole_image_are_cut_with_it(self, record):
         """Drawn, intersected and grown before a square is cut out, which shows half of them at least."""

@@ -43,6 +43,25 @@ time.sleep(33 * args.process_id)
 first_does(lambda: None)
 """
 
+FULL_DISK = """
+import sys
+import train
+def fail(*_):
+    raise OSError(28, "No space left on device", "model")
+if "--process-id=0" in sys.argv:
+    train.write_model = fail
+sys.exit(train.main(sys.argv[1:]))
+"""
+INTERRUPTED = """
+import argparse, sys
+from moebius_jax.cli.arguments import add_process_arguments, part, process_share
+parser = argparse.ArgumentParser()
+add_process_arguments(parser)
+args = parser.parse_args()
+process, _ = process_share(args)
+sys.exit(part(args, 130 if process else 0))
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -155,6 +174,28 @@ def test_what_stops_one_stops_all_with_its_message(job, tmp_path):
     assert f"error: {tmp_path}/samples/step_0000002.png: cannot be written" in first
     assert status == 1
     assert f"error: process 0 has ended: {tmp_path}/samples/step_0000002.png: cannot be written" in second
+
+
+def test_what_stops_the_end_stops_all(job, tmp_path):
+    """Only the first writes the model; the others have nothing left to do, but are still there."""
+    code = tmp_path / "full.py"
+    code.write_text(FULL_DISK)
+    results = ends(job(code, *RUN, "vae=none", "steps=2", "--workdir", tmp_path / "run"))
+    assert [status for status, _ in results] == [1, 1], results
+    assert "error: model: No space left on device" in results[0][1]
+    assert "process 0 has ended: [Errno 28] No space left on device: 'model'" in results[1][1]
+
+
+def test_who_is_interrupted_does_not_wait_for_the_others(job, tmp_path):
+    code = tmp_path / "interrupted.py"
+    code.write_text(INTERRUPTED)
+    first, second = job(code, "--distributed")
+    try:
+        assert second.wait(timeout=60) == 130
+        assert first.poll() is None, "it still waits"
+    finally:
+        first.kill()
+        first.wait()
 
 
 def test_a_process_that_is_killed_ends_the_others_and_leaves_no_workers(job, tmp_path):

@@ -139,6 +139,18 @@ def test_a_buckets_address_is_no_path(field):
         load("debug", f"{field}=gs://b/x")
 
 
+def test_held_out_data_take_objects_from_the_training_data():
+    config = load("distill_release", "data.path=train.jsonl", "log.validation=held_out/")
+    assert config.data.augment.foreground_masks == "own"
+    assert config.held_out_data.augment.foreground_masks == "train.jsonl"
+    assert config.held_out_data.path == "held_out/"
+
+
+def test_balance_over_devices_needs_statistics_of_devices():
+    with pytest.raises(UserError, match=r"loss\.balance_over is device and batch_norm is global"):
+        load("distill_release", "batch_norm=global")
+
+
 def test_the_releases_configuration():
     """Its own values, as far as they are known, and the paper's where they are not."""
     config, paper = load("distill_release"), load("distill")

@@ -4,12 +4,12 @@ A program's help and its errors about arguments come before jax is imported, whi
 """
 
 import argparse
-import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebius_jax.cli.terminal import progress
+from moebius_jax.cli.terminal import INTERRUPTED, progress
 from moebius_jax.cluster import join_cluster, wait_for_all
 from moebius_jax.defaults import DEFAULT_MODEL, DTYPES, TINY
 from moebius_jax.errors import UserError
@@ -150,16 +150,26 @@ def process_share(args: argparse.Namespace) -> tuple[int, int]:
     import jax
 
     several = args.num_processes > 1
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     join_cluster(args.coordinator, *((args.num_processes, args.process_id) if several else ()))
     wait_for_all("looked at what there is to do")
     return jax.process_index(), jax.process_count()
 
 
 def part(args: argparse.Namespace, status: int) -> int:
-    """`status`, when the others of --distributed are through as well: jax gives slower ones five minutes."""
+    """`status`, when the others of --distributed are through as well: jax gives slower ones five minutes.
+
+    Who is interrupted does not wait for them, nor does jax then.
+    """
     if getattr(args, "distributed", False):
-        with contextlib.suppress(UserError):  # one of them was killed: jax ends us
-            wait_for_all("done")
+        try:
+            if status != INTERRUPTED:
+                wait_for_all("done")
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        if status == INTERRUPTED:
+            sys.stdout.flush()
+            os._exit(status)
     return status
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from moebius_jax.errors import UserError
 
 _SIGPIPE = 141  # as a shell reports programs that a closed pipe ended
+INTERRUPTED = 130  # likewise, by Ctrl-C
 FAILED = 1  # exit status when anything asked for was not done
 
 
@@ -38,7 +39,7 @@ def run(program: Callable[[], int]) -> int:
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept, unfinished ones were not written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _takes_output() -> bool:

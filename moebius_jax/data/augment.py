@@ -20,6 +20,7 @@ from moebius_jax.imaging.picture import read_mask, read_picture
 from moebius_jax.schema import LocalPath, Probability, checked, one_of
 
 OWN_MASKS = "own"
+_STRETCH = 1.05  # of a mask that is resized to its image, one axis against the other
 _DILATIONS = (3, 5, 7)
 _MEGAPIXELS, _NARROWEST = 120, 32  # what a picture may have, as a whole and as one side to the other
 
@@ -35,8 +36,8 @@ class AugmentConfig:
         holes_on: what holes are drawn on, intersected and grown: the "square" that is a sample, or the whole
             "image" before a square is cut from it, as the release does.
         foreground_masks: masks of objects: a folder, a JSON-lines file (its foreground samples'), or "own"
-            (the data's own foreground samples'); background masks are intersected with one of them with
-            probability `intersection`.
+            (the data's own foreground samples'; a folder of that name is ./own). Background masks are
+            intersected with one of them with probability `intersection`.
         intersection: see there.
         dilation: probability of growing the mask by a square of 3, 5 or 7, once or twice.
         flip: probability of a horizontal flip.
@@ -80,10 +81,10 @@ def draw_sample(
         rng: all randomness.
 
     Raises:
-        UserError: a file is missing or unreadable.
+        UserError: a file is missing or unreadable, or image and mask are of other proportions.
 
     Warns:
-        UserWarning: image and mask differ in size (once).
+        UserWarning: image and mask differ in size (once); an object's mask cannot be read.
     """
     size = config.image_size
     with warnings.catch_warnings():
@@ -94,6 +95,7 @@ def draw_sample(
         )
         grey = read_mask(record.mask, max_megapixels=_MEGAPIXELS) if use_file else None
     if grey is not None and grey.shape != image.shape[:2]:
+        _require_same_proportions(record, grey.shape, image.shape)
         _say_once_that_masks_are_resized()
     if max(image.shape[:2]) > _NARROWEST * min(image.shape[:2]):
         raise UserError(
@@ -150,6 +152,15 @@ def _resized(grey: UInt8[np.ndarray, "h w"], shape: tuple[int, int]) -> UInt8[np
     return np.asarray(Image.fromarray(grey).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
+def _require_same_proportions(record: Record, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    ratio = mask[1] * image[0] / (mask[0] * image[1])
+    if not 1 / _STRETCH < ratio < _STRETCH:
+        raise UserError(
+            f"{record.mask}: {mask[1]} x {mask[0]} pixels, of other proportions than its image's "
+            f"{image[1]} x {image[0]}"
+        )
+
+
 @functools.cache
 def _say_once_that_masks_are_resized() -> None:
     warnings.warn("some masks are not of their images' sizes, and are resized to them", stacklevel=3)
@@ -178,5 +189,10 @@ def _offset(is_hole: Bool[np.ndarray, " n"], size: int, rng: np.random.Generator
 
 def _intersect(hole: Hole, other: Path) -> Hole:
     """The common part; `hole` itself where there is none, since a sample without a hole teaches nothing."""
-    common = hole & (_resized(read_mask(other, max_megapixels=_MEGAPIXELS), hole.shape) > THRESHOLD)
+    try:
+        grey = read_mask(other, max_megapixels=_MEGAPIXELS)
+    except UserError as error:  # the sample is none the worse for it
+        warnings.warn(f"{error}; holes stay as they are instead", stacklevel=2)
+        return hole
+    common = hole & (_resized(grey, hole.shape) > THRESHOLD)
     return common if common.any() else hole

@@ -99,10 +99,12 @@ class AnnotationRecords(Records):
         starts, tasks, end = array.array("q"), bytearray(), 0
         try:
             with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
+                self._identity = _identity(file.fileno())
+                for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 4), b""), 1):
                     start, end = end, end + len(line)
+                    line = line.removeprefix(_MARK)  # noqa: PLW2901 (of the first alone)
                     if line.strip():
-                        fields = _fields(line.removeprefix(_MARK), f"{path}:", number)
+                        fields = _fields(line, f"{path}:", number)
                         starts.append(start)
                         tasks.append(TASKS.index(fields[1]))
         except FileNotFoundError:
@@ -135,8 +137,12 @@ class AnnotationRecords(Records):
     def _line(self, i: int) -> bytes:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY)
+            if _identity(self._file) != self._identity:
+                os.close(self._file)
+                self._file = None
+                raise UserError(f"{self._path}: is another file than when it was first read")
         start = int(self._starts[i])
-        end = int(self._starts[i + 1]) if i + 1 < len(self) else start + _LONGEST_LINE
+        end = int(self._starts[i + 1]) if i + 1 < len(self) else start + _LONGEST_LINE + 4
         # Not through a map of the file: one that is cut short meanwhile would end the process.
         return os.pread(self._file, end - start, start).removeprefix(_MARK).split(b"\n", 1)[0]
 
@@ -165,7 +171,8 @@ class ForegroundMasks(Sequence[Path]):
 
     def __getitem__(self, i: int) -> Path:
         mask = self._records[int(self._numbers[i])].mask
-        assert mask is not None, "a foreground sample has one"
+        if mask is None:
+            raise UserError("a foreground sample has lost its mask: its file was changed")
         return mask
 
 
@@ -212,6 +219,8 @@ def _fields(line: bytes, where: str, number: int) -> tuple[str, Task, str | None
             f'{where}{number}: expected {{"image": PATH, "prompt": …, "mask": PATH}}, found {found}'
         )
     for key in value:
+        if not isinstance(key, str):  # Python's notation would allow it
+            raise UserError(f"{where}{number}: the field {_short(key)} has no name")
         if key not in _KEYS and (meant := _meant(key)) and meant not in value:
             raise UserError(f"{where}{number}: unknown field {key[:80]!r}; did you mean {meant}?")
     image, task, mask = value["image"], value.get("prompt", "background"), value.get("mask")
@@ -239,14 +248,20 @@ def _parsed(line: bytes, where: str, number: int) -> Any:
     except ValueError as error:
         try:  # the release reads Python's own notation too
             return ast.literal_eval(line.decode().strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise UserError(f"{where}{number}: not JSON ({first_line(error)})") from None
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _meant(key: str) -> str | None:
     """The field somebody may have meant; others' own fields are no concern of ours."""
     return next(iter(difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)), None)
+
+
+def _identity(file: int) -> tuple[int, ...]:
+    """What another file at the same place would not have."""
+    found = os.fstat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _short(value: object) -> str:

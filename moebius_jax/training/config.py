@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moebius_jax.data.augment import OWN_MASKS
 from moebius_jax.data.config import DataConfig
 from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
@@ -153,8 +154,11 @@ class TrainConfig:
 
     @property
     def held_out_data(self) -> DataConfig:
-        """The data `log.validation` names."""
-        return dataclasses.replace(self.data, path=self.log.validation)
+        """The data `log.validation` names; objects of the training data's own stay theirs."""
+        augment = self.data.augment
+        if augment.foreground_masks == OWN_MASKS:
+            augment = dataclasses.replace(augment, foreground_masks=self.data.path)
+        return dataclasses.replace(self.data, path=self.log.validation, augment=augment)
 
     def replace(self, **changes: object) -> "TrainConfig":
         """A copy with some fields changed, checked again."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from moebius_jax.cluster import told_by
 from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch
-from moebius_jax.errors import SharedError, first_line
+from moebius_jax.errors import SharedError
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.metrics import Metrics
 
@@ -54,5 +54,5 @@ def halt(metrics: Metrics, error: Exception | None) -> SharedError | None:
         return None
     if jax.process_count() == 1:
         return SharedError(str(error))
-    message = first_line(error) if error is not None else told_by(process)
+    message = str(error) if error is not None and process == jax.process_index() else told_by(process)
     return SharedError(f"process {process} has no more data: {message}")
