@@ -39,14 +39,8 @@ from jax import lax
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from moebius_jax.cluster import (
-    Company,
-    first_does,
-    is_lost_connection,
-    join_given_cluster,
-    tell_others,
-    wait_for_all,
-)
+from moebius_jax.cluster import first_does, join_given_cluster, wait_for_all
+from moebius_jax.company import Company, is_lost_connection, tell_others
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.gradients import Balanced, balanced_gradients, teacher_bottleneck

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from moebius_jax.cluster import told_by
+from moebius_jax.company import told_by
 from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.errors import SharedError
