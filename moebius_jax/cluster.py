@@ -109,7 +109,7 @@ def keys() -> Any:
     """The keys and barriers that the job's first process holds for all; jax has no public name for them."""
     from orbax.checkpoint import multihost
 
-    return multihost.get_jax_distributedkeys()
+    return multihost.get_jax_distributed_client()
 
 
 def _told_by_the_first(error: UserError | OSError | None) -> UserError | OSError | None:
