@@ -259,9 +259,9 @@ def _meant(key: str) -> str | None:
 
 
 def _identity(file: int) -> tuple[int, ...]:
-    """What another file at the same place would not have."""
+    """What another file at the same place would hardly have; mounted buckets renumber their inodes."""
     found = os.fstat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 def _short(value: object) -> str:
