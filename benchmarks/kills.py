@@ -83,19 +83,15 @@ def scenarios(work: Path) -> dict[str, Scenario]:
         "sample": Scenario(commands=lambda out, _: sample(out, 1), compare=files),
         "sample 2": Scenario(commands=lambda out, _: sample(out, 2), compare=files),
         "evaluate": Scenario(commands=evaluate, compare=files),
-        "train": Scenario(
-            commands=train, compare=lambda a, b: tensors(a / "run/model/unet", b / "run/model/unet")
-        ),
-        "train 2": Scenario(
-            commands=lambda out, port: train(out, port, 2),
-            compare=lambda a, b: tensors(a / "run/model/unet", b / "run/model/unet"),
-        ),
-        "one of 4": Scenario(
-            commands=lambda out, port: train(out, port, 4),
-            compare=lambda a, b: tensors(a / "run/model/unet", b / "run/model/unet"),
-            kills="one",
-        ),
+        "train": Scenario(commands=train, compare=models),
+        "train 2": Scenario(commands=lambda out, port: train(out, port, 2), compare=models),
+        "one of 4": Scenario(commands=lambda out, port: train(out, port, 4), compare=models, kills="one"),
     }
+
+
+def models(ours: Path, theirs: Path) -> list[str]:
+    """`tensors` of two runs' results."""
+    return tensors(ours / "run/model/unet", theirs / "run/model/unet")
 
 
 def tensors(ours: Path, theirs: Path) -> list[str]:

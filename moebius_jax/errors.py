@@ -1,4 +1,7 @@
-"""The one exception a user of the command line should ever see."""
+"""What a user of the command line should ever see: one kind of error, and pieces of its message."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -12,6 +15,12 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """One that every process of a job raises at the same point: nobody has to be told of it."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown word: what may be meant, or nothing."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def first_line(error: Exception | str) -> str:

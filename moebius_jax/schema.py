@@ -1,7 +1,6 @@
 """Values that check themselves: frozen dataclasses and JSON files whose errors name the field (pydantic)."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, did_you_mean
 from moebius_jax.files import require_local
 
 T = TypeVar("T")
@@ -153,11 +152,11 @@ def explain(error: pydantic.ValidationError, path: str = "", kind: type | None =
     # Which branch of a union it tried last says nothing to people.
     below = [str(part) for part in problem["loc"] if part not in _KINDS and "(" not in str(part)]
     path = ".".join(filter(None, [path, *below]))
-    if kind_of_error in ("unexpected_keyword_argument", "missing"):
-        if problem is not unknown:
-            return f"{path}: missing field"
-        meant = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(problem, problems, kind), n=1)
-        return f"{path}: unknown field" + (f"; did you mean {meant[0]}?" if meant else "")
+    if problem is unknown:
+        field, known = str(problem["loc"][-1]), _siblings(problem, problems, kind)
+        return f"{path}: unknown field{did_you_mean(field, known)}"
+    if kind_of_error == "missing":
+        return f"{path}: missing field"
     if kind_of_error == "json_invalid":
         return f"not JSON ({context['error']})"
     if kind_of_error == "value_error":

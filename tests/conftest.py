@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import synth
 from chromium import browser  # noqa: F401 (a fixture of all)
+from PIL import Image
 from safetensors.numpy import save_file
 
 from moebius_jax import MoebiusInpaintPipeline, UNetConfig
@@ -114,6 +115,16 @@ def inception_folder(tmp_path_factory) -> "os.PathLike[str]":
     folder = tmp_path_factory.mktemp("inception")
     torch.save(reference.state_dict(), folder / "pt_inception.pth")
     convert_file(folder / "pt_inception.pth", folder / "converted")
+    return folder
+
+
+def draw_photos(folder: pathlib.Path, count: int) -> pathlib.Path:
+    """A folder of picture-like images, 96 x 80."""
+    folder.mkdir()
+    y, x = np.mgrid[:80, :96]
+    for i in range(count):
+        waves = [127 + 100 * np.sin(x / (5 + i) + y / a) for a in (9, 14, 23)]
+        Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(folder / f"{i:02}.png")
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_photos
 from logged import RELEASED_NAMES, scalars
 from PIL import Image
 from test_processes import free_port
@@ -242,13 +243,7 @@ def test_two_processes_are_one_run(train, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    y, x = np.mgrid[:80, :96]
-    for i in range(6):
-        waves = [127 + 100 * np.sin(x / (5 + i) + y / a) for a in (9, 14, 23)]
-        Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(folder / f"{i}.png")
-    return folder
+    return draw_photos(tmp_path / "photos", 6)
 
 
 @pytest.mark.slow

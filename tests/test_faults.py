@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_photos
 from PIL import Image
 from test_processes import free_port
 
@@ -112,13 +113,7 @@ def wait_for(text, process):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    folder.mkdir()
-    y, x = np.mgrid[:80, :96]
-    for i in range(12):
-        waves = [127 + 100 * np.sin(x / (5 + i) + y / a) for a in (9, 14, 23)]
-        Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos", 12)
 
 
 def test_data_that_one_cannot_read_end_all_and_nothing_is_lost(job, photos, tmp_path):

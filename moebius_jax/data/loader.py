@@ -78,8 +78,6 @@ class Loader:
     ) -> None:
         if global_batch % processes:
             raise UserError(f"batch_size is {global_batch}; expected a multiple of the {processes} processes")
-        self.samples = first_batch * global_batch  # drawn by all processes so far; the state to save
-        self._global_batch = global_batch
         self._dataset, self._config, self._warn = dataset, config, warn
         self._bad: set[int] = set()
         epoch = grain.MapDataset.range(len(dataset.names)).seed(seed).shuffle()
@@ -108,7 +106,6 @@ class Loader:
         """
         drawn, index = next(self._iterator)
         self._report(drawn.bad)
-        self.samples += self._global_batch
         return Batch(samples=drawn.sample, index=index)
 
     def close(self) -> None:

@@ -175,9 +175,10 @@ def find_model(
 
 
 def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:
-    recorded = read_config(unet).source.get("variant")
+    config = read_config(unet)
+    recorded = config.source.get("variant")
     variant = recorded if recorded in hub.VARIANTS else None
     guidance = PORTRAIT_GUIDANCE if (asked or variant) in PORTRAIT_VARIANTS else DEFAULT_GUIDANCE
-    if read_config(unet).architecture.to_dict() == UNetConfig.teacher().to_dict():
+    if config.architecture.to_dict() == UNetConfig.teacher().to_dict():
         guidance = TEACHER_GUIDANCE
     return ModelFolders(unet=unet, vae=vae, guidance_scale=guidance, variant=variant)

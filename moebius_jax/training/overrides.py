@@ -1,13 +1,12 @@
 """`key=value` on the command line, for any tree of frozen dataclasses, and its inverse for the record."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, did_you_mean
 from moebius_jax.schema import parse_text
 
 Config = TypeVar("Config")
@@ -94,8 +93,7 @@ def _fields(node: Any) -> list[str]:
 
 
 def _unknown(key: str, config: Any) -> UserError:
-    nearest = difflib.get_close_matches(key, describe(config), n=1, cutoff=0.5)
-    return UserError(f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    return UserError(f"{key}: unknown key{did_you_mean(key, describe(config), cutoff=0.5)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

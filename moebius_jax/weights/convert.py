@@ -176,10 +176,7 @@ def _write_safetensors(tensors: dict[str, np.ndarray], partial: Path, dest: Path
 
 
 def _write_torch(tensors: dict[str, np.ndarray], partial: Path, dest: Path) -> None:
-    try:
-        write_torch(tensors, partial, mark=_WRITTEN_BY)
-    except UserError as error:
-        raise UserError(str(error).replace(str(partial), str(dest))) from None
+    write_torch(tensors, partial, mark=_WRITTEN_BY, shown=dest)
 
 
 def _is_ours(file: Path) -> bool:

@@ -131,13 +131,13 @@ def _open_torch(path: Path) -> ReleaseFile:
     return ReleaseFile(file=path, tensors=tensors)
 
 
-def write_torch(tensors: Mapping[str, np.ndarray], file: Path, *, mark: bytes) -> None:
-    """Writes a state dict as torch does, with a mark at the end of the file.
+def write_torch(tensors: Mapping[str, np.ndarray], file: Path, *, mark: bytes, shown: Path) -> None:
+    """Writes a state dict as torch does, with a mark at the end of the file; errors speak of `shown`.
 
     Raises:
         UserError: torch is not installed, or the file cannot be written.
     """
-    torch = _import_torch(file, "writing")
+    torch = _import_torch(shown, "writing")
 
     def tensor(value: np.ndarray) -> Any:
         value = value if value.flags.writeable else value.copy()
@@ -150,7 +150,7 @@ def write_torch(tensors: Mapping[str, np.ndarray], file: Path, *, mark: bytes) -
         with zipfile.ZipFile(file, "a") as archive:
             archive.comment = mark
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
-        raise UserError(f"{file}: cannot be written ({first_line(error)})") from None
+        raise UserError(f"{shown}: cannot be written ({first_line(error)})") from None
 
 
 def _import_torch(path: Path, doing: str) -> Any:
