@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from moebius_jax.diffusion.draws import draw_noise
+from moebius_jax.diffusion.prediction import noise_of
+from moebius_jax.diffusion.schedule import levels
 from moebius_jax.diffusion.solvers import SolverSteps
 from moebius_jax.models import UNet
 
@@ -140,17 +142,20 @@ def denoise_once(
 
 
 def unet_network(unet: UNet) -> Network:
-    """A U-Net as a `Network`."""
+    """A U-Net as a `Network`, whatever it predicts."""
+    config = unet.config
 
     def network(timesteps: Array, categories: Array) -> tuple[Any, Callable[[Inputs, Any], Array]]:
-        ids = jnp.asarray(unet.config.category_ids)[categories]
+        ids = jnp.asarray(config.category_ids)[categories]
         halves = unet.conditions(timesteps, ids)
 
-        def predict(inputs: Inputs, shifts: list[Array]) -> Array:
+        def predict(inputs: Inputs, row: tuple[list[Array], tuple[Array, Array]]) -> Array:
+            shifts, level = row
             now = [half.replace(shifts=row[None]) for half, row in zip(halves, shifts, strict=True)]
-            return unet.predict(inputs, now).sample
+            output, noisy = unet.predict(inputs, now).sample, inputs[..., : config.out_channels]
+            return noise_of(config.prediction_type, output, noisy, *level)
 
-        return [half.shifts for half in halves], predict
+        return ([half.shifts for half in halves], levels(timesteps)), predict
 
     return network
 

@@ -8,7 +8,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal
-from moebius_jax.diffusion.schedule import TRAIN_STEPS, add_noise
+from moebius_jax.diffusion.prediction import clean_of, target_of
+from moebius_jax.diffusion.schedule import TRAIN_STEPS, add_noise, levels
+from moebius_jax.models.config import PredictionType
 
 TimestepSampling = Literal["logit_normal", "uniform"]
 
@@ -21,11 +23,22 @@ class Noised:
         noisy_latents: z_t = α_t z + σ_t n.
         noise: n.
         timesteps: t.
+        prediction_type: what the networks that are called with it predict.
     """
 
     noisy_latents: Float[Array, "B h w c"]
     noise: Float[Array, "B h w c"]
     timesteps: Int[Array, " B"]
+    prediction_type: PredictionType = struct.field(pytree_node=False, default="epsilon")
+
+    @property
+    def target(self) -> Float[Array, "B h w c"]:
+        """What a network should predict: the noise, or the velocity."""
+        return target_of(self.prediction_type, self.noisy_latents, self.noise, *levels(self.timesteps))
+
+    def clean(self, prediction: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        """x̂0, the clean latents that a prediction amounts to."""
+        return clean_of(self.prediction_type, prediction, self.noisy_latents, *levels(self.timesteps))
 
 
 def draw_timesteps(keys: Key[Array, " B"], sampling: TimestepSampling) -> Int[Array, " B"]:
@@ -44,8 +57,14 @@ def noise_batch(
     *,
     noise_offset: float,
     sampling: TimestepSampling,
+    prediction_type: PredictionType = "epsilon",
 ) -> Noised:
     """Draws noise (with `noise_offset` times one normal number per channel) and timesteps, and adds them."""
     noise = draw_noise(keys, latents.shape[1:], noise_offset)
     timesteps = draw_timesteps(keys, sampling)
-    return Noised(noisy_latents=add_noise(latents, noise, timesteps), noise=noise, timesteps=timesteps)
+    return Noised(
+        noisy_latents=add_noise(latents, noise, timesteps),
+        noise=noise,
+        timesteps=timesteps,
+        prediction_type=prediction_type,
+    )

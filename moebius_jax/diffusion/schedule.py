@@ -18,18 +18,11 @@ def add_noise(
     latents: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], timesteps: Int[Array, " B"]
 ) -> Float[Array, "B h w c"]:
     """z_t = α_t z + σ_t n."""
-    alpha, sigma = _alpha_sigma(timesteps)
+    alpha, sigma = levels(timesteps)
     return alpha * latents + sigma * noise
 
 
-def predicted_latents(
-    noisy_latents: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], timesteps: Int[Array, " B"]
-) -> Float[Array, "B h w c"]:
-    """x̂0 = (z_t - σ_t ε) / α_t."""
-    alpha, sigma = _alpha_sigma(timesteps)
-    return (noisy_latents - sigma * noise) / alpha
-
-
-def _alpha_sigma(timesteps: Int[Array, " B"]) -> tuple[Float[Array, "B 1 1 1"], Float[Array, "B 1 1 1"]]:
+def levels(timesteps: Int[Array, " B"]) -> tuple[Float[Array, "B 1 1 1"], Float[Array, "B 1 1 1"]]:
+    """α_t and σ_t."""
     bars = jnp.asarray(alphas_cumprod(), jnp.float32)[timesteps][:, None, None, None]
     return jnp.sqrt(bars), jnp.sqrt(1 - bars)

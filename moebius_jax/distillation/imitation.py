@@ -37,11 +37,11 @@ class Fine(Loss):
 
 @checked
 class Task(Loss):
-    """L_T: the student's noise against the noise that was added."""
+    """L_T: the student's noise against the noise that was added (or its velocity against the true one)."""
 
     name: ClassVar[str] = "task"
     logged_as: ClassVar[str] = "loss_task"
     release_scale: ClassVar[float] = 0.5
 
     def __call__(self, prediction: Array, context: Context) -> Scalar:
-        return mean_square(prediction, context.noised.noise)
+        return mean_square(prediction, context.noised.target)

@@ -75,7 +75,8 @@ class Loss:
         """The loss, a mean over the batch.
 
         Args:
-            prediction: the student's noise [B, h, w, c], or its map at the bottleneck [B, H, W, C]; see `at`.
+            prediction: the student's output [B, h, w, c] (noise, or what its `prediction_type` says), or its
+                map at the bottleneck [B, H, W, C]; see `at`.
             context: see there.
         """
         raise NotImplementedError

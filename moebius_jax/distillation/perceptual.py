@@ -5,7 +5,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from moebius_jax.diffusion.schedule import predicted_latents
 from moebius_jax.distillation.blitting import draw_transform, inverse_map, transform
 from moebius_jax.distillation.loss import Context, Loss, Scalar
 from moebius_jax.models import ELatentLPIPS, ELatentLPIPSConfig
@@ -43,9 +42,7 @@ class Perceptual(Loss):
             )
 
     def __call__(self, prediction: Array, context: Context) -> Scalar:
-        noisy, t = context.noised.noisy_latents, context.noised.timesteps
-        predicted = predicted_latents(noisy, prediction, t)
-        clean = predicted_latents(noisy, context.noised.noise, t)
+        predicted, clean = context.noised.clean(prediction), context.noised.clean(context.noised.target)
         return self.distance(context.network, predicted, clean, context.keys).mean()
 
     def distance(

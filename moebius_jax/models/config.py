@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from moebius_jax.models.architecture import EXECUTION, Architecture
+from moebius_jax.models.architecture import ADDED, EXECUTION, Architecture
 from moebius_jax.models.parts import BlockSizes, Sizes
 from moebius_jax.models.switches import CROSS_MIXERS, FEED_FORWARDS, RESIDUAL_CONVS, SELF_MIXERS, SWITCHES
 from moebius_jax.models.table2 import TABLE_2, experiment
 from moebius_jax.schema import Layers, Side, Width, checked, one_of
+
+PredictionType = Literal["epsilon", "v_prediction"]  # diffusers' names
 
 
 @checked
@@ -32,6 +34,8 @@ class UNetConfig(Architecture, Sizes):
             Interactive-λ depends on it: its position table has latent_size² rows at level 0.
         in_channels, out_channels: 9 = noisy latents 4 + mask 1 + masked-image latents 4; 4.
         vocab_size, embedding_dim: the table of category embeddings.
+        prediction_type: what the output is, see `diffusion.prediction`; the released networks predict the
+            noise, "epsilon".
         remat: recompute each transformer in the backward pass instead of storing it.
 
     Raises:
@@ -53,6 +57,7 @@ class UNetConfig(Architecture, Sizes):
     out_channels: Width = 4
     vocab_size: Width = 20
     embedding_dim: Width = 3072
+    prediction_type: PredictionType = dataclasses.field(default="epsilon", metadata=ADDED)
     remat: bool = dataclasses.field(default=False, metadata=EXECUTION)
 
     def __post_init__(self) -> None:

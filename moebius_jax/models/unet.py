@@ -27,7 +27,7 @@ class UNetOutput:
     """What a U-Net call returns.
 
     Attributes:
-        sample: predicted noise ε, fp32 [B, H, W, 4].
+        sample: predicted noise ε, or what `prediction_type` says; fp32 [B, H, W, 4].
         features: each down level's output after its downsampler, then the mid block's if there is one, then
             each up level's after its upsampler; [B, H_i, W_i, C_i].
     """

@@ -31,7 +31,13 @@ def noised_inputs(config: TrainConfig, keys: Key[Array, " B"], batch: Batch) -> 
     samples = batch.samples
     latents = _sampled(samples.moments, keys, Draw.IMAGE_POSTERIOR)
     masked = _sampled(samples.masked_moments, keys, Draw.MASKED_POSTERIOR)
-    noised = noise_batch(keys, latents, noise_offset=config.noise_offset, sampling=config.timestep_sampling)
+    noised = noise_batch(
+        keys,
+        latents,
+        noise_offset=config.noise_offset,
+        sampling=config.timestep_sampling,
+        prediction_type=config.student.prediction_type,
+    )
     hole = samples.hole.astype(jnp.float32)[..., None]
     inputs = Inputs(
         latents=network_input(noised.noisy_latents, hole, masked),

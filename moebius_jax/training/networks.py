@@ -106,6 +106,12 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
         architecture = read_config(Path(config.teacher)).architecture
         if not isinstance(architecture, UNetConfig):
             raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
+    compares = any(loss.needs_teacher for loss in config.loss.output_losses)
+    if compares and architecture.prediction_type != config.student.prediction_type:
+        raise UserError(
+            f"the teacher's prediction_type is {architecture.prediction_type}, the student's "
+            f"{config.student.prediction_type}; expected the same, since outputs are compared"
+        )
     architecture = architecture.replace(platform=config.student.platform)
     if config.loss.bottleneck_losses:
         _check_taps(config.student, architecture)

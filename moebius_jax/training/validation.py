@@ -46,7 +46,7 @@ class Validation:
             unet.eval()
             noised, inputs = noised_inputs(config, step_keys(config.seed, number, batch.index), batch)
             predicted = unet(inputs.latents, inputs.timesteps, inputs.input_ids).sample
-            return mean_square(predicted, noised.noise)
+            return mean_square(predicted, noised.target)
 
         self._task_loss = jax.jit(task_loss, out_shardings=replicated(mesh))
 
