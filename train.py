@@ -27,7 +27,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moebius_jax.cli.arguments import local_path
+from moebius_jax.buckets import Outbox, is_bucket
+from moebius_jax.cli.arguments import any_location, local_path
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
 
 exit_without_extra("train", "optax", "grain")  # before the imports that need them
@@ -76,6 +77,7 @@ from moebius_jax.training.networks import (
 from moebius_jax.training.optimizer import ema_update, learning_rate_schedule, run_optimizer
 from moebius_jax.training.overrides import describe
 from moebius_jax.training.preview import SampleGrids, preview_grid
+from moebius_jax.training.result import FOLDER as MODEL
 from moebius_jax.training.result import require_room_for_model, write_model
 from moebius_jax.training.state import TrainState, abstract_state, bare_student, initial_state
 from moebius_jax.training.stopping import Stop
@@ -235,7 +237,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     def claim() -> None:
         require_room_for_model(workdir)
         require_run_folder(workdir)
-        held.enter_context(sole_user(workdir))
+        if not is_bucket(workdir):  # which has no locks
+            held.enter_context(sole_user(workdir))
 
     first_does(claim)
     require_shared_folder(workdir)
@@ -248,8 +251,11 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     else:
         state, position = initial_state(config, mesh, optimizer), 0
         say(f"starting from {config.init}" if config.init else "starting from random weights")
+    outbox = Outbox(workdir)  # checkpoints go straight into a bucket, everything else is sent from here
+    held.callback(outbox.close)
     if is_first:
-        write_run_config(workdir, describe(config))
+        write_run_config(outbox.folder, describe(config))
+        outbox.send()
 
     # ------------------------------------------------------------------ compile
     loader = training_loader(
@@ -268,7 +274,11 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
 
     # ------------------------------------------------------------------ loop
     first = done = int(state.step)
-    log, progress, trace = RunLog(workdir), Progress(done, config.steps), Trace(workdir, args.profile, say)
+    log, progress, trace = (
+        RunLog(outbox.folder),
+        Progress(done, config.steps),
+        Trace(outbox.folder, args.profile, say),
+    )
     watch = Stopwatch(config.batch_size, step_flops(update, config, mesh), peak_flops(mesh))
     log.text(done, "config", "\n".join(f"    {k} = {v}" for k, v in describe(config).items()))
     pending: tuple[int, Metrics] | None = None
@@ -322,6 +332,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
                 log.scalars(done, validation(state.result))
             if is_drawn:
                 log.picture(done, "samples", grids.draw(state.result))
+            if is_first and (is_saved or is_validated or is_drawn):
+                outbox.send()
             if at_end:
                 break
             trace.at(done)
@@ -361,12 +373,17 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
         progress.close()
         log.close()
         loader.close()
+        with contextlib.suppress(UserError):  # there are worse troubles, or else it is sent below
+            outbox.send()
     if done < config.steps:
         say(f"stopped at step {done}, the same command goes on from there")
         return 0
 
     # ------------------------------------------------------------------ result
-    model = write_model(workdir, config, state, vae)
+    write_model(outbox.folder, config, state, vae)
+    model = workdir / MODEL
+    if is_first:
+        outbox.send(anew=MODEL)
     wait_for_all("finished")  # an error in writing is told to those who are still here
     say(f"finished: {model}")
     if vae is not None:
@@ -388,7 +405,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", help="a file of configs/, or one of your own; FILE:ARGUMENT for those that take one")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
-    add("--workdir", type=local_path, help="everything the run writes (default: runs/CONFIG)")
+    add("--workdir", type=any_location, help="for all the run writes; gs://… too (default: runs/CONFIG)")
     add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
     add("--preview-data", type=local_path, metavar="PNG", help="draw what the network will see, and stop")
     add("--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop")

@@ -29,6 +29,7 @@ def get_config(stage: str = "whole") -> TrainConfig:
             latent_size=16 if is_first else 32,
             embedding_dim=64,
             context_dim=64,
+            prediction_type="v_prediction",  # colours are learnt much sooner than from the noise
         ),
         data=DataConfig(
             kind="latents",

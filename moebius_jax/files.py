@@ -214,11 +214,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def require_local(path: str) -> str:
+def require_local(path: str, alternative: str = "") -> str:
     """`path`; raises ValueError if it is an address.
 
-    As a path `gs://bucket/run` would be the folder `gs:` here.
+    As a path `s3://bucket/run` would be the folder `s3:` here.
+
+    Args:
+        path: to be looked at.
+        alternative: what else may stand in its place, for the message.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
-        raise ValueError("expected a path of this machine; a bucket is reached through a mount (gcsfuse, …)")
+        expected = " ".join(filter(None, ("expected a path of this machine", alternative)))
+        raise ValueError(f"{expected}; what is elsewhere is reached through a mount (gcsfuse, …)")
     return path

@@ -10,8 +10,8 @@ import numpy as np
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
+from moebius_jax.buckets import location
 from moebius_jax.errors import UserError, did_you_mean
-from moebius_jax.files import require_local
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Platform = Literal["cpu", "gpu", "tpu"]  # as jax calls them
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
-LocalPath = Annotated[str, AfterValidator(require_local)]
+Location = Annotated[str, AfterValidator(lambda text: location(text) and text)]  # here, or in a bucket
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 _KINDS = ("str", "int", "float", "none")  # of a union: pydantic names which it tried, checks as f(kind)

@@ -133,10 +133,10 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["data.path", "teacher", "vae", "init", "log.validation"])
-def test_a_buckets_address_is_no_path(field):
-    """It would be a folder `gs:` here."""
-    with pytest.raises(UserError, match=rf"^{re.escape(field)} is 'gs://b/x'; expected a path of this mach"):
-        load("debug", f"{field}=gs://b/x")
+def test_another_kind_of_address_is_no_path(field):
+    """It would be a folder `s3:` here."""
+    with pytest.raises(UserError, match=rf"^{re.escape(field)} is 's3://b/x'; expected a path of this mach"):
+        load("debug", f"{field}=s3://b/x")
 
 
 def test_held_out_data_take_objects_from_the_training_data():

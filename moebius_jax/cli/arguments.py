@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moebius_jax.buckets import location
 from moebius_jax.cli.terminal import INTERRUPTED, progress
 from moebius_jax.cluster import join_cluster, wait_for_all
 from moebius_jax.defaults import DEFAULT_MODEL, DTYPES, TINY
@@ -61,6 +62,14 @@ def local_path(text: str) -> Path:
     """For `type=` of an argument: a path of this machine, and no bucket's address."""
     try:
         return Path(require_local(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def any_location(text: str) -> Path:
+    """For `type=` of an argument: a path of this machine, or of a bucket."""
+    try:
+        return location(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 

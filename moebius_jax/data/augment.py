@@ -17,7 +17,7 @@ from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.masks import THRESHOLD, Hole, dilate
 from moebius_jax.imaging.picture import read_mask, read_picture
-from moebius_jax.schema import LocalPath, Probability, checked, one_of
+from moebius_jax.schema import Location, Probability, checked, one_of
 
 OWN_MASKS = "own"
 _STRETCH = 1.05  # of a mask that is resized to its image, one axis against the other
@@ -54,7 +54,7 @@ class AugmentConfig:
     )
     random_mask: Probability = 0.5
     holes_on: Literal["square", "image"] = "square"
-    foreground_masks: LocalPath | None = None
+    foreground_masks: Location | None = None
     intersection: Probability = 0.5
     dilation: Probability = 0.99
     flip: Probability = 0.5

@@ -1,13 +1,13 @@
 """Which data a run is trained on."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
+from moebius_jax.buckets import location
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import DATASETS, Dataset, Source
 from moebius_jax.data.loader import LoaderConfig
-from moebius_jax.schema import LocalPath, checked, one_of
+from moebius_jax.schema import Location, checked, one_of
 
 
 @checked
@@ -27,8 +27,8 @@ class DataConfig:
     """
 
     kind: Annotated[str, one_of(DATASETS)] = "images"
-    path: LocalPath | None = None
-    root: LocalPath | None = None
+    path: Location | None = None
+    root: Location | None = None
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
 
@@ -39,6 +39,6 @@ def open_dataset(config: DataConfig, latent_shape: tuple[int, int, int]) -> Data
     Raises:
         UserError: nothing there, or of another size.
     """
-    path, root = (Path(p) if p else None for p in (config.path, config.root))
+    path, root = (location(p) if p else None for p in (config.path, config.root))
     source = Source(path=path, root=root, augment=config.augment, latent_shape=latent_shape)
     return DATASETS[config.kind](source)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from moebius_jax.buckets import location
 from moebius_jax.data.augment import OWN_MASKS, AugmentConfig, draw_sample
 from moebius_jax.data.latent_cache import LatentCache
 from moebius_jax.data.records import FolderRecords, ForegroundMasks, ImagePaths, read_records
@@ -102,7 +103,7 @@ class ImageDataset(Dataset):
         if augment.foreground_masks == OWN_MASKS:
             self._objects = ForegroundMasks(self._records, path)
         elif augment.foreground_masks:
-            file = Path(augment.foreground_masks)
+            file = location(augment.foreground_masks)
             masks = read_records(file)
             is_folder = isinstance(masks, FolderRecords)
             self._objects = ImagePaths(masks) if is_folder else ForegroundMasks(masks, file)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moebius_jax.buckets import ArrayInBucket, fetched, is_bucket
 from moebius_jax.data.records import TASKS
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError, first_line
@@ -86,7 +87,7 @@ class LatentCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            self.info = read_json(folder / INDEX, CacheInfo)
+            self.info = read_json(fetched(folder / INDEX), CacheInfo)
             self._arrays = LatentSample(*(self._load(file) for file in FILES))
             # Caches of version 0.1 have none.
             self._checksums = self._load(CHECKSUMS) if (folder / CHECKSUMS).exists() else None
@@ -100,8 +101,11 @@ class LatentCache:
         except Exception as error:  # NumPy's readers raise whatever a header leads them to
             raise UserError(f"{folder}: damaged cache of latents ({first_line(error)})") from None
 
-    def _load(self, file: str) -> np.ndarray:
+    def _load(self, file: str) -> np.ndarray | ArrayInBucket:
         path = self._folder / file
+        if is_bucket(path):
+            array = ArrayInBucket(path)
+            return array if len(array.shape) > 1 else array.whole()
         if path.exists() and not path.is_file():
             raise ValueError(f"{file} is no ordinary file")
         array = np.load(path, mmap_mode="r")

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from pydantic_core import from_json
 
+from moebius_jax.buckets import fetched, files_below, is_bucket, location, reaching
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.imaging.picture import SUFFIXES
 
@@ -63,10 +64,9 @@ class FolderRecords(Records):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         images = sorted(
-            Path(below, name).relative_to(folder)
-            for below, _, names in os.walk(folder)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+            path
+            for path in map(Path, _files_below(folder))
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
         )
         if not images:
             raise UserError(f"{folder}: no images ({', '.join(SUFFIXES)}) in this folder")
@@ -83,6 +83,14 @@ class FolderRecords(Records):
         return Record(image=self._folder / os.fsdecode(name))
 
 
+def _files_below(folder: Path) -> Iterable[str]:
+    """Relative to the folder."""
+    if is_bucket(folder):
+        return files_below(folder)
+    walk = os.walk(folder)
+    return (os.path.relpath(os.path.join(below, name), folder) for below, _, names in walk for name in names)
+
+
 class AnnotationRecords(Records):
     """The lines of a JSON-lines file.
 
@@ -96,9 +104,10 @@ class AnnotationRecords(Records):
 
     def __init__(self, path: Path, root: Path | None = None) -> None:
         self._path, self._root = path, root or path.parent
+        self._copy = fetched(path)
         starts, tasks, end = array.array("q"), bytearray(), 0
         try:
-            with path.open("rb") as file:
+            with self._copy.open("rb") as file:
                 self._identity = _identity(file.fileno())
                 for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 4), b""), 1):
                     start, end = end, end + len(line)
@@ -126,7 +135,9 @@ class AnnotationRecords(Records):
             image, task, mask = _fields(self._line(i), f"{self._path}, sample ", i)
         except OSError as error:
             raise UserError(f"{self._path}: unreadable ({error})") from None
-        return Record(image=self._root / image, task=task, mask=self._root / mask if mask else None)
+        return Record(
+            image=_joined(self._root, image), task=task, mask=_joined(self._root, mask) if mask else None
+        )
 
     def foreground(self) -> Int[np.ndarray, " m"]:
         return np.flatnonzero(self._tasks == TASKS.index("foreground"))
@@ -136,7 +147,7 @@ class AnnotationRecords(Records):
 
     def _line(self, i: int) -> bytes:
         if self._file is None:
-            self._file = os.open(self._path, os.O_RDONLY)
+            self._file = os.open(self._copy, os.O_RDONLY)
             if _identity(self._file) != self._identity:
                 os.close(self._file)
                 self._file = None
@@ -199,13 +210,21 @@ def read_records(path: Path, root: Path | None = None) -> Records:
     Raises:
         UserError: nothing there, or a line that cannot be understood.
     """
-    if path.is_dir():
-        return FolderRecords(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: no ordinary file or folder")
+    with reaching(path):
+        if path.is_dir():
+            return FolderRecords(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no ordinary file or folder")
     if path.suffix.lower() in SUFFIXES:
         raise UserError(f"{path}: an image; expected a folder of images, or a JSON-lines file")
     return AnnotationRecords(path, root)
+
+
+def _joined(root: Path, name: str) -> Path:
+    try:
+        return location(name) if is_bucket(name) else root / name
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _fields(line: bytes, where: str, number: int) -> tuple[str, Task, str | None]:

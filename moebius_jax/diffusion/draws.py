@@ -37,7 +37,7 @@ def sample_keys(numbers: UInt32[Array, "B n"]) -> Key[Array, " B"]:
 
 
 @functools.partial(jax.jit, static_argnames=("draw", "shape"))
-def draw_normal(keys: Key[Array, " B"], draw: Draw, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def draw_normal(keys: Key[Array, " B"], draw: Draw, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
     """Standard-normal numbers for each sample."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 

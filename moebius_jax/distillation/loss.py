@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 from moebius_jax.diffusion.noising import Noised
 from moebius_jax.models import UNetOutput
 from moebius_jax.models.architecture import Architecture
-from moebius_jax.schema import Above0, LocalPath, checked
+from moebius_jax.schema import Above0, Location, checked
 
 Scalar = Float[Array, ""]
 
@@ -62,7 +62,7 @@ class Loss:
     NETWORK: ClassVar[type[Architecture] | None] = None
 
     scale: Above0 | None = None
-    network: LocalPath | Architecture | None = None
+    network: Location | Architecture | None = None
 
     def require_network(self) -> None:
         """Raises ValueError if it needs a network and none is named, or the other way round."""

@@ -9,7 +9,7 @@ from moebius_jax.distillation.blitting import draw_transform, inverse_map, trans
 from moebius_jax.distillation.loss import Context, Loss, Scalar
 from moebius_jax.models import ELatentLPIPS, ELatentLPIPSConfig
 from moebius_jax.models.architecture import Architecture
-from moebius_jax.schema import LocalPath, checked
+from moebius_jax.schema import Location, checked
 
 SDXL_SCALE = 0.13025
 
@@ -29,7 +29,7 @@ class Perceptual(Loss):
     release_scale: ClassVar[float] = 0.5
     NETWORK: ClassVar[type[Architecture] | None] = ELatentLPIPSConfig
 
-    network: LocalPath | ELatentLPIPSConfig | None = None
+    network: Location | ELatentLPIPSConfig | None = None
     rescale_inputs: bool = False
     augment: bool = True
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moebius_jax.buckets import is_bucket
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 
@@ -213,11 +214,7 @@ def require_alpha_format(path: Path) -> None:
 
 def _open(path: Path, max_megapixels: float | None) -> Image.Image:
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: no ordinary file")  # a pipe or a device may never end
-        if (length := path.stat().st_size) > LARGEST_FILE:
-            raise UserError(f"{path}: {length:,} bytes; expected {LARGEST_FILE:,} or fewer")
-        image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
+        image = Image.open(io.BytesIO(_bytes_of(path)), formats=FORMATS)
     except UserError:
         raise
     except FileNotFoundError:
@@ -237,6 +234,16 @@ def _open(path: Path, max_megapixels: float | None) -> Image.Image:
     if frames > 1 and image.format != "MPO":  # telephones store a preview as the second frame of an MPO
         raise UserError(f"{path}: holds {frames} frames or pages; expected one image")
     return image
+
+
+def _bytes_of(path: Path) -> bytes:
+    if is_bucket(path):  # where all there is are files
+        return path.read_bytes()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: no ordinary file")  # a pipe or a device may never end
+    if (length := path.stat().st_size) > LARGEST_FILE:
+        raise UserError(f"{path}: {length:,} bytes; expected {LARGEST_FILE:,} or fewer")
+    return path.read_bytes()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moebius_jax.buckets import fetched
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
@@ -121,7 +122,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
-    folder = Path(path_or_hub_id)
+    folder = fetched(path_or_hub_id)
     # A folder that merely has the name is not meant.
     return Path(__file__).parents[1] / TINY if str(folder) == TINY and not _is_model(folder) else folder
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 
+from moebius_jax.buckets import is_bucket
 from moebius_jax.data.datasets import DATASETS
 from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.hardware import slice_devices
 from moebius_jax.models import UNetConfig
+from moebius_jax.models.architecture import Architecture
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import abstract_batch, check_batch
 from moebius_jax.training.config import TrainConfig
@@ -94,15 +96,19 @@ def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
     notes, changes, perceptual = [], {"init": None}, config.loss.perceptual
     missing = "{}: {} is not here; the published one's shapes are taken"
     needs_teacher = config.loss.needs_teacher
-    if needs_teacher and isinstance(config.teacher, str) and not Path(config.teacher).exists():
+    if needs_teacher and _is_missing(config.teacher):
         notes.append(missing.format("teacher", config.teacher))
         changes["teacher"] = UNetConfig.teacher()
     is_used = perceptual in config.loss.losses
-    if is_used and isinstance(perceptual.network, str) and not Path(perceptual.network).exists():
+    if is_used and _is_missing(perceptual.network):
         notes.append(missing.format("loss.perceptual.network", perceptual.network))
         perceptual = dataclasses.replace(perceptual, network=perceptual.NETWORK())
         changes["loss"] = dataclasses.replace(config.loss, perceptual=perceptual)
     return notes, config.replace(**changes)
+
+
+def _is_missing(network: str | Architecture | None) -> bool:
+    return isinstance(network, str) and not is_bucket(network) and not Path(network).exists()
 
 
 def _memory_message(error: str) -> str:

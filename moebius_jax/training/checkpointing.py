@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moebius_jax import buckets
+from moebius_jax.buckets import is_bucket
 from moebius_jax.cluster import first_does
 from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import replace_when_complete, require_writable
@@ -50,16 +52,18 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
-        self.folder = (folder / FOLDER).absolute()
+        self.folder = _absolute(folder / FOLDER)
         self._warn = warn
+        # A bucket has sums of its own: no object of it is read again, or comes damaged.
+        sum_up = None if is_bucket(folder) else self._sum_up
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             keep_period=config.keep_every,
             enable_async_checkpointing=True,
             step_prefix="step",
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
+            async_options=ocp.AsyncOptions(post_finalization_callback=sum_up),
         )
-        require_writable(self.folder)
+        (buckets.require_writable if is_bucket(folder) else require_writable)(self.folder)
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -121,7 +125,8 @@ class RunCheckpoints:
             try:
                 with quiet_storage():
                     # By one process: the others' restores read parts only.
-                    first_does(lambda step=step: checksums.verify_checksums(self._path(step)))
+                    if not is_bucket(self.folder):
+                        first_does(lambda step=step: checksums.verify_checksums(self._path(step)))
                     restored = self._manager.restore(step, args=wanted)
                 position = parse_json(json.dumps(restored["data"]), _Position)
             except Exception as error:  # storage libraries raise whatever they meet
@@ -200,7 +205,8 @@ class RunCheckpoints:
         self._warn(f"{self._path(step)}: damaged, going back to the one before ({first_line(error)})")
         if jax.process_index() == 0:
             aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
-            self._path(step).rename(aside)
+            rename = buckets.move if is_bucket(aside) else Path.rename
+            rename(self._path(step), aside)
         self._manager.reload()
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]] | None:
@@ -252,7 +258,7 @@ def require_shared_folder(folder: Path) -> None:
     if len(blind):
         those = ", ".join(map(str, blind))
         raise SharedError(
-            f"{folder.absolute()}: process {those} of {jax.process_count()} does not see what process 0 "
+            f"{_absolute(folder)}: process {those} of {jax.process_count()} does not see what process 0 "
             "writes there; --workdir must be one folder that all hosts share"
         )
 
@@ -261,6 +267,10 @@ def write_run_config(folder: Path, config: dict[str, Any]) -> None:
     """Puts the configuration beside the checkpoints, for people."""
     with replace_when_complete(folder / "config.json", overwrite=True) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _absolute(folder: Path) -> Path:
+    return folder if is_bucket(folder) else folder.absolute()
 
 
 def _named(state: TrainState) -> dict[str, Any]:

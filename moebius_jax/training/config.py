@@ -12,7 +12,7 @@ from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE
 from moebius_jax.models import UNetConfig, VAEConfig
-from moebius_jax.schema import AtLeast0, AtLeastOne, AtLeastZero, Below1, LocalPath, Seed, checked
+from moebius_jax.schema import AtLeast0, AtLeastOne, AtLeastZero, Below1, Location, Seed, checked
 from moebius_jax.training.optimizer import OptimizerConfig
 
 Compute = Literal["bfloat16", "float32"]
@@ -59,7 +59,7 @@ class LogConfig:
     grid_every: AtLeastZero = 2000
     grid_images: Annotated[int, Field(ge=1, le=1024)] = 8
     grid_steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    validation: LocalPath | None = None
+    validation: Location | None = None
     validate_every: AtLeastZero = 1000
     validation_samples: Annotated[int, Field(ge=1, le=2**20)] = 512
 
@@ -101,9 +101,9 @@ class TrainConfig:
     """
 
     student: UNetConfig = field(default_factory=UNetConfig.student)
-    init: LocalPath | None = None
-    teacher: LocalPath | UNetConfig | None = None
-    vae: LocalPath | VAEConfig | None = None
+    init: Location | None = None
+    teacher: Location | UNetConfig | None = None
+    vae: Location | VAEConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -133,15 +133,15 @@ class Trace:
     """A profiler's trace of a few steps.
 
     Args:
-        workdir: gets it, in `profile/`.
+        folder: gets it, in `profile/`.
         first: step it begins at; None for no trace.
-        say: told where it is.
+        say: told that it is there.
     """
 
     STEPS = 5
 
-    def __init__(self, workdir: Path, first: int | None, say: Callable[[str], None]) -> None:
-        self._folder, self._first, self._say = workdir / "profile", first, say
+    def __init__(self, folder: Path, first: int | None, say: Callable[[str], None]) -> None:
+        self._folder, self._first, self._say = folder / "profile", first, say
         self._is_running = False
 
     def at(self, step: int) -> None:
@@ -156,4 +156,4 @@ class Trace:
         if self._is_running:
             jax.profiler.stop_trace()
             self._is_running = False
-            self._say(f"profile: tensorboard --logdir {self._folder}")
+            self._say(f"traced {self.STEPS} steps: profile/ in the run's folder, for TensorBoard")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -11,6 +10,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
+from moebius_jax.buckets import fetched
 from moebius_jax.distillation.loss import Loss
 from moebius_jax.errors import UserError
 from moebius_jax.models import VAE, UNet, UNetConfig, inference_copy
@@ -83,7 +83,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
     Raises:
         UserError: no such folder, or another architecture than the student's.
     """
-    folder = Path(config.init or "")
+    folder = fetched(config.init or "")
     if (folder / "unet").is_dir():  # a saved pipeline, as training leaves one
         folder = folder / "unet"
     found = read_config(folder).architecture
@@ -103,7 +103,7 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
     if isinstance(config.teacher, UNetConfig):
         architecture = config.teacher
     else:
-        architecture = read_config(Path(config.teacher)).architecture
+        architecture = read_config(fetched(config.teacher)).architecture
         if not isinstance(architecture, UNetConfig):
             raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
     compares = any(loss.needs_teacher for loss in config.loss.output_losses)
@@ -154,7 +154,7 @@ def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> Fr
         if not abstract:
             network = load_network(loss.network, loss.NETWORK, dtype=dtype, placement=_placement(mesh))
             return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
-        architecture = read_config(Path(loss.network)).architecture
+        architecture = read_config(fetched(loss.network)).architecture
 
     def draw() -> nnx.Module:
         build = KINDS[kind_of(architecture)].network

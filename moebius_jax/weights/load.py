@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from moebius_jax.buckets import fetched
 from moebius_jax.errors import UserError
 from moebius_jax.models import (
     VAE,
@@ -36,7 +37,7 @@ def load_network(
     """The network in a converted folder, in evaluation mode.
 
     Args:
-        folder: made by `convert_weights.py` or a `save` function.
+        folder: made by `convert_weights.py` or a `save` function; one in a bucket is fetched.
         expected: what it has to be.
         param_dtype: dtype the parameters are kept in; None keeps the stored one.
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
@@ -48,7 +49,7 @@ def load_network(
     Raises:
         UserError: not such a folder, or damaged.
     """
-    folder = Path(folder)
+    folder = fetched(folder)
     config = _require(folder, expected)
     kept = jnp.dtype(param_dtype or config.dtype)
     network = abstract_network(config.architecture.replace(**changes or {}), param_dtype=kept, **dtypes)

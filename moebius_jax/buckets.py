@@ -1,0 +1,242 @@
+"""Folders in buckets of Google's storage (gs://bucket/…): read where they lie, written from this machine.
+
+An object has its name only when all of it is there; of a folder of objects that is not so. What says what a
+folder is (`config.json`, `pipeline.json`) is therefore sent last, and taken away first.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moebius_jax.errors import UserError, first_line
+from moebius_jax.files import partial_of, require_local
+
+SCHEME = "gs://"
+LAST = ("SHA256SUMS", "config.json", "pipeline.json")  # of a folder, in this order
+
+
+def is_bucket(path: str | Path) -> bool:
+    """Whether it is an address in a bucket."""
+    return str(path).startswith(SCHEME)
+
+
+def location(text: str) -> Path:
+    """A path of this machine, or of a bucket: etils.epath offers for these what pathlib does for those.
+
+    Raises:
+        ValueError: an address of another kind, of no bucket, or the library for buckets is missing.
+    """
+    if not is_bucket(text):
+        return Path(require_local(text, f"or {SCHEME}BUCKET/PATH"))
+    if not text.removeprefix(SCHEME).strip("/"):
+        raise ValueError(f"expected {SCHEME}BUCKET/PATH")
+    # The way that is tested; TensorFlow, which epath takes where it is installed, has another.
+    os.environ["EPATH_USE_TF"] = "0"
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise ValueError(f'{SCHEME} needs gcsfs; install it: pip install "moebius-jax[gcs]"') from None
+    from etils import epath
+
+    return epath.Path(text)
+
+
+@contextlib.contextmanager
+def reaching(path: str | Path) -> Iterator[None]:
+    """Makes one `UserError` of whatever the storage's libraries raise for a path in a bucket."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if not is_bucket(path):
+            raise
+        raise UserError(f"{path}: cannot be reached ({first_line(error)})") from None
+
+
+def files_below(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Names relative to a folder in a bucket, with what tells another object of the same name.
+
+    Raises:
+        UserError: the bucket cannot be reached.
+    """
+    address, storage = str(folder).rstrip("/"), _storage()
+    inside = address.removeprefix(SCHEME)
+    with reaching(folder):
+        storage.invalidate_cache()
+        found = storage.find(address, detail=True)
+    return {
+        name.removeprefix(inside).lstrip("/"): (entry.get("size"), entry.get("md5Hash") or entry.get("etag"))
+        for name, entry in sorted(found.items())
+        if not name.endswith("/")
+    }
+
+
+def fetched(path: str | Path) -> Path:
+    """A copy on this machine of a file or folder in a bucket; any other path as it is.
+
+    Copies stay in `$HF_HOME/moebius-jax/buckets`, and are taken again while the bucket's listing is the same.
+
+    Raises:
+        UserError: there is nothing, or the bucket cannot be reached.
+    """
+    if not is_bucket(path):
+        return Path(path)
+    try:
+        path = location(str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    files = files_below(path)
+    if not files:
+        raise UserError(f"{path}: no such file or folder")
+    number = zlib.crc32(repr((str(path), files)).encode())
+    copy = _cache() / f"{number:08x}" / path.name
+    if not copy.exists():
+        is_file = list(files) == [""]
+        with contextlib.suppress(FileExistsError), _copying(copy, is_file) as partial, reaching(path):
+            for name in files:
+                dest = partial / name if name else partial
+                dest.parent.mkdir(parents=True, exist_ok=True)
+                _storage().get_file(str(path / name if name else path), str(dest))
+    return copy
+
+
+def require_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written into a folder of a bucket."""
+    mark = folder / partial_of(Path("writable")).name
+    with reaching(folder):
+        mark.write_text("")
+        mark.unlink()
+
+
+def move(source: Path, dest: Path) -> None:
+    """Gives a folder of a bucket another name, object by object."""
+    with reaching(source):
+        _storage().mv(str(source), str(dest), recursive=True)
+
+
+class Outbox:
+    """What a run writes, for a folder that may be in a bucket.
+
+    Args:
+        dest: the run's folder.
+
+    Attributes:
+        folder: where to write: `dest`, or for a bucket a folder of this machine until `send`.
+    """
+
+    def __init__(self, dest: Path) -> None:
+        self._dest, self._sent = dest, {}
+        self.folder = Path(tempfile.mkdtemp(prefix="moebius-")) if is_bucket(dest) else dest
+
+    def send(self, *, anew: str | None = None) -> None:
+        """Sends what has changed since it was last sent. Where nothing is in a bucket, it does nothing.
+
+        Args:
+            anew: a subfolder; what was in its place before is removed first.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not is_bucket(self._dest):
+            return
+        with reaching(self._dest):
+            if anew:
+                self._remove(anew)
+            files = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
+            for path in sorted(files, key=lambda path: (_rank(path.name), path)):
+                name, found = path.relative_to(self.folder).as_posix(), path.stat()
+                now = found.st_size, found.st_mtime_ns
+                if self._sent.get(name) != now:
+                    _storage().put_file(str(path), f"{self._dest}/{name}")
+                    self._sent[name] = now
+
+    def close(self) -> None:
+        """Forgets what was written on this machine."""
+        if is_bucket(self._dest):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove(self, subfolder: str) -> None:
+        names = files_below(self._dest / subfolder)
+        for name in sorted(names, key=lambda name: (-_rank(name.rpartition("/")[2]), name)):
+            _storage().rm_file(f"{self._dest}/{subfolder}/{name}")
+        self._sent = {k: v for k, v in self._sent.items() if not k.startswith(f"{subfolder}/")}
+
+
+class ArrayInBucket:
+    """An .npy file in a bucket, of which rows are read one at a time.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        shape, dtype: of the array.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no such file.
+        UserError: the bucket cannot be reached.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        head = io.BytesIO(self._read(0, 1 << 12))
+        version = np.lib.format.read_magic(head)
+        if version != (1, 0):
+            raise ValueError(f"{path.name} is of version {version}; expected (1, 0)")
+        self.shape, is_fortran, self.dtype = np.lib.format.read_array_header_1_0(head)
+        if is_fortran or self.dtype.hasobject or not self.shape:
+            raise ValueError(f"{path.name} holds no array of numbers, row by row")
+        self._start = head.tell()
+        self._row = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """A row."""
+        start = self._start + range(self.shape[0])[i] * self._row
+        return np.frombuffer(self._read(start, start + self._row), self.dtype).reshape(self.shape[1:])
+
+    def whole(self) -> np.ndarray:
+        """All of it, in memory."""
+        end = self._start + self.shape[0] * self._row
+        return np.frombuffer(self._read(self._start, end), self.dtype).reshape(self.shape)
+
+    def _read(self, start: int, end: int) -> bytes:
+        with reaching(self._path):
+            return _storage().cat_file(self._path, start=start, end=end)
+
+
+def _rank(name: str) -> int:
+    return LAST.index(name) + 1 if name in LAST else 0
+
+
+def _storage() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gs")
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "moebius-jax" / "buckets"
+
+
+@contextlib.contextmanager
+def _copying(copy: Path, is_file: bool) -> Iterator[Path]:
+    """The name to copy to; another process may be faster, and then its copy stays."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=copy.parent) as folder:
+        yield Path(folder) / copy.name
+        if is_file:
+            (Path(folder) / copy.name).replace(copy)
+        else:
+            with contextlib.suppress(OSError):
+                (Path(folder) / copy.name).rename(copy)

@@ -1,0 +1,334 @@
+"""gs://… in the places that know it, against an emulator of Google's storage."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import draw_photos
+from storage_server import storage_server
+from test_cli_train import LIMIT_S, ROOT
+
+from moebius_jax import buckets
+from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, location
+from moebius_jax.data.augment import AugmentConfig
+from moebius_jax.data.datasets import ImageDataset, LatentDataset, Source
+from moebius_jax.data.latent_cache import CacheInfo, CacheWriter
+from moebius_jax.data.samples import LatentSample
+from moebius_jax.errors import UserError
+from moebius_jax.imaging.picture import read_picture
+from moebius_jax.weights.folder import load_numpy
+from moebius_jax.weights.load import load_vae
+
+BUCKET = "gs://bucket"
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The environment of programs that are to use it; this one does."""
+    with storage_server() as environment, pytest.MonkeyPatch.context() as patch:
+        environment["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+        yield environment
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+
+
+@pytest.fixture
+def storage(emulator, monkeypatch, tmp_path):  # noqa: ARG001 (has to run)
+    """The bucket, empty, and a cache of this test's own."""
+    monkeypatch.setattr(buckets, "_cache", lambda: tmp_path / "cache")
+    found = fsspec.filesystem("gs")
+    for name in found.find(BUCKET):
+        found.rm_file(name)
+    return found
+
+
+def names(storage, folder):
+    storage.invalidate_cache()
+    return sorted(name.removeprefix(f"bucket/{folder}/") for name in storage.find(f"{BUCKET}/{folder}"))
+
+
+class TestAddress:
+    @pytest.mark.parametrize("address", ["s3://bucket/x", "file:///x", "https://host/x", "hf://datasets/x"])
+    def test_of_another_kind(self, address):
+        with pytest.raises(ValueError, match="expected a path of this machine or gs://BUCKET/PATH"):
+            location(address)
+
+    @pytest.mark.parametrize("address", ["gs://", "gs:///"])
+    def test_of_no_bucket(self, address):
+        with pytest.raises(ValueError, match=r"^expected gs://BUCKET/PATH$"):
+            location(address)
+
+    def test_needs_its_library(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(ValueError, match=re.escape('pip install "moebius-jax[gcs]"')):
+            location("gs://bucket/x")
+
+    def test_of_this_machine(self, tmp_path):
+        assert location(str(tmp_path)) == tmp_path
+
+
+class TestFetched:
+    def test_folder(self, storage):
+        storage.pipe(f"{BUCKET}/net/config.json", b"{}")
+        storage.pipe(f"{BUCKET}/net/weights/d/x", b"123")
+        copy = fetched(f"{BUCKET}/net")
+        assert copy.name == "net"
+        assert (copy / "weights/d/x").read_bytes() == b"123"
+
+    def test_file(self, storage):
+        storage.pipe(f"{BUCKET}/list.jsonl", b"line")
+        assert fetched(f"{BUCKET}/list.jsonl").read_bytes() == b"line"
+
+    def test_once_until_it_changes(self, storage, monkeypatch):
+        storage.pipe(f"{BUCKET}/net/x", b"1")
+        first = fetched(f"{BUCKET}/net")
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "get_file", None)
+            assert fetched(f"{BUCKET}/net") == first
+        storage.pipe(f"{BUCKET}/net/x", b"2")
+        assert (fetched(f"{BUCKET}/net") / "x").read_bytes() == b"2"
+        assert (first / "x").read_bytes() == b"1"
+
+    def test_interrupted_leaves_no_copy(self, storage, monkeypatch, tmp_path):
+        storage.pipe(f"{BUCKET}/net/x", b"1")
+        storage.pipe(f"{BUCKET}/net/y", b"1")
+        get = storage.get_file
+
+        def failing(source, dest):
+            if source.endswith("y"):
+                raise OSError("connection reset")
+            return get(source, dest)
+
+        monkeypatch.setattr(storage, "get_file", failing)
+        with pytest.raises(UserError, match=r"^gs://bucket/net: cannot be reached \(connection reset\)$"):
+            fetched(f"{BUCKET}/net")
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+    @pytest.mark.usefixtures("storage")
+    def test_nothing_there(self):
+        with pytest.raises(UserError, match=r"^gs://bucket/none: no such file or folder$"):
+            fetched(f"{BUCKET}/none")
+
+    def test_network(self, storage, tmp_path, vae_mini):
+        from moebius_jax.weights.load import save_network
+
+        save_network(tmp_path / "vae", vae_mini)
+        storage.put(f"{tmp_path}/vae", f"{BUCKET}/vae", recursive=True)
+        assert load_vae(f"{BUCKET}/vae").config == vae_mini.config
+        storage.pipe(f"{BUCKET}/vae/config.json", b"{}")
+        with pytest.raises(UserError, match=r"config.json: format: missing field"):
+            load_vae(f"{BUCKET}/vae")
+
+
+class TestArrays:
+    def test_rows(self, storage):
+        array = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float16)
+        with storage.open(f"{BUCKET}/a.npy", "wb") as file:
+            np.save(file, array)
+        ours = ArrayInBucket(location(f"{BUCKET}/a.npy"))
+        assert (ours.shape, ours.dtype) == (array.shape, array.dtype)
+        for i in (0, 3, 4, -1):
+            np.testing.assert_array_equal(ours[i], array[i])
+        np.testing.assert_array_equal(ours.whole(), array)
+        with pytest.raises(IndexError):
+            ours[5]
+
+    @pytest.mark.parametrize("array", [np.float32(1), np.asfortranarray(np.ones((2, 2))), np.array([{}])])
+    def test_of_no_rows(self, storage, array):
+        with storage.open(f"{BUCKET}/a.npy", "wb") as file:
+            np.save(file, array)
+        with pytest.raises(ValueError, match="holds no array of numbers"):
+            ArrayInBucket(location(f"{BUCKET}/a.npy"))
+
+
+class TestData:
+    def test_folder_of_images(self, storage, tmp_path):
+        draw_photos(tmp_path / "photos", 3)
+        storage.put(f"{tmp_path}/photos", f"{BUCKET}/photos", recursive=True)
+        augment = AugmentConfig(image_size=64)
+        here, there = (
+            ImageDataset(Source(path=path, augment=augment))
+            for path in (tmp_path / "photos", location(f"{BUCKET}/photos"))
+        )
+        assert [str(name) for name in there.names] == [f"{BUCKET}/photos/{name.name}" for name in here.names]
+        for i in range(3):
+            for a, b in zip(
+                here.draw(i, rng(i)), pickle.loads(pickle.dumps(there)).draw(i, rng(i)), strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+
+    def test_json_lines(self, storage, tmp_path):
+        draw_photos(tmp_path / "photos", 2)
+        photos = sorted((tmp_path / "photos").iterdir())
+        for photo in photos:
+            storage.put_file(str(photo), f"{BUCKET}/data/{photo.name}")
+        lines = [{"image": photos[0].name}, {"image": f"{BUCKET}/data/{photos[1].name}"}]
+        storage.pipe(f"{BUCKET}/data/list.jsonl", "\n".join(map(json.dumps, lines)).encode())
+        found = ImageDataset(
+            Source(path=location(f"{BUCKET}/data/list.jsonl"), augment=AugmentConfig(image_size=64))
+        )
+        assert [str(name) for name in found.names] == [f"{BUCKET}/data/{photo.name}" for photo in photos]
+        assert found.draw(1, rng(0)).image.shape == (64, 64, 3)
+
+    def test_broken_image_is_named(self, storage):
+        storage.pipe(f"{BUCKET}/x.png", b"no image")
+        with pytest.raises(UserError, match=r"^gs://bucket/x.png: not an image of a kind that is read"):
+            read_picture(location(f"{BUCKET}/x.png"))
+        with pytest.raises(UserError, match=r"^gs://bucket/y.png: no such file$"):
+            read_picture(location(f"{BUCKET}/y.png"))
+
+    @pytest.mark.usefixtures("storage")
+    @pytest.mark.parametrize("path", ["none", "none.jsonl"])
+    def test_nothing_there(self, path):
+        with pytest.raises(UserError, match=rf"^gs://bucket/{path}: no such f"):
+            ImageDataset(Source(path=location(f"{BUCKET}/{path}")))
+
+    def test_cached_latents(self, storage, tmp_path):
+        folder = tmp_path / "latents"
+        folder.mkdir()
+        generator = rng(0)
+        samples = LatentSample(
+            *(generator.normal(size=(5, 8, 8, 8)).astype(np.float16) for _ in range(2)),
+            hole=generator.random((5, 8, 8)) < 0.5,
+            task=np.arange(5, dtype=np.int32) % 2,
+        )
+        info = CacheInfo(samples=5, side=8, vae="x", made_of={})
+        writer = CacheWriter(folder, info, LatentSample(*(leaf[0] for leaf in samples)))
+        writer.add(samples)
+        writer.close()
+        storage.put(str(folder), f"{BUCKET}/latents", recursive=True)
+        there = Source(path=location(f"{BUCKET}/latents"), latent_shape=(8, 8, 4))
+        found = pickle.loads(pickle.dumps(LatentDataset(there)))
+        for i in range(5):
+            for a, b in zip(found.draw(i, rng(0)), samples, strict=True):
+                np.testing.assert_array_equal(a, b[i])
+        changed = bytearray(storage.cat_file(f"{BUCKET}/latents/hole.npy"))
+        changed[-1] ^= 1
+        storage.pipe(f"{BUCKET}/latents/hole.npy", bytes(changed))
+        found.draw(3, rng(0))
+        with pytest.raises(UserError, match=r"^gs://bucket/latents \(sample 4\): not what was written"):
+            found.draw(4, rng(0))
+
+
+class TestOutbox:
+    @pytest.fixture
+    def outbox(self, storage):  # noqa: ARG002 (has to run)
+        outbox = Outbox(location(f"{BUCKET}/run"))
+        yield outbox
+        outbox.close()
+        assert not outbox.folder.exists()
+
+    def write(self, outbox, *files):
+        for name in files:
+            (outbox.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (outbox.folder / name).write_text(name)
+
+    def test_sends_what_is_new_or_longer(self, storage, outbox):
+        self.write(outbox, "a", "b/c", ".partial-x")
+        outbox.send()
+        assert names(storage, "run") == ["a", "b/c"]
+        (outbox.folder / "a").write_text("a longer one")
+        storage.pipe(f"{BUCKET}/run/b/c", b"not sent again")
+        outbox.send()
+        assert storage.cat_file(f"{BUCKET}/run/a") == b"a longer one"
+        assert storage.cat_file(f"{BUCKET}/run/b/c") == b"not sent again"
+
+    @pytest.mark.parametrize("method", ["put_file", "rm_file"])
+    def test_interrupted_model_is_none(self, storage, outbox, monkeypatch, method):
+        """Neither while one is sent, nor while an old one is taken away."""
+        marks = {"model/pipeline.json", "model/unet/config.json"}
+        model = {*marks, "model/unet/weights/x", "model/unet/weights/z"}
+        self.write(outbox, *model)
+        if method == "rm_file":
+            outbox.send(anew="model")
+        with monkeypatch.context() as patch:
+            self.fail(patch, storage, method, 2)
+            with pytest.raises(UserError, match=r"^gs://bucket/run: cannot be reached \(gone\)$"):
+                outbox.send(anew="model")
+        assert len(names(storage, "run")) == 2
+        assert not marks & set(names(storage, "run"))
+        outbox.send(anew="model")
+        assert set(names(storage, "run")) == model
+
+    def fail(self, patch, storage, method, at):
+        real, calls = getattr(storage, method), []
+
+        def failing(*args):
+            calls.append(args)
+            if len(calls) > at:
+                raise OSError("gone")
+            return real(*args)
+
+        patch.setattr(storage, method, failing)
+
+    def test_old_files_of_a_model_go(self, storage, outbox):
+        storage.pipe(f"{BUCKET}/run/model/unet/weights/old", b"x")
+        storage.pipe(f"{BUCKET}/run/other", b"x")
+        self.write(outbox, "model/pipeline.json")
+        outbox.send(anew="model")
+        assert names(storage, "run") == ["model/pipeline.json", "other"]
+
+    def test_of_this_machine_is_the_folder(self, tmp_path):
+        outbox = Outbox(tmp_path)
+        assert outbox.folder == tmp_path
+        outbox.send(anew="model")
+        outbox.close()
+        assert tmp_path.exists()
+
+
+def rng(seed):
+    return np.random.default_rng(seed)
+
+
+def train(emulator, *arguments):
+    """Status and what it said."""
+    program = [sys.executable, "train.py", "tests/tiny_run.py", *map(str, arguments)]
+    environment = os.environ | emulator
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["FAST_COMPILE"]}
+    done = subprocess.run(
+        program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_run_in_a_bucket(emulator, storage, tmp_path):
+    """Stopped, gone on from after its newest checkpoint was damaged, equal to one that lies here."""
+    draw_photos(tmp_path / "photos", 6)
+    storage.put(f"{tmp_path}/photos", f"{BUCKET}/photos", recursive=True)
+    common = ("data.kind=images", "checkpoint.every=2", "log.every=1")
+    here = (*common, f"data.path={tmp_path}/photos", "--workdir", tmp_path / "run")
+    there = (*common, f"data.path={BUCKET}/photos", "--workdir", f"{BUCKET}/run")
+    assert train(emulator, *here, "steps=6")[0] == 0
+    status, err = train(emulator, *there, "steps=4")
+    assert status == 0, err
+    assert {"config.json", "model/pipeline.json"} < set(names(storage, "run"))
+    assert any("tfevents" in name for name in names(storage, "run"))
+    assert "finished: gs://bucket/run/model" in err
+    inside = [name for name in names(storage, "run") if name.startswith("checkpoints/step_4/state/")]
+    for name in inside:
+        storage.rm_file(f"{BUCKET}/run/{name}")
+    status, err = train(emulator, *there, "steps=6")
+    assert status == 0, err
+    assert "checkpoints/step_4: damaged, going back to the one before" in err
+    assert "going on from step 2 of gs://bucket/run" in err
+    assert any(name.startswith("damaged_step_4") for name in names(storage, "run"))
+    ours, expected = load_numpy(fetched(f"{BUCKET}/run/model/unet")), load_numpy(tmp_path / "run/model/unet")
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(ours[name], value)
+    status, err = train(emulator, *there, "steps=6", "seed=1")
+    assert status == 1
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .startswith("error: gs://bucket/run/checkpoints/step_6: of a run with seed=0")
+    )
