@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moebius_jax.buckets import Outbox, is_bucket
+from moebius_jax.buckets import Outbox, is_bucket, reaching
 from moebius_jax.cli.arguments import any_location, local_path
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
 
@@ -235,8 +235,9 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     require_memory(shapes)
 
     def claim() -> None:
-        require_room_for_model(workdir)
-        require_run_folder(workdir)
+        with reaching(workdir):
+            require_room_for_model(workdir)
+            require_run_folder(workdir)
         if not is_bucket(workdir):  # which has no locks
             held.enter_context(sole_user(workdir))
 
@@ -333,7 +334,10 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
             if is_drawn:
                 log.picture(done, "samples", grids.draw(state.result))
             if is_first and (is_saved or is_validated or is_drawn):
-                outbox.send()
+                try:
+                    outbox.send()
+                except UserError as error:  # logs are no reason to end; they are sent the next time
+                    say(f"warning: {error}")
             if at_end:
                 break
             trace.at(done)

@@ -47,6 +47,7 @@ def get_config(stage: str = "whole") -> TrainConfig:
         ),
         batch_size=32 if is_first else 16,
         steps=1200 if is_first else 420,
+        timestep_sampling="uniform",  # colours and shapes are decided at the noisy end
         ema_decay=0.995,
         dtype="float32",
         vae_dtype="float32",

@@ -5,11 +5,14 @@ folder is (`config.json`, `pipeline.json`) is therefore sent last, and taken awa
 """
 
 import contextlib
+import errno
+import hashlib
 import io
+import logging
 import os
+import posixpath
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import partial_of, require_local
 
 SCHEME = "gs://"
+_AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
 LAST = ("SHA256SUMS", "config.json", "pipeline.json")  # of a folder, in this order
 
 
@@ -44,9 +48,28 @@ def location(text: str) -> Path:
         import gcsfs  # noqa: F401
     except ImportError:
         raise ValueError(f'{SCHEME} needs gcsfs; install it: pip install "moebius-jax[gcs]"') from None
+    for name in ("gcsfs", "google.auth"):  # what fails is raised, and told in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from etils import epath
 
     return epath.Path(text)
+
+
+def joined(root: Path, name: str) -> Path:
+    """What a name in a list of files means, the list's root being a folder here or in a bucket.
+
+    Raises:
+        UserError: an address of another kind.
+    """
+    try:
+        if "://" in name or (is_bucket(root) and name.startswith("/")):
+            return location(name)
+        if is_bucket(root):
+            # In a bucket, `..` would be a part of the name.
+            return location(SCHEME + posixpath.normpath(f"{str(root).removeprefix(SCHEME)}/{name}"))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    return root / name
 
 
 @contextlib.contextmanager
@@ -54,12 +77,18 @@ def reaching(path: str | Path) -> Iterator[None]:
     """Makes one `UserError` of whatever the storage's libraries raise for a path in a bucket."""
     try:
         yield
-    except (UserError, FileNotFoundError):
+    except UserError:
         raise
     except Exception as error:
-        if not is_bucket(path):
+        ours = isinstance(error, FileNotFoundError) and error.errno
+        if ours or not is_bucket(path):
             raise
         raise UserError(f"{path}: cannot be reached ({first_line(error)})") from None
+
+
+def forget_listings() -> None:
+    """What was seen in buckets so far is asked for anew: other processes write there too."""
+    _storage().invalidate_cache()
 
 
 def files_below(folder: Path) -> dict[str, tuple[Any, ...]]:
@@ -68,11 +97,12 @@ def files_below(folder: Path) -> dict[str, tuple[Any, ...]]:
     Raises:
         UserError: the bucket cannot be reached.
     """
-    address, storage = str(folder).rstrip("/"), _storage()
+    address = str(folder).rstrip("/")
     inside = address.removeprefix(SCHEME)
     with reaching(folder):
-        storage.invalidate_cache()
-        found = storage.find(address, detail=True)
+        forget_listings()
+        # A listing that was kept would be a thousand bytes an object, for millions of them.
+        found = _storage().find(address, detail=True, update_cache=False)
     return {
         name.removeprefix(inside).lstrip("/"): (entry.get("size"), entry.get("md5Hash") or entry.get("etag"))
         for name, entry in sorted(found.items())
@@ -86,7 +116,7 @@ def fetched(path: str | Path) -> Path:
     Copies stay in `$HF_HOME/moebius-jax/buckets`, and are taken again while the bucket's listing is the same.
 
     Raises:
-        UserError: there is nothing, or the bucket cannot be reached.
+        UserError: there is nothing, a name in it leads elsewhere, or the bucket cannot be reached.
     """
     if not is_bucket(path):
         return Path(path)
@@ -97,8 +127,10 @@ def fetched(path: str | Path) -> Path:
     files = files_below(path)
     if not files:
         raise UserError(f"{path}: no such file or folder")
-    number = zlib.crc32(repr((str(path), files)).encode())
-    copy = _cache() / f"{number:08x}" / path.name
+    if leading := [name for name in files if ".." in name.split("/")]:
+        raise UserError(f"{path}: holds {leading[0]!r}, which leads out of it")
+    digest = hashlib.sha256(repr((str(path), files)).encode()).hexdigest()
+    copy = _cache() / digest[:16] / path.name
     if not copy.exists():
         is_file = list(files) == [""]
         with contextlib.suppress(FileExistsError), _copying(copy, is_file) as partial, reaching(path):
@@ -118,9 +150,15 @@ def require_writable(folder: Path) -> None:
 
 
 def move(source: Path, dest: Path) -> None:
-    """Gives a folder of a bucket another name, object by object."""
+    """Gives a folder of a bucket another name, object by object.
+
+    Raises:
+        UserError: the bucket cannot be reached.
+    """
     with reaching(source):
+        forget_listings()
         _storage().mv(str(source), str(dest), recursive=True)
+        forget_listings()
 
 
 class Outbox:
@@ -156,13 +194,19 @@ class Outbox:
                 name, found = path.relative_to(self.folder).as_posix(), path.stat()
                 now = found.st_size, found.st_mtime_ns
                 if self._sent.get(name) != now:
-                    _storage().put_file(str(path), f"{self._dest}/{name}")
+                    self._send(path, f"{self._dest}/{name}")
                     self._sent[name] = now
 
     def close(self) -> None:
         """Forgets what was written on this machine."""
         if is_bucket(self._dest):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self, path: Path, address: str) -> None:
+        if path.stat().st_size > _AT_ONCE:
+            _storage().put_file(str(path), address)
+        else:  # as it is now: events are being added to their file meanwhile
+            _storage().pipe_file(address, path.read_bytes())
 
     def _remove(self, subfolder: str) -> None:
         names = files_below(self._dest / subfolder)
@@ -188,6 +232,9 @@ class ArrayInBucket:
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
+        with reaching(path):
+            if not _storage().exists(self._path):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path.name)
         head = io.BytesIO(self._read(0, 1 << 12))
         version = np.lib.format.read_magic(head)
         if version != (1, 0):
@@ -201,12 +248,18 @@ class ArrayInBucket:
     def __getitem__(self, i: int) -> np.ndarray:
         """A row."""
         start = self._start + range(self.shape[0])[i] * self._row
-        return np.frombuffer(self._read(start, start + self._row), self.dtype).reshape(self.shape[1:])
+        return self._numbers(start, start + self._row).reshape(self.shape[1:])
 
     def whole(self) -> np.ndarray:
         """All of it, in memory."""
         end = self._start + self.shape[0] * self._row
-        return np.frombuffer(self._read(self._start, end), self.dtype).reshape(self.shape)
+        return self._numbers(self._start, end).reshape(self.shape)
+
+    def _numbers(self, start: int, end: int) -> np.ndarray:
+        content = self._read(start, end)
+        if len(content) != end - start:
+            raise UserError(f"{self._path}: {len(content)} bytes at {start}; expected {end - start}")
+        return np.frombuffer(content, self.dtype)
 
     def _read(self, start: int, end: int) -> bytes:
         with reaching(self._path):
@@ -218,9 +271,10 @@ def _rank(name: str) -> int:
 
 
 def _storage() -> Any:
+    """The one that epath uses, and with it Orbax: what one has written the other sees at once."""
     import fsspec
 
-    return fsspec.filesystem("gs")
+    return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def _cache() -> Path:

@@ -15,13 +15,15 @@ from storage_server import storage_server
 from test_cli_train import LIMIT_S, ROOT
 
 from moebius_jax import buckets
-from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, location
+from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, joined, location
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import ImageDataset, LatentDataset, Source
 from moebius_jax.data.latent_cache import CacheInfo, CacheWriter
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.picture import read_picture
+from moebius_jax.inpaint.model_folder import find_model
+from moebius_jax.training.result import require_room_for_model
 from moebius_jax.weights.folder import load_numpy
 from moebius_jax.weights.load import load_vae
 
@@ -44,7 +46,7 @@ def emulator(tmp_path_factory):
 def storage(emulator, monkeypatch, tmp_path):  # noqa: ARG001 (has to run)
     """The bucket, empty, and a cache of this test's own."""
     monkeypatch.setattr(buckets, "_cache", lambda: tmp_path / "cache")
-    found = fsspec.filesystem("gs")
+    found = buckets._storage()
     for name in found.find(BUCKET):
         found.rm_file(name)
     return found
@@ -73,6 +75,31 @@ class TestAddress:
 
     def test_of_this_machine(self, tmp_path):
         assert location(str(tmp_path)) == tmp_path
+
+    def test_storage_is_epaths_own(self, storage):
+        """Or either would go by listings from before the other wrote."""
+        from etils.epath import backend
+
+        assert backend.fsspec_backend.fs(f"{BUCKET}/x") is storage
+
+    def test_joined(self, tmp_path):
+        root = location(f"{BUCKET}/data")
+        for name, expected in {
+            "a/b.png": f"{BUCKET}/data/a/b.png",
+            "../images/b.png": f"{BUCKET}/images/b.png",
+            "gs://other/b.png": "gs://other/b.png",
+            "/disk/b.png": "/disk/b.png",
+        }.items():
+            assert str(joined(root, name)) == expected
+        assert joined(tmp_path, "../b.png") == tmp_path / "../b.png"
+        assert str(joined(tmp_path, "gs://other/b.png")) == "gs://other/b.png"
+        for place in (root, tmp_path):
+            with pytest.raises(UserError, match=r"^s3://x/b.png: expected a path of this machine or gs://"):
+                joined(place, "s3://x/b.png")
+
+    def test_writable(self, storage):
+        buckets.require_writable(location(f"{BUCKET}/run"))
+        assert names(storage, "run") == []
 
 
 class TestFetched:
@@ -111,6 +138,31 @@ class TestFetched:
         with pytest.raises(UserError, match=r"^gs://bucket/net: cannot be reached \(connection reset\)$"):
             fetched(f"{BUCKET}/net")
         assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+    def test_same_content_at_another_place(self, storage):
+        for place in "ab":
+            storage.pipe(f"{BUCKET}/{place}/net/x", b"1")
+        assert fetched(f"{BUCKET}/a/net") != fetched(f"{BUCKET}/b/net")
+
+    def test_another_process_was_faster(self, storage, monkeypatch):
+        storage.pipe(f"{BUCKET}/net/x", b"1")
+        get = storage.get_file
+
+        def slowly(source, dest):
+            monkeypatch.undo()
+            fetched(f"{BUCKET}/net")
+            get(source, dest)
+
+        cache = buckets._cache()
+        monkeypatch.setattr(storage, "get_file", slowly)
+        monkeypatch.setattr(buckets, "_cache", lambda: cache)
+        assert (fetched(f"{BUCKET}/net") / "x").read_bytes() == b"1"
+
+    def test_name_that_leads_elsewhere(self, storage, tmp_path):
+        storage.pipe(f"{BUCKET}/net/a/../../../../escaped", b"1")
+        with pytest.raises(UserError, match=r"^gs://bucket/net: holds 'a/.*', which leads out of it$"):
+            fetched(f"{BUCKET}/net")
+        assert not list(tmp_path.rglob("escaped"))
 
     @pytest.mark.usefixtures("storage")
     def test_nothing_there(self):
@@ -178,6 +230,13 @@ class TestData:
         assert [str(name) for name in found.names] == [f"{BUCKET}/data/{photo.name}" for photo in photos]
         assert found.draw(1, rng(0)).image.shape == (64, 64, 3)
 
+    def test_masks_of_objects(self, storage):
+        storage.pipe(f"{BUCKET}/data/a.png", b"")
+        storage.pipe(f"{BUCKET}/masks/m.png", b"")
+        augment = AugmentConfig(image_size=64, foreground_masks=f"{BUCKET}/masks")
+        found = ImageDataset(Source(path=location(f"{BUCKET}/data"), augment=augment))
+        assert list(map(str, found._objects)) == [f"{BUCKET}/masks/m.png"]
+
     def test_broken_image_is_named(self, storage):
         storage.pipe(f"{BUCKET}/x.png", b"no image")
         with pytest.raises(UserError, match=r"^gs://bucket/x.png: not an image of a kind that is read"):
@@ -205,6 +264,10 @@ class TestData:
         writer.add(samples)
         writer.close()
         storage.put(str(folder), f"{BUCKET}/latents", recursive=True)
+        storage.put(str(folder), f"{BUCKET}/less", recursive=True)
+        storage.rm_file(f"{BUCKET}/less/hole.npy")
+        with pytest.raises(UserError, match=r"^gs://bucket/less: not a folder .* \(hole.npy is missing\)$"):
+            LatentDataset(Source(path=location(f"{BUCKET}/less"), latent_shape=(8, 8, 4)))
         there = Source(path=location(f"{BUCKET}/latents"), latent_shape=(8, 8, 4))
         found = pickle.loads(pickle.dumps(LatentDataset(there)))
         for i in range(5):
@@ -241,7 +304,7 @@ class TestOutbox:
         assert storage.cat_file(f"{BUCKET}/run/a") == b"a longer one"
         assert storage.cat_file(f"{BUCKET}/run/b/c") == b"not sent again"
 
-    @pytest.mark.parametrize("method", ["put_file", "rm_file"])
+    @pytest.mark.parametrize("method", ["pipe_file", "rm_file"])
     def test_interrupted_model_is_none(self, storage, outbox, monkeypatch, method):
         """Neither while one is sent, nor while an old one is taken away."""
         marks = {"model/pipeline.json", "model/unet/config.json"}
@@ -269,6 +332,39 @@ class TestOutbox:
 
         patch.setattr(storage, method, failing)
 
+    def test_file_grows_while_it_is_sent(self, storage, outbox, monkeypatch):
+        """As TensorBoard's do."""
+        self.write(outbox, "events")
+        real = storage.pipe_file
+
+        def slowly(address, content):
+            with (outbox.folder / "events").open("a") as file:
+                file.write(" and more")
+            real(address, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "pipe_file", slowly)
+            outbox.send()
+        assert storage.cat_file(f"{BUCKET}/run/events") == b"events"
+        outbox.send()
+        assert storage.cat_file(f"{BUCKET}/run/events") == b"events and more"
+
+    def test_half_a_model_is_replaced_and_another_s_folder_is_not(self, storage):
+        run = location(f"{BUCKET}/run")
+        require_room_for_model(run)
+        storage.pipe(f"{BUCKET}/run/model/unet/weights/x", b"half")
+        require_room_for_model(run)
+        storage.pipe(f"{BUCKET}/run/model/notes.txt", b"mine")
+        with pytest.raises(UserError, match=r"^gs://bucket/run/model: not replaced, it holds other .*notes"):
+            require_room_for_model(run)
+
+    def test_what_is_large_is_sent_from_disk(self, storage, outbox, monkeypatch):
+        monkeypatch.setattr(buckets, "_AT_ONCE", 3)
+        monkeypatch.setattr(storage, "pipe_file", None)
+        self.write(outbox, "large")
+        outbox.send()
+        assert storage.cat_file(f"{BUCKET}/run/large") == b"large"
+
     def test_old_files_of_a_model_go(self, storage, outbox):
         storage.pipe(f"{BUCKET}/run/model/unet/weights/old", b"x")
         storage.pipe(f"{BUCKET}/run/other", b"x")
@@ -292,6 +388,7 @@ def train(emulator, *arguments):
     """Status and what it said."""
     program = [sys.executable, "train.py", "tests/tiny_run.py", *map(str, arguments)]
     environment = os.environ | emulator
+    del environment["EPATH_USE_TF"]  # the program's business
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["FAST_COMPILE"]}
     done = subprocess.run(
         program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -321,14 +418,16 @@ def test_run_in_a_bucket(emulator, storage, tmp_path):
     assert "checkpoints/step_4: damaged, going back to the one before" in err
     assert "going on from step 2 of gs://bucket/run" in err
     assert any(name.startswith("damaged_step_4") for name in names(storage, "run"))
-    ours, expected = load_numpy(fetched(f"{BUCKET}/run/model/unet")), load_numpy(tmp_path / "run/model/unet")
+    assert any(name.startswith("checkpoints/step_4/state/") for name in names(storage, "run"))  # made anew
+    model = find_model(f"{BUCKET}/run/model", variant=None, vae=None, cache_dir=None, track=lambda x, **_: x)
+    ours, expected = load_numpy(model.unet), load_numpy(tmp_path / "run/model/unet")
     assert set(ours) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(ours[name], value)
-    status, err = train(emulator, *there, "steps=6", "seed=1")
-    assert status == 1
-    assert (
-        err.strip()
-        .splitlines()[-1]
-        .startswith("error: gs://bucket/run/checkpoints/step_6: of a run with seed=0")
-    )
+    for change, was in {"seed=1": "seed=0", "student.prediction_type=v_prediction": "epsilon"}.items():
+        status, err = train(emulator, *there, "steps=6", "loss.terms=task", change)
+        assert status == 1
+        last = err.strip().splitlines()[-1]
+        assert re.match(
+            rf"error: {BUCKET}/run/checkpoints/step_6: of a run with .*{was}; this one has", last
+        ), err

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moebius_jax import UserError, load_unet
+from moebius_jax.cli.export import main as export
 from moebius_jax.cli.sample import main as sample
 from moebius_jax.weights.checksums import FILE, verify_checksums
 
@@ -82,7 +83,7 @@ def test_folders_without_sums_other_files_and_links_pass(folder):
 
 
 @pytest.mark.slow
-def test_loading_and_the_command_line_ask(tmp_path, capsys):
+def test_loading_and_the_command_line_ask(tmp_path, capsys, monkeypatch):
     shutil.copytree(TINY, tmp_path / "tiny")
     damaged = max((tmp_path / "tiny/unet/weights").rglob("*"), key=lambda p: p.stat().st_size)
     flip(damaged, damaged.stat().st_size // 2)
@@ -98,3 +99,11 @@ def test_loading_and_the_command_line_ask(tmp_path, capsys):
         file.write("\n")
     assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
     assert sample(["--model", str(tmp_path / "tiny"), *options, "--no-verify"]) == 0
+    written = []
+    monkeypatch.setattr("moebius_jax.export.write.export_model", lambda *_, **__: written.append(1) or [])
+    (tmp_path / "there").mkdir()
+    exported = [str(tmp_path / "tiny"), str(tmp_path / "there"), "--overwrite"]
+    assert export(exported) == 1
+    assert "not what was written" in capsys.readouterr().err
+    assert export([*exported, "--no-verify"]) == 0
+    assert written == [1]

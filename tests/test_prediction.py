@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import synth
 import tiny_run
+from conftest import TINY_UNET
 
 from moebius_jax.data.samples import Batch, LatentSample
 from moebius_jax.diffusion.denoise import unet_network
@@ -16,11 +17,16 @@ from moebius_jax.diffusion.prediction import clean_of, noise_of, target_of
 from moebius_jax.diffusion.schedule import add_noise, alphas_cumprod, levels
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.imitation import Task
+from moebius_jax.distillation.loss import Context
+from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.errors import UserError
-from moebius_jax.models import UNetConfig
+from moebius_jax.models import UNet, UNetConfig
+from moebius_jax.models.initializers import KeyStream
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.networks import load_frozen
+from moebius_jax.weights import export_file
+from moebius_jax.weights.load import save_network
 
 KINDS = ("epsilon", "v_prediction")
 
@@ -106,6 +112,24 @@ def test_training_asks_for_what_the_student_predicts():
     context = type("Context", (), {"noised": noised})
     assert Task()(noised.target, context) == 0
     assert Task()(noised.noise, context) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perceptual_loss_sees_clean_latents(noised, monkeypatch, kind):
+    clean, noised = noised
+    seen = []
+    monkeypatch.setattr(Perceptual, "distance", lambda *arguments: seen.extend(arguments[2:4]) or clean)
+    ours = noised.replace(prediction_type=kind)
+    Perceptual(network="somewhere")(ours.target, Context(noised=ours, hole=None))
+    for latents in seen:
+        np.testing.assert_allclose(latents, clean, atol=2e-4)
+
+
+def test_released_file_would_not_say_it(tmp_path):
+    unet = UNet(TINY_UNET.replace(prediction_type="v_prediction"), rngs=KeyStream(jax.random.key(0)))
+    save_network(tmp_path / "unet", unet)
+    with pytest.raises(UserError, match="its prediction_type is v_prediction; a released file does not say"):
+        export_file(tmp_path / "unet", tmp_path / "unet.safetensors")
 
 
 class TestTeacher:

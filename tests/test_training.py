@@ -222,7 +222,10 @@ def test_batches_are_compiled_for_what_the_data_hold():
 def test_validation_is_the_task_loss_of_the_same_noise():
     """Of a network in evaluation mode, and the same figure for the same tensors."""
     config = tiny_run.get_config()
-    config = config.replace(log=dataclasses.replace(config.log, validation_samples=16))
+    config = config.replace(
+        log=dataclasses.replace(config.log, validation_samples=16),
+        student=config.student.replace(prediction_type="v_prediction"),
+    )
     mesh = make_mesh(jax.devices()[:1])
     dataset = SyntheticDataset(Source(latent_shape=config.student.latent_shape))
     network = UNet(config.student, rngs=KeyStream(jax.random.key(7)))
@@ -237,7 +240,7 @@ def test_validation_is_the_task_loss_of_the_same_noise():
         keys = step_keys(config.seed, jnp.int32(number), batch.index)
         noised, inputs = noised_inputs(config, keys, batch)
         predicted = network(inputs.latents, inputs.timesteps, inputs.input_ids).sample
-        losses.append(jnp.mean((predicted - noised.noise) ** 2, axis=(1, 2, 3)))
+        losses.append(jnp.mean((predicted - noised.target) ** 2, axis=(1, 2, 3)))
     assert found == {"validation_loss_task": pytest.approx(float(jnp.concatenate(losses).mean()), rel=1e-4)}
 
 

@@ -36,7 +36,9 @@ def add_model_arguments(
     )
     add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
-    add("--vae", type=local_path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
+    add(
+        "--vae", type=any_location, help="folder of a converted VAE (default: beside the model, or the Hub's)"
+    )
     add(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -55,7 +57,14 @@ def add_model_arguments(
         default="auto",
         help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
     )
-    add("--no-verify", action="store_true", help="do not compare the weights with their checksums")
+    add_no_verify(parser)
+
+
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """--no-verify."""
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the weights with their checksums"
+    )
 
 
 def local_path(text: str) -> Path:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from moebius_jax.cli.arguments import local_path, require_positive
+from moebius_jax.cli.arguments import add_no_verify, any_location, local_path, require_positive
 from moebius_jax.cli.terminal import require_extra, run
 from moebius_jax.defaults import DTYPES, TINY
 
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     add("folder", type=local_path, help="to write")
     add("--format", choices=tuple(_EXTRAS), default="stablehlo", help="default stablehlo")
     add("--variant", help="of the released weights: pretrained (default), ft_places2, …")
-    add("--vae", type=local_path, help="folder of a converted VAE (default: beside the model, or the Hub's)")
+    add(
+        "--vae", type=any_location, help="folder of a converted VAE (default: beside the model, or the Hub's)"
+    )
     add(
         "--dtype",
         choices=DTYPES,
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="a step of one branch, half the work, for a scale of 1 (as of a model whose own is 1)",
     )
+    add_no_verify(parser)
     add("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     return run(lambda: _export(args))
@@ -62,7 +65,12 @@ def _export(args: argparse.Namespace) -> int:
     if args.folder.exists() and not args.overwrite:
         raise UserError(f"{args.folder}: exists already; --overwrite replaces an earlier export")
     pipeline = MoebiusInpaintPipeline.from_pretrained(
-        args.model, variant=args.variant, vae=args.vae, dtype=args.dtype, vae_dtype=args.dtype
+        args.model,
+        variant=args.variant,
+        vae=args.vae,
+        dtype=args.dtype,
+        vae_dtype=args.dtype,
+        verify=not args.no_verify,
     )
     options = ExportOptions(
         format=args.format, batch=args.batch_size, guided=False if args.no_guidance else None

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from pydantic_core import from_json
 
-from moebius_jax.buckets import fetched, files_below, is_bucket, location, reaching
+from moebius_jax.buckets import fetched, files_below, is_bucket, joined, reaching
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.imaging.picture import SUFFIXES
 
@@ -136,7 +136,7 @@ class AnnotationRecords(Records):
         except OSError as error:
             raise UserError(f"{self._path}: unreadable ({error})") from None
         return Record(
-            image=_joined(self._root, image), task=task, mask=_joined(self._root, mask) if mask else None
+            image=joined(self._root, image), task=task, mask=joined(self._root, mask) if mask else None
         )
 
     def foreground(self) -> Int[np.ndarray, " m"]:
@@ -218,13 +218,6 @@ def read_records(path: Path, root: Path | None = None) -> Records:
     if path.suffix.lower() in SUFFIXES:
         raise UserError(f"{path}: an image; expected a folder of images, or a JSON-lines file")
     return AnnotationRecords(path, root)
-
-
-def _joined(root: Path, name: str) -> Path:
-    try:
-        return location(name) if is_bucket(name) else root / name
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def _fields(line: bytes, where: str, number: int) -> tuple[str, Task, str | None]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moebius_jax.buckets import fetched
+from moebius_jax.buckets import fetched, is_bucket
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
@@ -20,7 +20,7 @@ PORTRAIT_GUIDANCE = 2.0
 TEACHER_GUIDANCE = 4.5  # PixelHacker's own
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
-_FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
+PARTS = _FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
 
 
 @checked
@@ -62,7 +62,7 @@ def write_model_folder(
         UserError: it exists and may not be replaced, or cannot be written.
     """
     require_replaceable(folder)
-    with replace_when_complete(folder, overwrite=overwrite, ours=(_FILE, UNET, VAE, CARD)) as partial:
+    with replace_when_complete(folder, overwrite=overwrite, ours=PARTS) as partial:
         partial.mkdir()
         yield partial
         (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
@@ -152,17 +152,21 @@ def find_model(
                 return find_model(saved, variant=None, vae=vae, cache_dir=cache_dir, track=track)
         cache = Path(cache_dir) if cache_dir else None
         unet = hub.fetch(repository, named, cache, track)
-        return _found(unet, Path(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named)
+        return _found(
+            unet, fetched(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named
+        )
     if holds_one_model(folder) and variant:
         what = "a saved pipeline holds one model" if (folder / _FILE).is_file() else "is one converted U-Net"
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")
     if (folder / _FILE).is_file():
-        found = _found(folder / UNET, Path(vae or folder / VAE), None)
+        found = _found(folder / UNET, fetched(vae or folder / VAE), None)
         return dataclasses.replace(
             found, guidance_scale=read_json(folder / _FILE, _PipelineFile).guidance_scale
         )
     if (folder / "config.json").is_file():
         unet, beside = folder, folder.parent / "vae"
+        if is_bucket(path_or_hub_id) and vae is None:
+            beside = fetched(f"{str(path_or_hub_id).rstrip('/').rpartition('/')[0]}/vae")
     else:
         unet, beside = folder / named, folder / "vae"
         if not unet.is_dir():
@@ -172,7 +176,7 @@ def find_model(
             )
     if vae is None and not beside.is_dir():
         raise UserError(f"{folder}: no VAE beside it ({beside}); name a converted one with vae= or --vae")
-    return _found(unet, Path(vae or beside), variant)
+    return _found(unet, fetched(vae or beside), variant)
 
 
 def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:

@@ -18,6 +18,7 @@ from PIL import Image
 from moebius_jax.defaults import DTYPES
 from moebius_jax.diffusion.solvers import Solver
 from moebius_jax.errors import UserError
+from moebius_jax.files import require_local
 from moebius_jax.imaging.picture import Picture
 from moebius_jax.inpaint import model_folder
 from moebius_jax.inpaint.items import ImageLike, make_items, with_noise
@@ -154,6 +155,10 @@ class MoebiusInpaintPipeline:
             UserError: the folder exists or cannot be written.
         """
         options = {"guidance_scale": self.guidance_scale, "overwrite": overwrite, "license": license}
+        try:
+            require_local(str(folder))
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
         with write_model_folder(Path(folder), **options) as partial:
             save_network(partial / model_folder.UNET, self.unet)
             save_network(partial / model_folder.VAE, self.vae)

@@ -1,5 +1,6 @@
 """Saving and resuming a run: asynchronous Orbax checkpoints of state, data position and configuration."""
 
+import enum
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moebius_jax import buckets
-from moebius_jax.buckets import is_bucket
+from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.cluster import first_does
 from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import replace_when_complete, require_writable
@@ -23,8 +24,24 @@ from moebius_jax.weights.folder import quiet_storage
 
 FOLDER = "checkpoints"
 _SEEN_WITHIN_S = 10  # shared file systems may show a new file late
+# What storage says of itself, not of what it holds.
+_OUT_OF_REACH = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)
 # Fields that another start of the same run may well have changed.
 _UNREMARKABLE = ("steps", "checkpoint.", "log.", "data.loader.", "fsdp", "init")
+
+
+class _Fate(enum.IntEnum):
+    """Of reading a checkpoint, the better first."""
+
+    READ = 0
+    DAMAGED = 1
+    REFUSED = 2
 
 
 @checked
@@ -65,7 +82,8 @@ class RunCheckpoints:
         )
         (buckets.require_writable if is_bucket(folder) else require_writable)(self.folder)
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            with reaching(folder):
+                self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
@@ -90,15 +108,16 @@ class RunCheckpoints:
         if step in self._manager.all_steps():
             return
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_named(state)),
-                    data=ocp.args.JsonSave({"samples": samples, "seed": config["seed"]}),
-                    config=ocp.args.JsonSave(config),
-                ),
-                force=True,
-            )
+            with reaching(self.folder):
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(_named(state)),
+                        data=ocp.args.JsonSave({"samples": samples, "seed": config["seed"]}),
+                        config=ocp.args.JsonSave(config),
+                    ),
+                    force=True,
+                )
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path(step)}: cannot be written ({first_line(error)})") from None
 
@@ -117,27 +136,18 @@ class RunCheckpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            wanted = ocp.args.Composite(
-                state=ocp.args.StandardRestore(_named(target)),
-                data=ocp.args.JsonRestore(),
-                config=ocp.args.JsonRestore(),
-            )
             try:
-                with quiet_storage():
-                    # By one process: the others' restores read parts only.
-                    if not is_bucket(self.folder):
-                        first_does(lambda step=step: checksums.verify_checksums(self._path(step)))
-                    restored = self._manager.restore(step, args=wanted)
-                position = parse_json(json.dumps(restored["data"]), _Position)
-            except Exception as error:  # storage libraries raise whatever they meet
-                self._explain(step, error, target)
+                restored, position, error = *self._read(step, target), None
+            except Exception as raised:  # storage libraries raise whatever they meet
+                error = raised
+            refusal = self._refusal(step, error, target) if error else None
+            worst = _worst_of_all(_Fate.REFUSED if refusal else _Fate.DAMAGED if error else _Fate.READ)
+            if worst == _Fate.REFUSED:
+                raise refusal or UserError(f"{self._path(step)}: another process cannot read it")
+            if worst == _Fate.DAMAGED:
+                self._put_aside(step, first_line(error) if error else "so another process finds")
                 continue
-            if position.seed != config["seed"]:
-                raise UserError(
-                    f"{self._path(step)}: of a run with seed={position.seed}; this one has "
-                    f"seed={config['seed']}. Use another --workdir"
-                )
-            self._agree(step)
+            self._require_same_run(step, position, restored["config"], config)
             self._tell_changes(restored["config"], config)
             return _unnamed(target, restored["state"]), position.samples
         if steps:
@@ -175,39 +185,61 @@ class RunCheckpoints:
             if before[key] != now[key] and not key.startswith(_UNREMARKABLE):
                 self._warn(f"{key} was {before[key]} so far, it is {now[key]} from here on")
 
-    def _agree(self, step: int) -> None:
-        """Raises UserError unless every process could read the same checkpoint."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            steps = multihost_utils.process_allgather(np.int32(step)).tolist()
-            if len(set(steps)) > 1:
-                raise UserError(
-                    f"{self.folder}: the processes could read different checkpoints, of steps {steps}"
-                )
-
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
 
-    def _explain(self, step: int, error: Exception, target: TrainState) -> None:
-        """A warning for a damaged checkpoint; an error for a sound one of another run."""
+    def _read(self, step: int, target: TrainState) -> tuple[Any, _Position]:
+        """What is stored, and where in its data; raises whatever storage libraries do."""
+        wanted = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_named(target)),
+            data=ocp.args.JsonRestore(),
+            config=ocp.args.JsonRestore(),
+        )
+        with quiet_storage():
+            # By one process: the others' restores read parts only.
+            if not is_bucket(self.folder):
+                first_does(lambda: checksums.verify_checksums(self._path(step)))
+            restored = self._manager.restore(step, args=wanted)
+        return restored, parse_json(json.dumps(restored["data"]), _Position)
+
+    def _refusal(self, step: int, error: Exception, target: TrainState) -> UserError | None:
+        """Why a run must not go on without this checkpoint; None if it is damaged."""
         stored = self._stored_shapes(step)
         expected = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
         if stored and stored != expected:
             different = sorted(k for k in {**stored, **expected} if stored.get(k) != expected.get(k))
-            raise UserError(
+            return UserError(
                 f"{self._path(step)}: of another configuration; {len(different)} tensors differ, such as "
                 f"{different[0]}: stored {stored.get(different[0])}, expected {expected.get(different[0])}. "
                 "Use another --workdir, or init=FOLDER to take over weights only"
-            ) from None
-        if isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"{self._path(step)}: cannot be read ({first_line(error)})") from None
-        self._warn(f"{self._path(step)}: damaged, going back to the one before ({first_line(error)})")
-        if jax.process_index() == 0:
-            aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
-            rename = buckets.move if is_bucket(aside) else Path.rename
-            rename(self._path(step), aside)
+            )
+        out_of_reach = any(word in str(error) for word in _OUT_OF_REACH)
+        if isinstance(error, OSError | MemoryError) or out_of_reach:
+            return UserError(f"{self._path(step)}: cannot be read ({first_line(error)})")
+        return None
+
+    def _put_aside(self, step: int, why: str) -> None:
+        self._warn(f"{self._path(step)}: damaged, going back to the one before ({why})")
+        aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
+        rename = buckets.move if is_bucket(aside) else Path.rename
+        first_does(lambda: rename(self._path(step), aside))
+        if is_bucket(self.folder):
+            buckets.forget_listings()
         self._manager.reload()
+
+    def _require_same_run(
+        self, step: int, position: _Position, before: dict[str, Any], now: dict[str, Any]
+    ) -> None:
+        """Raises UserError if the data are in another order, or the network's output means something else."""
+        kind = "student.prediction_type"
+        before = before if isinstance(before, dict) else {}
+        found = {"seed": position.seed, kind: before.get(kind, "epsilon")}
+        for name, value in found.items():
+            if value != now.get(name, value):
+                raise UserError(
+                    f"{self._path(step)}: of a run with {name}={value}; this one has {name}={now[name]}. "
+                    "Use another --workdir"
+                )
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]] | None:
         try:
@@ -215,6 +247,15 @@ class RunCheckpoints:
             return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
         except Exception:  # as damaged as the rest
             return None
+
+
+def _worst_of_all(fate: _Fate) -> _Fate:
+    """What it is among all processes: they go on with the same checkpoint, or with none."""
+    if jax.process_count() == 1:
+        return fate
+    from jax.experimental import multihost_utils
+
+    return _Fate(int(multihost_utils.process_allgather(np.int32(fate)).max()))
 
 
 def first_batch(samples: int, config: TrainConfig) -> int:
@@ -245,6 +286,11 @@ def require_shared_folder(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
+    with reaching(folder):
+        _require_shared_folder(folder)
+
+
+def _require_shared_folder(folder: Path) -> None:
     from jax.experimental import multihost_utils
 
     number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))

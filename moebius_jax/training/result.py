@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moebius_jax.buckets import files_below, is_bucket
+from moebius_jax.errors import UserError
 from moebius_jax.inpaint import model_folder
 from moebius_jax.inpaint.model_folder import write_model_folder
 from moebius_jax.models import VAE
@@ -21,7 +23,13 @@ FOLDER = "model"
 
 def require_room_for_model(workdir: Path) -> None:
     """Raises UserError if there is something else where the model will go: now, not after the run."""
-    model_folder.require_replaceable(workdir / FOLDER)
+    folder = workdir / FOLDER
+    if is_bucket(folder):  # where a model whose sending was interrupted is a part of one
+        foreign = {name.split("/")[0] for name in files_below(folder)} - set(model_folder.PARTS)
+        if foreign:
+            raise UserError(f"{folder}: not replaced, it holds other things than we write ({min(foreign)})")
+    else:
+        model_folder.require_replaceable(folder)
 
 
 def write_model(workdir: Path, config: TrainConfig, state: TrainState, vae: VAE | None) -> Path:

@@ -156,6 +156,11 @@ def export_file(folder: Path, dest: Path, *, overwrite: bool = False) -> int:
             f"{folder}: its GroupNorms have {groups} groups; a released file does not say so, and would be "
             f"read as one of {GROUPS}"
         )
+    if (kind := getattr(config.architecture, "prediction_type", "epsilon")) != "epsilon":
+        raise UserError(
+            f"{folder}: its prediction_type is {kind}; a released file does not say so, and would be read as "
+            "one of epsilon"
+        )
     expected = expected_tensors(config.architecture)
     stored = load_numpy(folder)
     released = {n: np.ascontiguousarray(s.layout.to_torch(stored[s.path])) for n, s in expected.items()}
