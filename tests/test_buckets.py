@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from conftest import draw_photos
 from storage_server import storage_server
 from test_cli_train import LIMIT_S, ROOT
+from test_processes import free_port
 
 from moebius_jax import buckets
 from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, joined, location
@@ -431,3 +433,30 @@ def test_run_in_a_bucket(emulator, storage, tmp_path):
         assert re.match(
             rf"error: {BUCKET}/run/checkpoints/step_6: of a run with .*{was}; this one has", last
         ), err
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket(emulator, storage):
+    """Each writes its part; what is damaged is put aside once, and both go on from the one before."""
+
+    def both(steps):
+        address = f"127.0.0.1:{free_port()}"
+        common = ["--workdir", f"{BUCKET}/run", "--coordinator", address, "--num-processes", 2]
+        common += ["fsdp=2", "checkpoint.every=2", f"steps={steps}"]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda i: train(emulator, *common, "--process-id", i), range(2)))
+
+    for status, err in both(4):
+        assert status == 0, err
+    damaged = [name for name in names(storage, "run") if name.startswith("checkpoints/step_4/state/")]
+    assert any("process_1" in name for name in damaged)
+    for name in damaged:
+        storage.rm_file(f"{BUCKET}/run/{name}")
+    (status, err), (other, errors) = both(6)
+    assert (status, other) == (0, 0), err + errors
+    assert "checkpoints/step_4: damaged, going back to the one before" in err
+    assert "going on from step 2 of gs://bucket/run" in err
+    found = names(storage, "run")
+    assert len({name.split("/")[0] for name in found if name.startswith("damaged_step_4")}) == 1
+    for expected in ("checkpoints/step_4/state/", "checkpoints/step_6/state/", "model/pipeline.json"):
+        assert any(name.startswith(expected) for name in found)
