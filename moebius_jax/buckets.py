@@ -42,7 +42,8 @@ def location(text: str) -> Path:
         return Path(require_local(text, f"or {SCHEME}BUCKET/PATH"))
     if not text.removeprefix(SCHEME).strip("/"):
         raise ValueError(f"expected {SCHEME}BUCKET/PATH")
-    # The way that is tested; TensorFlow, which epath takes where it is installed, has another.
+    # The way that is tested; TensorFlow, which epath takes where it is installed, has another. It is asked
+    # once: where a program has used epath before, that way is taken.
     os.environ["EPATH_USE_TF"] = "0"
     try:
         import gcsfs  # noqa: F401

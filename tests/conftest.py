@@ -18,6 +18,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["EPATH_USE_TF"] = "0"  # which is asked once a process, by whichever test comes first
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing downloads during tests; the Hub tests start their own server
 
 import jax

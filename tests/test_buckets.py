@@ -390,7 +390,7 @@ def train(emulator, *arguments):
     """Status and what it said."""
     program = [sys.executable, "train.py", "tests/tiny_run.py", *map(str, arguments)]
     environment = os.environ | emulator
-    del environment["EPATH_USE_TF"]  # the program's business
+    del environment["EPATH_USE_TF"]  # the programs see to it
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["FAST_COMPILE"]}
     done = subprocess.run(
         program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
