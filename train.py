@@ -278,7 +278,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     log, progress, trace = (
         RunLog(outbox.folder),
         Progress(done, config.steps),
-        Trace(outbox.folder, args.profile, say),
+        Trace(outbox.folder, args.profile, say, known_as=workdir),
     )
     watch = Stopwatch(config.batch_size, step_flops(update, config, mesh), peak_flops(mesh))
     log.text(done, "config", "\n".join(f"    {k} = {v}" for k, v in describe(config).items()))
@@ -426,7 +426,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
-    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "EPATH_USE_TF": "0"}
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
     company = Company()
 
     def program() -> int:

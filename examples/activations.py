@@ -67,10 +67,13 @@ def maps_of(pipeline: MoebiusInpaintPipeline, image: Image.Image, mask: Image.Im
     pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))[None]
     hole = np.asarray(mask.resize((side, side)))[None] > 127
     keys = sample_keys(jnp.zeros((1, 3), jnp.uint32))
-    drawn = {what: draw_normal(keys, what, unet.config.latent_shape) for what in Draw if what <= Draw.NOISE}
-    conditions = encode(pipeline.vae, pixels, hole, drawn[Draw.IMAGE_POSTERIOR], drawn[Draw.MASKED_POSTERIOR])
+    image_noise, masked_noise, noise = (
+        draw_normal(keys, what, unet.config.latent_shape)
+        for what in (Draw.IMAGE_POSTERIOR, Draw.MASKED_POSTERIOR, Draw.NOISE)
+    )
+    conditions = encode(pipeline.vae, pixels, hole, image_noise, masked_noise)
     t = jnp.array([timestep])
-    noisy = add_noise(conditions.image_latents, drawn[Draw.NOISE], t)
+    noisy = add_noise(conditions.image_latents, noise, t)
     ids = jnp.asarray(unet.config.category_ids)[:1]
     inputs = network_input(noisy, conditions.mask, conditions.masked_latents)
     features = jax.jit(lambda unet, *seen: unet(*seen).features)(unet, inputs, t, ids)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from moebius_jax import files
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import partial_of, require_local
 
@@ -81,8 +82,7 @@ def reaching(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        ours = isinstance(error, FileNotFoundError) and error.errno
-        if ours or not is_bucket(path):
+        if not is_bucket(path):
             raise
         raise UserError(f"{path}: cannot be reached ({first_line(error)})") from None
 
@@ -125,17 +125,17 @@ def fetched(path: str | Path) -> Path:
         path = location(str(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    files = files_below(path)
-    if not files:
+    found = files_below(path)
+    if not found:
         raise UserError(f"{path}: no such file or folder")
-    if leading := [name for name in files if ".." in name.split("/")]:
+    if leading := [name for name in found if ".." in name.split("/")]:
         raise UserError(f"{path}: holds {leading[0]!r}, which leads out of it")
-    digest = hashlib.sha256(repr((str(path), files)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((str(path), found)).encode()).hexdigest()
     copy = _cache() / digest[:16] / path.name
     if not copy.exists():
-        is_file = list(files) == [""]
+        is_file = list(found) == [""]
         with contextlib.suppress(FileExistsError), _copying(copy, is_file) as partial, reaching(path):
-            for name in files:
+            for name in found:
                 dest = partial / name if name else partial
                 dest.parent.mkdir(parents=True, exist_ok=True)
                 _storage().get_file(str(path / name if name else path), str(dest))
@@ -143,7 +143,10 @@ def fetched(path: str | Path) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Raises UserError if nothing can be written into a folder of a bucket."""
+    """Raises UserError if nothing can be written into a folder, here or in a bucket."""
+    if not is_bucket(folder):
+        files.require_writable(folder)
+        return
     mark = folder / partial_of(Path("writable")).name
     with reaching(folder):
         mark.write_text("")
@@ -151,11 +154,15 @@ def require_writable(folder: Path) -> None:
 
 
 def move(source: Path, dest: Path) -> None:
-    """Gives a folder of a bucket another name, object by object.
+    """Gives a folder another name; in a bucket object by object.
 
     Raises:
         UserError: the bucket cannot be reached.
+        OSError: this machine's folder cannot be renamed.
     """
+    if not is_bucket(source):
+        source.rename(dest)
+        return
     with reaching(source):
         forget_listings()
         _storage().mv(str(source), str(dest), recursive=True)
@@ -190,8 +197,8 @@ class Outbox:
         with reaching(self._dest):
             if anew:
                 self._remove(anew)
-            files = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
-            for path in sorted(files, key=lambda path: (_rank(path.name), path)):
+            written = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
+            for path in sorted(written, key=lambda path: (_rank(path.name), path)):
                 name, found = path.relative_to(self.folder).as_posix(), path.stat()
                 now = found.st_size, found.st_mtime_ns
                 if self._sent.get(name) != now:
@@ -234,8 +241,9 @@ class ArrayInBucket:
     def __init__(self, path: Path) -> None:
         self._path = str(path)
         with reaching(path):
-            if not _storage().exists(self._path):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path.name)
+            is_there = _storage().exists(self._path)
+        if not is_there:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path.name)
         head = io.BytesIO(self._read(0, 1 << 12))
         version = np.lib.format.read_magic(head)
         if version != (1, 0):

@@ -151,7 +151,7 @@ def unet_network(unet: UNet) -> Network:
 
         def predict(inputs: Inputs, row: tuple[list[Array], tuple[Array, Array]]) -> Array:
             shifts, level = row
-            now = [half.replace(shifts=row[None]) for half, row in zip(halves, shifts, strict=True)]
+            now = [half.replace(shifts=own[None]) for half, own in zip(halves, shifts, strict=True)]
             output, noisy = unet.predict(inputs, now).sample, inputs[..., : config.out_channels]
             return noise_of(config.prediction_type, output, noisy, *level)
 

@@ -15,7 +15,7 @@ from moebius_jax import buckets
 from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.cluster import first_does
 from moebius_jax.errors import SharedError, UserError, first_line
-from moebius_jax.files import replace_when_complete, require_writable
+from moebius_jax.files import replace_when_complete
 from moebius_jax.schema import AtLeastZero, Seed, checked, parse_json
 from moebius_jax.training.config import CheckpointConfig, TrainConfig
 from moebius_jax.training.state import TrainState
@@ -80,7 +80,7 @@ class RunCheckpoints:
             step_prefix="step",
             async_options=ocp.AsyncOptions(post_finalization_callback=sum_up),
         )
-        (buckets.require_writable if is_bucket(folder) else require_writable)(self.folder)
+        buckets.require_writable(self.folder)
         try:
             with reaching(folder):
                 self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -221,8 +221,7 @@ class RunCheckpoints:
     def _put_aside(self, step: int, why: str) -> None:
         self._warn(f"{self._path(step)}: damaged, going back to the one before ({why})")
         aside = self.folder.parent / f"damaged_{self._path(step).name}_{int(time.time())}"
-        rename = buckets.move if is_bucket(aside) else Path.rename
-        first_does(lambda: rename(self._path(step), aside))
+        first_does(lambda: buckets.move(self._path(step), aside))
         if is_bucket(self.folder):
             buckets.forget_listings()
         self._manager.reload()

@@ -135,13 +135,15 @@ class Trace:
     Args:
         folder: gets it, in `profile/`.
         first: step it begins at; None for no trace.
-        say: told that it is there.
+        say: told where it is.
+        known_as: where people will find the folder.
     """
 
     STEPS = 5
 
-    def __init__(self, folder: Path, first: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, first: int | None, say: Callable[[str], None], known_as: Path) -> None:
         self._folder, self._first, self._say = folder / "profile", first, say
+        self._known_as = known_as / "profile"
         self._is_running = False
 
     def at(self, step: int) -> None:
@@ -156,4 +158,4 @@ class Trace:
         if self._is_running:
             jax.profiler.stop_trace()
             self._is_running = False
-            self._say(f"traced {self.STEPS} steps: profile/ in the run's folder, for TensorBoard")
+            self._say(f"profile: tensorboard --logdir {self._known_as}")

@@ -103,7 +103,8 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
     if isinstance(config.teacher, UNetConfig):
         architecture = config.teacher
     else:
-        architecture = read_config(fetched(config.teacher)).architecture
+        folder = fetched(config.teacher)
+        architecture = read_config(folder).architecture
         if not isinstance(architecture, UNetConfig):
             raise UserError(f"{config.teacher}: is no U-Net, so it cannot be a teacher")
     compares = any(loss.needs_teacher for loss in config.loss.output_losses)
@@ -123,7 +124,7 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
 
     if abstract or isinstance(config.teacher, UNetConfig):
         return _drawn(draw, mesh, abstract)
-    network = inference_copy(load_unet(config.teacher, placement=_placement(mesh), **dtypes))
+    network = inference_copy(load_unet(folder, placement=_placement(mesh), **dtypes))
     tensors = network_tensors(network)
     # What was made of the weights lies as the compiler left it.
     place = jax.jit(lambda tensors: tensors, donate_argnums=0, out_shardings=tree_shardings(mesh, tensors))
