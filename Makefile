@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help sample demo web test test-fast lint format clean
+.PHONY: help sample demo web test test-fast test-long lint format clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -59,8 +59,12 @@ node:
 	-command -v npm >/dev/null && $(MAKE) --no-print-directory web/node_modules
 
 # On a GPU: JAX_PLATFORMS=cuda,cpu make test (the simulated devices stay on the CPU).
-test: $(VENV)/.installed $(VENV)-aot/.installed node  ## all tests, on the CPU, without network
-	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD)
+test: $(VENV)/.installed node  ## the tests, on the CPU, without network
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) -m "not long"
+
+# One at a time: most of them start several processes.
+test-long: $(VENV)/.installed $(VENV)-aot/.installed  ## the others: hosts that fail, buckets, whole command lines; half an hour
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -m long
 
 test-fast: $(VENV)/.installed  ## the tests that compile little: a newcomer's inner loop
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) -m "not slow"

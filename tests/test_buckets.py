@@ -399,11 +399,12 @@ def train(emulator, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_in_a_bucket(emulator, storage, tmp_path):
     """Stopped, gone on from after its newest checkpoint was damaged, equal to one that lies here."""
     draw_photos(tmp_path / "photos", 6)
     storage.put(f"{tmp_path}/photos", f"{BUCKET}/photos", recursive=True)
-    common = ("data.kind=images", "checkpoint.every=2", "log.every=1")
+    common = ("loss.terms=task", "data.kind=images", "checkpoint.every=2", "log.every=1")
     here = (*common, f"data.path={tmp_path}/photos", "--workdir", tmp_path / "run")
     there = (*common, f"data.path={BUCKET}/photos", "--workdir", f"{BUCKET}/run")
     assert train(emulator, *here, "steps=6")[0] == 0
@@ -427,7 +428,7 @@ def test_run_in_a_bucket(emulator, storage, tmp_path):
     for name, value in expected.items():
         np.testing.assert_array_equal(ours[name], value)
     for change, was in {"seed=1": "seed=0", "student.prediction_type=v_prediction": "epsilon"}.items():
-        status, err = train(emulator, *there, "steps=6", "loss.terms=task", change)
+        status, err = train(emulator, *there, "steps=6", change)
         assert status == 1
         last = err.strip().splitlines()[-1]
         assert re.match(
@@ -436,6 +437,7 @@ def test_run_in_a_bucket(emulator, storage, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_in_a_bucket(emulator, storage):
     """Each writes its part; what is damaged is put aside once, and both go on from the one before."""
 

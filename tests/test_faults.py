@@ -64,6 +64,8 @@ sys.exit(part(args, 130 if process else 0))
 """
 
 pytestmark = pytest.mark.slow
+# Those that wait for half a minute and more, or start their processes several times over.
+long = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,7 @@ def photos(tmp_path_factory):
     return draw_photos(tmp_path_factory.mktemp("data") / "photos", 12)
 
 
+@long
 def test_data_that_one_cannot_read_end_all_and_nothing_is_lost(job, photos, tmp_path):
     """The file is met in the second step, by one process; mended, the run is as if nothing had been."""
     options = ["data.kind=images", "data.loader.max_bad_fraction=0", "batch_size=4", "steps=4"]
@@ -142,6 +145,7 @@ def test_data_that_one_cannot_read_end_all_and_nothing_is_lost(job, photos, tmp_
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+@long
 def test_a_late_process_is_waited_for(job, tmp_path):
     """CPU collectives give up after 30 s where a process comes that much later to the first; here it does."""
     code = tmp_path / "late.py"
@@ -171,6 +175,7 @@ def test_what_stops_one_stops_all_with_its_message(job, tmp_path):
     assert f"error: process 0 has ended: {tmp_path}/samples/step_0000002.png: cannot be written" in second
 
 
+@long
 def test_what_stops_the_end_stops_all(job, tmp_path):
     """Only the first writes the model; the others have nothing left to do, but are still there."""
     code = tmp_path / "full.py"
@@ -181,6 +186,7 @@ def test_what_stops_the_end_stops_all(job, tmp_path):
     assert "process 0 has ended: [Errno 28] No space left on device: 'model'" in results[1][1]
 
 
+@long
 def test_who_is_interrupted_does_not_wait_for_the_others(job, tmp_path):
     code = tmp_path / "interrupted.py"
     code.write_text(INTERRUPTED)
@@ -193,6 +199,7 @@ def test_who_is_interrupted_does_not_wait_for_the_others(job, tmp_path):
         first.wait()
 
 
+@long
 def test_a_process_that_is_killed_ends_the_others_and_leaves_no_workers(job, tmp_path):
     options = ["vae=none", "steps=4000", "data.loader.workers=1", "checkpoint.every=3"]
     run = job("train.py", *RUN, *options, "--workdir", tmp_path)
@@ -227,6 +234,7 @@ def children(process):
     ]
 
 
+@long
 def test_a_slower_share_of_files_is_waited_for(job, photos, tmp_path):
     """Longer than jax gives a process to follow the others' end, here ten seconds."""
     masks = tmp_path / "masks"

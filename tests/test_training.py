@@ -1,6 +1,7 @@
 """The training step: sharded as unsharded, accumulated, BatchNorm per device, numbers gone wrong."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +24,7 @@ from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
-from moebius_jax.sharding import make_mesh, tensor_sharding
+from moebius_jax.sharding import make_mesh, tensor_sharding, tree_shardings
 from moebius_jax.training.batches import (
     abstract_batch,
     check_batch,
@@ -49,13 +50,32 @@ def first_batch(config):
     return next(first_batches(config, dataset, seed=config.seed, size=config.batch_size, count=1))
 
 
+@functools.cache
+def drawn(seed, student, optimizer, terms):
+    """First state and frozen tensors of the small run, on one device. Drawing takes longer than compiling."""
+    config = tiny_run.get_config()
+    loss = dataclasses.replace(config.loss, terms=terms)
+    config = config.replace(seed=seed, student=student, optimizer=optimizer, loss=loss)
+    mesh = make_mesh(jax.devices()[:1])
+    frozen = {name: network.tensors for name, network in load_frozen(config, mesh).items()}
+    state = initial_state(config, mesh, run_optimizer(optimizer, student, config.steps, mesh))
+    return jax.tree.map(np.asarray, (state, frozen))  # a step takes the state's memory over
+
+
+def first_state(config, mesh):
+    """What `drawn` has, where a run on this mesh has it."""
+    state, frozen = drawn(config.seed, config.student, config.optimizer, config.loss.terms)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    networks = load_frozen(config, mesh, abstract=True)
+    places = {name: {k: v.sharding for k, v in n.tensors.items()} for name, n in networks.items()}
+    state = jax.device_put(state, tree_shardings(mesh, abstract_state(config, mesh, optimizer)))
+    return state, jax.device_put(frozen, places), networks, optimizer
+
+
 def one_step(config, devices, batch=None):
     """New state and figures after a step on a mesh of these devices."""
     mesh = make_mesh(devices, fsdp=config.fsdp)
-    networks = load_frozen(config, mesh)
-    frozen = {name: network.tensors for name, network in networks.items()}
-    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
-    state = initial_state(config, mesh, optimizer)
+    state, frozen, networks, optimizer = first_state(config, mesh)
     places = {name: value.sharding.spec for name, value in state.params.items()}
     update = make_update(config, mesh, networks, optimizer)
     update = update.lower(state, frozen, abstract_batch(config, mesh)).compile()
@@ -70,7 +90,23 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 8, 4], ids=["data 8", "fsdp 8", "data 2 x fsdp 4"])
+def test_a_run_is_born_where_it_lies():
+    """Drawn on a mesh, state and frozen networks are those of one device, in the pieces a step expects."""
+    config, mesh = tiny_run.get_config().replace(fsdp=4), make_mesh(fsdp=4)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    networks = load_frozen(config, mesh)
+    ours = initial_state(config, mesh, optimizer), {name: n.tensors for name, n in networks.items()}
+    theirs = first_state(config, mesh)[:2]
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, mine), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert mine.sharding == other.sharding, path
+        np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fsdp", [1, pytest.param(8, marks=pytest.mark.long), 4], ids=["data 8", "fsdp 8", "data 2 x fsdp 4"]
+)
 def test_sharded_is_unsharded(fsdp, alone):
     """Losses, norms and weights of the global batch, and the parameters after the step."""
     config = tiny_run.get_config().replace(fsdp=fsdp)
@@ -250,8 +286,14 @@ def test_balance_of_each_device_is_that_of_its_own_samples():
     config = tiny_run.get_config()
     config = config.replace(
         batch_norm="device",
-        loss=dataclasses.replace(config.loss, balance="release", balance_over="device", all_norms=True),
-        optimizer=dataclasses.replace(config.optimizer, clip_norm=None),
+        loss=dataclasses.replace(
+            config.loss,
+            terms=("coarse", "fine", "task"),
+            balance="release",
+            balance_over="device",
+            all_norms=True,
+        ),
+        optimizer=dataclasses.replace(config.optimizer, name="adamw", clip_norm=None),
     )
     whole = first_batch(config)
     halves = [jax.tree.map(lambda x, part=part: x[part], whole) for part in (slice(4), slice(4, None))]
@@ -284,9 +326,7 @@ def test_a_step_with_a_stand_in_changes_nothing_and_says_whose_it_is():
     number[5:] = -1 - 2  # the third process's
     before, *_ = one_step(config, jax.devices()[:1])
     mesh = make_mesh(jax.devices()[:1])
-    networks = load_frozen(config, mesh)
-    frozen = {name: network.tensors for name, network in networks.items()}
-    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    _, frozen, networks, optimizer = first_state(config, mesh)
     update = make_update(config, mesh, networks, optimizer)
     kept = jax.tree.map(np.asarray, before)
     after, metrics = update(before, frozen, to_devices(batch._replace(index=number), mesh))

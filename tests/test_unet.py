@@ -120,6 +120,7 @@ def test_student_full_in_fp32_and_bf16():
         assert np.linalg.norm(noise - expected) / np.linalg.norm(expected) <= 0.02
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_teacher_full():
     gc.collect()  # 3.4 GB of weights
@@ -217,6 +218,7 @@ def test_rematerialisation_changes_nothing():
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_position_order_can_be_forced(student_mini):
     vectors, programs = synth.golden("student_mini_eval"), set()
