@@ -216,8 +216,20 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     if config.log.validation:
         held_out = open_dataset(config.held_out_data, config.student.latent_shape)
 
-    # ------------------------------------------------------------------ networks, optimiser, state as shapes
+    # ------------------------------------------------------------------ work folder
     require_extra("train", "clu", "tensorflow")  # the log's
+
+    def claim() -> None:
+        with reaching(workdir):
+            require_room_for_model(workdir)
+            require_run_folder(workdir)
+        if not is_bucket(workdir):  # which has no locks
+            held.enter_context(sole_user(workdir))
+
+    first_does(claim)
+    require_shared_folder(workdir)
+
+    # ------------------------------------------------------------------ networks, optimiser, state as shapes
     stop = Stop.on(signal.SIGTERM, signal.SIGINT)
     if not args.no_compilation_cache:
         enable_compilation_cache()
@@ -233,16 +245,6 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
 
     # ------------------------------------------------------------------ restore, or begin
     require_memory(shapes)
-
-    def claim() -> None:
-        with reaching(workdir):
-            require_room_for_model(workdir)
-            require_run_folder(workdir)
-        if not is_bucket(workdir):  # which has no locks
-            held.enter_context(sole_user(workdir))
-
-    first_does(claim)
-    require_shared_folder(workdir)
     checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
     restored = checkpoints.restore(shapes, describe(config))
     if restored:

@@ -8,11 +8,14 @@ import pytest
 from conftest import TINY_UNET
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import hlo
+from benchmarks.scale import collectives, link_seconds
 from moebius_jax import UNet
 from moebius_jax.models import inference_copy
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.sharding import make_mesh, replicated
 
 CUDA = """
 HloModule step, is_scheduled=true
@@ -158,3 +161,30 @@ def test_kernels_of_a_unit_on_a_cpu():
         return len(hlo.kernels(jax.jit(function).lower(*arguments).compile().as_text()))
 
     assert (count(2) - count(1)) / 4 < 90  # 82 with jax 0.10.2
+
+
+class TestCollectives:
+    def test_counts_and_bytes(self):
+        """A sum over four devices and a gathering of what they hold."""
+        mesh = make_mesh(jax.devices()[:4])
+        x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+
+        def program(x):
+            return x.sum(0), 2 * x
+
+        text = jax.jit(program, out_shardings=replicated(mesh)).lower(x).compile().as_text()
+        assert collectives(text) == {"all-reduce": (1, 32 * 4), "all-gather": (1, 8 * 32 * 4)}
+
+    def test_what_is_started_is_counted_once(self):
+        line = (
+            "%{0} = (f32[2,4]{{1,0}}, f32[8,4]{{1,0}}) all-gather-start(%x), channel_id={1}, dimensions={{0}}"
+        )
+        body = "\n".join("  " + line.format(f"s{i}", channel) for i, channel in enumerate((7, 7, 9)))
+        text = f"ENTRY %main (x: f32[2,4]) -> f32[8,4] {{\n  %x = f32[2,4]{{1,0}} parameter(0)\n{body}\n}}"
+        assert collectives(text) == {"all-gather": (2, 2 * 8 * 4 * 4)}
+
+    def test_time(self):
+        found = {"all-reduce": (10, 10**9), "all-gather": (5, 10**9)}
+        moving, hopping = link_seconds(found, "v5e:4x8")
+        assert moving == pytest.approx(3e9 * 31 / 32 / 200e9)
+        assert hopping == pytest.approx(25 * 6e-6)

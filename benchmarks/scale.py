@@ -1,0 +1,136 @@
+"""What a distillation step costs on TPU slices of growing size, compiled for them without one.
+
+    python -m benchmarks.scale                                            # reduced networks: minutes a row
+    python -m benchmarks.scale --sizes full --remat --accumulation 2 --topologies v5e:4x8     # over an hour
+    python -m benchmarks.scale --per-device 8 --fsdp 4
+
+For each slice the step is compiled at --batch-size samples over all devices, and at --per-device samples on
+each. Figures are of one device: memory by the compiler, milliseconds of its kernels by the compiler's
+estimate of cycles, and the collectives with the bytes that come out of them. Their time is a model: a ring
+over one axis of the torus at a time, at the published bandwidth of the links, and a microsecond for every hop
+of every collective. Loops over parts of a batch are counted once. Run it in the environment of the `aot`
+extra.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import hlo
+from benchmarks.common import Row, compiled_in, parser, report, told
+from benchmarks.compiled import TPU_CLOCK
+from benchmarks.train import SIZES, configure, lowered
+from moebius_jax.cli.terminal import run
+from moebius_jax.hardware import slice_devices
+from moebius_jax.sharding import make_mesh
+from moebius_jax.training.batches import check_batch
+from moebius_jax.training.networks import load_frozen
+from moebius_jax.training.optimizer import run_optimizer
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Bytes a second in and out of a chip, all links together (Google's published figures).
+LINKS = {"v4": 300e9, "v5e": 200e9, "v6e": 448e9}
+HOP = 1e-6
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """How many of each kind a compiled program has, and how many bytes come out of them on one device."""
+    seen: dict[str, dict[str, int]] = {}
+    computations, _ = hlo.parse(text)
+    for computation in computations.values():
+        for made in computation.values():
+            kind = made.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            sizes = [math.prod(a.dims) * hlo.BITS.get(a.dtype, 0) // 8 for a in made.arrays]
+            # An all-gather that is only started has its operand beside its result.
+            size = max(sizes) if kind == "all-gather" and made.op != kind else sum(sizes)
+            # By channel: the compiler repeats a transfer in the text of everything it is fused with.
+            channel = re.search(r"channel_id=(\d+)", made.attributes)
+            seen.setdefault(kind, {})[channel[1] if channel else made.name] = size
+    return {kind: (len(sizes), sum(sizes.values())) for kind, sizes in seen.items()}
+
+
+def link_seconds(found: dict[str, tuple[int, int]], topology: str) -> tuple[float, float]:
+    """Modelled time of the bytes, and of the hops."""
+    kind, _, shape = topology.partition(":")
+    sides = [int(side) for side in shape.split("x")]
+    devices = math.prod(sides)
+    passes = {"all-reduce": 2.0}  # there and back; all else goes round once
+    nbytes = sum(passes.get(name, 1.0) * size for name, (_, size) in found.items())
+    count = sum(passes.get(name, 1.0) * number for name, (number, _) in found.items())
+    return nbytes * (devices - 1) / devices / LINKS[kind], count * HOP * sum(side // 2 for side in sides)
+
+
+def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> Row:
+    """A row: the step of `batch_size` samples, or of `args.per_device` on each device."""
+    devices = slice_devices(topology)
+    batch_size = batch_size or args.per_device * len(devices)
+    config = configure(args, args.row, batch_size, "tpu")
+    config = config.replace(fsdp=args.fsdp, accumulation=args.accumulation)
+    mesh = make_mesh(devices, fsdp=config.fsdp)
+    check_batch(config, mesh)
+    networks = load_frozen(config, mesh, abstract=True)
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    compiled, seconds = compiled_in(lowered(config, mesh, networks, optimizer))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = collectives(text)
+    moving, hopping = link_seconds(found, topology)
+    clock = TPU_CLOCK.get(topology.partition(":")[0])
+    row: dict[str, Any] = {
+        "slice": topology,
+        "hosts": len({device.process_index for device in devices}),
+        "batch": batch_size,
+        "a device": batch_size / len(devices),
+        "held GB": held / 1e9,
+        "temporaries GB": memory.temp_size_in_bytes / 1e9,
+        "TFLOP": compiled.cost_analysis()["flops"] / 1e12,
+    }
+    if clock:
+        row["kernels ms"] = 1e3 * sum(kernel.cycles for kernel in hlo.kernels(text)) / clock
+    for name in ("all-reduce", "all-gather"):
+        number, size = found.get(name, (0, 0))
+        row |= {name: number, f"{name} GB": size / 1e9}
+    row |= {"other collectives": sum(n for name, (n, _) in found.items() if name not in row)}
+    return row | {"links ms": 1e3 * moving, "hops ms": 1e3 * hopping, "compiled in s": seconds}
+
+
+def parse() -> argparse.Namespace:
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--topologies", nargs="+", default=["v5e:4x8", "v5e:8x8", "v5e:16x16"], metavar="SLICE")
+    add("--sizes", choices=SIZES, default="reduced", help="of the networks (default reduced)")
+    add("--batch-size", type=int, default=768, help="over all devices; 0 for none (default: the paper's 768)")
+    add("--per-device", type=int, default=8, help="samples of a device; 0 for none (default 8)")
+    add("--fsdp", type=int, default=1)
+    add("--accumulation", type=int, default=1)
+    add("--remat", action="store_true")
+    args = options.parse_args()
+    for topology in args.topologies:
+        if topology.partition(":")[0] not in LINKS:
+            options.error(
+                f"--topologies: {topology}; expected one of {', '.join(LINKS)} with its sides: v5e:4x8"
+            )
+    return argparse.Namespace(
+        **vars(args), row="distillation, paper", dtype="bfloat16", stream_dtype="float32"
+    )
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    batches = ([args.batch_size] if args.batch_size else []) + ([None] if args.per_device else [])
+    for topology, batch_size in itertools.product(args.topologies, batches):
+        yield measure(args, topology, batch_size)
+
+
+def main() -> int:
+    args = parse()
+    return run(lambda: report(told(rows(args)), args, device=", ".join(args.topologies)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
