@@ -145,7 +145,14 @@ def mask() -> np.ndarray:
     return grey
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that -m leaves out are taken away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that no process is left with a long one at the end."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    """What is long is slow; files with the most slow tests first, so that no process is left with a long one
+    at the end."""
+    slow: collections.Counter[pathlib.Path] = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+        elif item.get_closest_marker("slow"):
+            slow[item.path] += 1
     items.sort(key=lambda item: -slow[item.path])  # stable: a file's tests stay together and in order

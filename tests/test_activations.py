@@ -16,6 +16,7 @@ def arguments(tmp_path):
     return ["--image", f"{tmp_path}/i.png", "--mask", f"{tmp_path}/m.png", "--output", f"{tmp_path}/maps.png"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_row_for_each_network(arguments, tmp_path):
     deeper = TINY_UNET.replace(channels=(32, 32, 64), transformers=(True, False, True))

@@ -257,6 +257,7 @@ def photos(tmp_path):
     return draw_photos(tmp_path / "photos", 6)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_photographs_cached_latents_and_pictures(photos, tmp_path, in_process, capfd):
     """The same few images directly and from a cache; grids and previews can be looked at."""
@@ -353,6 +354,7 @@ def test_sizes_that_do_not_fit_and_places_that_cannot_be_written(photos, in_proc
     assert "M parameters" not in err, "networks are drawn for minutes, and all for nothing"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_numbers_that_explode_end_the_run(in_process, tmp_path):
     """The step, the term, and where to go back to are named; nothing bad is saved."""

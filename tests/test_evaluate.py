@@ -159,6 +159,7 @@ class TestBenchmark:
         a, b = report(tmp_path / "out"), report(tmp_path / "resumed")
         assert a["runs"][0]["all"] == b["runs"][0]["all"]
 
+    @pytest.mark.long
     def test_killed_and_continued(self, tiny_folder, tmp_path):
         """Photographs: a process of its own, killed with -9 while it paints, continued by two at once."""
         images, out = tmp_path / "photos", tmp_path / "out"

@@ -176,6 +176,7 @@ class TestRuns:
         assert not list((tmp_path / "checkpoints").glob("step_*"))
         assert not (tmp_path / "model").exists()
 
+    @pytest.mark.long
     def test_what_changed_is_told_and_foreign_files_stay(self, train, tmp_path):
         assert train("--workdir", tmp_path / "w", "steps=1")[0] == 0
         status, err = train("--workdir", tmp_path / "w", "steps=2", "noise_offset=0.5", "optimizer.b1=0.5")

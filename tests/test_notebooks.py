@@ -6,10 +6,14 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 nbformat = pytest.importorskip("nbformat")
+NAMES = [
+    pytest.param(path.name, marks=[pytest.mark.long] if path.stem == "distil_a_student" else [])
+    for path in sorted(FOLDER.glob("*.ipynb"))
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.ipynb")))
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, monkeypatch):
     client = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

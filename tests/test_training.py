@@ -280,6 +280,7 @@ def test_validation_is_the_task_loss_of_the_same_noise():
     assert found == {"validation_loss_task": pytest.approx(float(jnp.concatenate(losses).mean()), rel=1e-4)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_balance_of_each_device_is_that_of_its_own_samples():
     """Two devices against two runs of one device with half the batch each: everything is the mean."""
