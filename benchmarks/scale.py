@@ -1,8 +1,8 @@
 """What a distillation step costs on TPU slices of growing size, compiled for them without one.
 
-    python -m benchmarks.scale                                            # reduced networks: minutes a row
+    python -m benchmarks.scale --sizes tiny --per-device 0                # a few minutes a row on two cores
+    python -m benchmarks.scale                                            # reduced networks, half an hour
     python -m benchmarks.scale --sizes full --remat --accumulation 2 --topologies v5e:4x8     # over an hour
-    python -m benchmarks.scale --per-device 8 --fsdp 4
 
 For each slice the step is compiled at --batch-size samples over all devices, and at --per-device samples on
 each. Figures are of one device: memory by the compiler, milliseconds of its kernels by the compiler's
