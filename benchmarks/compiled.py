@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from benchmarks import hlo
 from benchmarks.common import wrapped_calls
 from benchmarks.programs import core, core_inputs, placed
-from benchmarks.train import ROWS, SIZES, configure, lowered
+from benchmarks.train import ROWS, SIZES, abstract_step, configure
 from moebius_jax.cli.terminal import run
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.errors import UserError
@@ -47,8 +47,6 @@ from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
-from moebius_jax.training.networks import load_frozen
-from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.weights.tensors import abstract_network
 
 HERE = Path(__file__).parent
@@ -147,12 +145,10 @@ def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
 def train_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, frozenset[str]]:
     """A distillation step, lowered, and the names of its networks' modules."""
     config = configure(args, args.row, args.batch_size, PLATFORM[args.target])
-    networks = load_frozen(config, mesh, abstract=True)
-    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
     student = abstract_network(config.student)
     names = {type(module).__name__ for _, module in nnx.iter_modules(student)} - {"UNet"}
     with wrapped_calls(student, scoped):
-        return lowered(config, mesh, networks, optimizer), frozenset(names)
+        return abstract_step(config, mesh), frozenset(names)
 
 
 def seconds(kernel: hlo.Kernel, target: str) -> float:

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from moebius_jax.training.aot import COLLECTIVES
+
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
 BITS |= {
     "s32": 32,
@@ -117,6 +119,24 @@ def kernels(text: str) -> list[Kernel]:
     """All kernels of a program, in order."""
     computations, entry = parse(text)
     return list(_walk(computations, entry))
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """How many of each kind a compiled program has, and how many bytes come out of them on one device."""
+    seen: dict[str, dict[str, int]] = {}
+    computations, _ = parse(text)
+    for computation in computations.values():
+        for made in computation.values():
+            kind = made.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            sizes = [math.prod(a.dims) * BITS.get(a.dtype, 0) // 8 for a in made.arrays]
+            # An all-gather that is only started has its operand beside its result.
+            size = max(sizes) if kind == "all-gather" and made.op != kind else sum(sizes)
+            # By channel: the compiler repeats a transfer in the text of everything it is fused with.
+            channel = re.search(r"channel_id=(\d+)", made.attributes)
+            seen.setdefault(kind, {})[channel[1] if channel else made.name] = size
+    return {kind: (len(sizes), sum(sizes.values())) for kind, sizes in seen.items()}
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:

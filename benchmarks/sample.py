@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from benchmarks import hlo
 from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
 from benchmarks.programs import core, core_inputs, placed
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step
@@ -109,7 +110,6 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
     compiled, seconds = compiled_in(inpaint_latents.lower(graphdef, *arguments, guided=True))
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     peak_flops, peak_bytes = PEAKS[mesh.devices.flat[0].device_kind]
-    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     # XLA counts the body of the loop once: these are one step's figures, on one device.
     return {
         "topology": args.aot,
@@ -120,7 +120,7 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
         "bound_ms": 1e3 * max(cost["flops"] / peak_flops, cost["bytes accessed"] / peak_bytes),
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
-        "collectives": sum(compiled.as_text().count(f" {kind}(") for kind in kinds),
+        "collectives": sum(count for count, _ in hlo.collectives(compiled.as_text()).values()),
         "compile_s": seconds,
     }
 

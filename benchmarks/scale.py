@@ -15,7 +15,6 @@ extra.
 import argparse
 import itertools
 import math
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,36 +22,15 @@ from typing import Any
 from benchmarks import hlo
 from benchmarks.common import Row, compiled_in, parser, report, told
 from benchmarks.compiled import TPU_CLOCK
-from benchmarks.train import SIZES, configure, lowered
+from benchmarks.train import SIZES, abstract_step, configure
 from moebius_jax.cli.terminal import run
-from moebius_jax.hardware import slice_devices
+from moebius_jax.hardware import held_bytes, slice_devices
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import check_batch
-from moebius_jax.training.networks import load_frozen
-from moebius_jax.training.optimizer import run_optimizer
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Bytes a second in and out of a chip, all links together (Google's published figures).
 LINKS = {"v4": 300e9, "v5e": 200e9, "v6e": 448e9}
 HOP = 1e-6
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """How many of each kind a compiled program has, and how many bytes come out of them on one device."""
-    seen: dict[str, dict[str, int]] = {}
-    computations, _ = hlo.parse(text)
-    for computation in computations.values():
-        for made in computation.values():
-            kind = made.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            sizes = [math.prod(a.dims) * hlo.BITS.get(a.dtype, 0) // 8 for a in made.arrays]
-            # An all-gather that is only started has its operand beside its result.
-            size = max(sizes) if kind == "all-gather" and made.op != kind else sum(sizes)
-            # By channel: the compiler repeats a transfer in the text of everything it is fused with.
-            channel = re.search(r"channel_id=(\d+)", made.attributes)
-            seen.setdefault(kind, {})[channel[1] if channel else made.name] = size
-    return {kind: (len(sizes), sum(sizes.values())) for kind, sizes in seen.items()}
 
 
 def link_seconds(found: dict[str, tuple[int, int]], topology: str) -> tuple[float, float]:
@@ -74,12 +52,9 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> 
     config = config.replace(fsdp=args.fsdp, accumulation=args.accumulation)
     mesh = make_mesh(devices, fsdp=config.fsdp)
     check_batch(config, mesh)
-    networks = load_frozen(config, mesh, abstract=True)
-    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
-    compiled, seconds = compiled_in(lowered(config, mesh, networks, optimizer))
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = collectives(text)
+    compiled, seconds = compiled_in(abstract_step(config, mesh))
+    text = compiled.as_text()
+    found = hlo.collectives(text)
     moving, hopping = link_seconds(found, topology)
     clock = TPU_CLOCK.get(topology.partition(":")[0])
     row: dict[str, Any] = {
@@ -87,8 +62,8 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> 
         "hosts": len({device.process_index for device in devices}),
         "batch": batch_size,
         "a device": batch_size / len(devices),
-        "held GB": held / 1e9,
-        "temporaries GB": memory.temp_size_in_bytes / 1e9,
+        "held GB": held_bytes(compiled) / 1e9,
+        "temporaries GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "TFLOP": compiled.cost_analysis()["flops"] / 1e12,
     }
     if clock:

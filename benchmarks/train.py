@@ -24,7 +24,7 @@ from moebius_jax.data.loader import LoaderConfig
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.gradients import teacher_bottleneck
 from moebius_jax.distillation.perceptual import Perceptual
-from moebius_jax.hardware import peak_flops
+from moebius_jax.hardware import held_bytes, peak_flops
 from moebius_jax.models import ELatentLPIPSConfig, UNetConfig
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import abstract_batch, encoded, to_devices
@@ -102,6 +102,14 @@ def lowered(
     return update.lower(abstract_state(config, mesh, optimizer), frozen, abstract_batch(config, mesh))
 
 
+def abstract_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The same without any array."""
+    networks = load_frozen(config, mesh, abstract=True)
+    return lowered(
+        config, mesh, networks, run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    )
+
+
 def measure(args: argparse.Namespace, row: str, batch_size: int) -> Row:
     config = configure(args, row, batch_size)
     mesh = make_mesh(jax.devices()[:1])
@@ -114,8 +122,7 @@ def measure(args: argparse.Namespace, row: str, batch_size: int) -> Row:
     if flops:
         result["tflop"] = flops / 1e12
     if memory := step.memory_analysis():
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        result["gb"] = (held + memory.temp_size_in_bytes) / 1e9
+        result["gb"] = (held_bytes(step) + memory.temp_size_in_bytes) / 1e9
     if args.costs_only:
         return result
     dataset = open_dataset(config.data, config.student.latent_shape)

@@ -61,6 +61,12 @@ def require_memory(tree: Any) -> None:
         )
 
 
+def held_bytes(program: jax.stages.Compiled) -> int:
+    """What a compiled program holds on one device beside its temporaries; what is given away counts once."""
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 def slice_devices(topology: str) -> list[jax.Device]:
     """The devices of a TPU slice, to compile for on a machine without one.
 

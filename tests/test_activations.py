@@ -17,7 +17,6 @@ def arguments(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_row_for_each_network(arguments, tmp_path):
     deeper = TINY_UNET.replace(channels=(32, 32, 64), transformers=(True, False, True))
     for name, config in (("a", TINY_UNET), ("b", deeper)):

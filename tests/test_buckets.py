@@ -398,7 +398,6 @@ def train(emulator, *arguments):
     return done.returncode, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_run_in_a_bucket(emulator, storage, tmp_path):
     """Stopped, gone on from after its newest checkpoint was damaged, equal to one that lies here."""
@@ -436,7 +435,6 @@ def test_run_in_a_bucket(emulator, storage, tmp_path):
         ), err
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_in_a_bucket(emulator, storage):
     """Each writes its part; what is damaged is put aside once, and both go on from the one before."""

@@ -60,25 +60,24 @@ def finish(process):
     return process.returncode, out, err
 
 
+def run_here(*arguments):
+    """Status of the small run within the tests' own process, on eight devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+        return main([TINY, *map(str, arguments), "--no-compilation-cache"])
+
+
 @pytest.fixture
-def in_process(monkeypatch, capfd):
-    """The small run within the tests' own process, on eight devices: status and what it said."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
-
-    def start(*arguments):
-        status = main([TINY, *map(str, arguments), "--no-compilation-cache"])
-        return status, capfd.readouterr().err
-
-    return start
+def in_process(capfd):
+    """`run_here`, and what it said."""
+    return lambda *arguments: (run_here(*arguments), capfd.readouterr().err)
 
 
 @pytest.fixture(scope="module")
 def all_losses(tmp_path_factory):
-    """Three steps with all four losses, within the tests' own process, on eight devices."""
+    """Three steps with all four losses, on eight devices."""
     workdir = tmp_path_factory.mktemp("runs") / "all"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)
-        assert main([TINY, *ALL_LOSSES, "--workdir", str(workdir), "--no-compilation-cache"]) == 0
+    assert run_here(*ALL_LOSSES, "--workdir", workdir) == 0
     return workdir
 
 
@@ -258,7 +257,6 @@ def photos(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_photographs_cached_latents_and_pictures(photos, tmp_path, in_process, capfd):
     """The same few images directly and from a cache; grids and previews can be looked at."""
     images, latents = f"data.path={photos}", tmp_path / "latents"
@@ -355,7 +353,6 @@ def test_sizes_that_do_not_fit_and_places_that_cannot_be_written(photos, in_proc
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_numbers_that_explode_end_the_run(in_process, tmp_path):
     """The step, the term, and where to go back to are named; nothing bad is saved."""
     status, err = in_process(
@@ -372,7 +369,6 @@ AOT_PYTHON = ROOT / ".venv-aot" / "bin" / "python"
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.skipif(not AOT_PYTHON.exists(), reason="libtpu is not installed (make .venv-aot/.installed)")
 def test_the_step_compiles_for_a_tpu_slice(environment):
     """A real TPU program of the small run, its data and its weights both cut in two."""

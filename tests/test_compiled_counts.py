@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import hlo
-from benchmarks.scale import collectives, link_seconds
+from benchmarks.scale import link_seconds
 from moebius_jax import UNet
 from moebius_jax.models import inference_copy
 from moebius_jax.models.initializers import KeyStream
@@ -173,7 +173,7 @@ class TestCollectives:
             return x.sum(0), 2 * x
 
         text = jax.jit(program, out_shardings=replicated(mesh)).lower(x).compile().as_text()
-        assert collectives(text) == {"all-reduce": (1, 32 * 4), "all-gather": (1, 8 * 32 * 4)}
+        assert hlo.collectives(text) == {"all-reduce": (1, 32 * 4), "all-gather": (1, 8 * 32 * 4)}
 
     def test_what_is_started_is_counted_once(self):
         line = (
@@ -181,7 +181,7 @@ class TestCollectives:
         )
         body = "\n".join("  " + line.format(f"s{i}", channel) for i, channel in enumerate((7, 7, 9)))
         text = f"ENTRY %main (x: f32[2,4]) -> f32[8,4] {{\n  %x = f32[2,4]{{1,0}} parameter(0)\n{body}\n}}"
-        assert collectives(text) == {"all-gather": (2, 2 * 8 * 4 * 4)}
+        assert hlo.collectives(text) == {"all-gather": (2, 2 * 8 * 4 * 4)}
 
     def test_time(self):
         found = {"all-reduce": (10, 10**9), "all-gather": (5, 10**9)}

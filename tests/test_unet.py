@@ -121,7 +121,6 @@ def test_student_full_in_fp32_and_bf16():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_teacher_full():
     gc.collect()  # 3.4 GB of weights
     vectors = synth.golden("teacher_full")
@@ -219,7 +218,6 @@ def test_rematerialisation_changes_nothing():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_position_order_can_be_forced(student_mini):
     vectors, programs = synth.golden("student_mini_eval"), set()
     orders = set(get_args(PositionOrder)) - {"auto"}

@@ -13,7 +13,7 @@ from moebius_jax.buckets import is_bucket
 from moebius_jax.data.datasets import DATASETS
 from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError, first_line
-from moebius_jax.hardware import slice_devices
+from moebius_jax.hardware import held_bytes, slice_devices
 from moebius_jax.models import UNetConfig
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.sharding import make_mesh
@@ -24,7 +24,7 @@ from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state
 
 HBM_GB = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v4": 32, "TPU v5p": 95, "TPU v6 lite": 32}
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., Any]) -> str:
@@ -74,16 +74,16 @@ def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., An
 
 
 def _figures(compiled: Any, samples: float, parts: int) -> dict[str, str]:
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    cost, held = compiled.cost_analysis(), held_bytes(compiled)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
     text, flops = compiled.as_text(), cost["flops"] / 1e12
     # By channel: the compiler repeats a transfer in the text of everything it is fused with.
-    channels = {c: set(re.findall(rf" {c}(?:-start)?\(.*?channel_id=(\d+)", text)) for c in _COLLECTIVES}
+    channels = {c: set(re.findall(rf" {c}(?:-start)?\(.*?channel_id=(\d+)", text)) for c in COLLECTIVES}
     counts = {c: len(found) for c, found in channels.items()}
     return {
         "weights, optimiser, batch": f"{held / 1e9:.2f} GB per device",
-        "temporaries": f"{memory.temp_size_in_bytes / 1e9:.2f} GB per device",
-        "memory": f"{(held + memory.temp_size_in_bytes) / 1e9:.2f} GB per device",
+        "temporaries": f"{temporaries / 1e9:.2f} GB per device",
+        "memory": f"{(held + temporaries) / 1e9:.2f} GB per device",
         # XLA counts the body of the loop over parts once, and the optimiser is in the count of one part.
         "FLOPs": f"{parts * flops:.2f} T per device, {parts * flops / samples:.2f} T a sample",
         "HBM traffic": f"{parts * cost['bytes accessed'] / 1e9:.0f} GB per device",
