@@ -86,24 +86,40 @@ def require_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
     """Makes a folder if need be and keeps it to this process while it lasts; from other machines where their
-    shared file system has locks.
+    shared file system has locks. A folder that was made here and left empty is gone afterwards.
 
     Raises:
         UserError: another process has it, or it cannot be written to.
     """
+    is_new = not folder.exists()
     require_writable(folder)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    with _locked(lock):
         try:
+            yield
+        finally:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    if [path.name for path in folder.iterdir()] == [lock.name]:
+                        lock.unlink()
+                        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    with lock.open("w") as file:
+        try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last user may have taken the folder away between our opening and locking it.
+            is_taken = not lock.exists()
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is using this folder (it holds .lock)") from None
-        except OSError:  # a file system without locks
-            pass
+            is_taken = True
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            is_taken = False
+        if is_taken:
+            raise UserError(f"{lock.parent}: another process is using this folder (it holds {lock.name})")
         yield
 
 

@@ -199,6 +199,19 @@ class TestReplacing:
         with sole_user(tmp_path):
             pass
 
+    def test_a_new_folder_that_stays_empty_is_not_left(self, tmp_path):
+        with sole_user(tmp_path / "new"):
+            refused("another process is using this folder", sole_user(tmp_path / "new").__enter__)
+            assert (tmp_path / "new").exists()
+        assert not (tmp_path / "new").exists()
+
+    def test_other_folders_stay(self, tmp_path):
+        (tmp_path / "others").mkdir()
+        with sole_user(tmp_path / "others"), sole_user(tmp_path / "used"):
+            (tmp_path / "used" / "file").touch()
+        assert (tmp_path / "others").is_dir()
+        assert (tmp_path / "used" / "file").exists()
+
 
 class TestReleaseFiles:
     @pytest.mark.parametrize(
