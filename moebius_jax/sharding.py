@@ -73,6 +73,20 @@ def of_each_device(function: Callable[..., Any], mesh: Mesh, sharded: int) -> Ca
     return apply
 
 
+def plain_bools(tree: Any) -> Any:
+    """NumPy arrays in which every True is a byte of one.
+
+    NumPy is content with any byte but zero, and PIL's bitmaps come with 255. XLA reads the byte: 1 - hole has
+    been 2 and -254 inside such holes.
+    """
+
+    def plain(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return x.view(np.uint8) != 0 if x.dtype == bool else x
+
+    return jax.tree.map(plain, tree)
+
+
 def tensor_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """The longest axis `fsdp` divides, over `fsdp`; small tensors, and those without such an axis, whole.
 

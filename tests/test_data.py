@@ -59,6 +59,11 @@ class TestRandomMasks:
         assert holes[0].dtype == bool
         np.testing.assert_array_equal(*holes)
 
+    @pytest.mark.parametrize("preset", sorted(PRESETS))
+    def test_every_true_is_a_byte_of_one(self, preset):
+        holes = [mask_generator(preset)(np.random.default_rng(seed), 64) for seed in range(20)]
+        assert set(np.unique(np.stack(holes).view(np.uint8))) == {0, 1}
+
     def test_on_a_wide_picture_strokes_are_those_of_its_shorter_side(self):
         def mean(*shape):
             rng = np.random.default_rng(0)
@@ -388,6 +393,11 @@ class TestLatentCache:
         for i in range(3):
             for ours, value in zip(read[i], batch, strict=True):
                 np.testing.assert_array_equal(ours, value[i].astype(ours.dtype))
+
+    def test_holes_with_the_picture_in_them_are_refused(self, cache):
+        np.save(cache[0] / "hole.npy", (cache[1].hole * np.uint8(255)).view(bool))
+        with pytest.raises(UserError, match=r"\(sample 0\): encoded with the picture in its hole"):
+            LatentCache(cache[0])
 
     def test_workers_are_sent_the_folder_not_the_arrays(self, cache):
         read = LatentCache(cache[0])

@@ -163,6 +163,15 @@ def test_item_in_batch_is_item_alone(sampler):
 
 
 @pytest.mark.slow
+def test_holes_of_any_byte_are_holes(sampler):
+    images, holes, seeds = batch(1)
+    options = SamplingOptions(num_inference_steps=3)
+    bitmaps = (holes * np.uint8(255)).view(bool)  # True as PIL has it
+    results = [np.asarray(sampler(images, h, seeds, options)[0]) for h in (holes, bitmaps)]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.slow
 def test_seed_and_index_change_the_result(sampler):
     images, holes, _ = batch(1)
     options = SamplingOptions(num_inference_steps=3)

@@ -77,7 +77,9 @@ def packages(setting):
     frozen = {name: network.tensors for name, network in networks.items()}
     history = []
     for step in (0, 1):
-        batch = Batch(samples=PixelSample(*pictures(step)), index=np.arange(BATCH, dtype=np.int32))
+        images, holes, tasks = pictures(step)
+        bitmaps = (holes * np.uint8(255)).view(bool)  # True as PIL has it
+        batch = Batch(samples=PixelSample(images, bitmaps, tasks), index=np.arange(BATCH, dtype=np.int32))
         state, metrics = update(state, frozen, encoded(to_devices(batch, mesh), vae))
         history.append((jax.device_get(state), {k: float(v) for k, v in metrics.items()}))
     return history

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool
 
 from moebius_jax.buckets import ArrayInBucket, fetched, is_bucket
 from moebius_jax.data.records import TASKS
@@ -20,6 +21,7 @@ from moebius_jax.schema import AtLeastOne, checked, read_json
 
 INDEX = "latents.json"
 CHECKSUMS = "crc32.npy"  # of each sample
+_LOOKED_AT = 8  # samples of which a fault of all is told at the start
 FILES = tuple(f"{name}.npy" for name in LatentSample._fields)
 
 
@@ -130,6 +132,8 @@ class LatentCache:
         tasks = self._arrays.task
         if wrong := sorted(set(np.unique(tasks).tolist()) - set(range(len(TASKS)))):
             raise ValueError(f"task holds {wrong[0]}; expected 0 to {len(TASKS) - 1}")
+        for item in range(min(len(self), _LOOKED_AT)):
+            self._require_grey_hole(item, np.array(self._arrays.hole[item]))
 
     def __getstate__(self) -> Path:
         return self._folder  # not the arrays: a worker that is sent a mapped file is sent its contents
@@ -149,7 +153,17 @@ class LatentCache:
         sample = LatentSample(*(np.array(array[item]) for array in self._arrays))
         if self._checksums is not None and self._checksums[item] != _crc32(sample):
             raise UserError(f"{self._folder} (sample {item}): not what was written, its checksum is another")
+        self._require_grey_hole(item, sample.hole)
         return sample
+
+    def _require_grey_hole(self, item: int, hole: Bool[np.ndarray, "h w"]) -> None:
+        # Until 2026-11-30 holes of strokes came as bytes of 255 (see `sharding.plain_bools`), and were not
+        # grey in what was encoded.
+        if hole.view(np.uint8).max(initial=0) > 1:
+            raise UserError(
+                f"{self._folder} (sample {item}): encoded with the picture in its hole, by a fault of an "
+                "earlier version; expected grey: encode again (cache_latents.py --overwrite)"
+            )
 
 
 def _crc32(sample: LatentSample) -> int:

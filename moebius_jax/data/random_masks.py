@@ -139,7 +139,7 @@ def _strokes(rng: np.random.Generator, shape: tuple[int, int], p: Strokes, scale
             end = np.clip(point + length * np.array([math.sin(angle), math.cos(angle)]), 0, width_height)
             _capsule(canvas, point, end, brush / 2)
             point = end
-    return np.asarray(image, bool)
+    return _hole_of(image)
 
 
 def _boxes(rng: np.random.Generator, shape: tuple[int, int], p: Boxes, scale: float) -> Hole:
@@ -167,10 +167,15 @@ def _free_form(rng: np.random.Generator, size: int, p: FreeForm) -> Hole:
             canvas.rectangle((x, y, x + width, y + height), fill=1)
     for _ in range(rng.integers(p.strokes)):
         _winding_stroke(rng, canvas, size)
-    hole = np.asarray(image, bool)
+    hole = _hole_of(image)
     if rng.random() < 0.5:
         hole = hole[:, ::-1]
     return hole[::-1] if rng.random() < 0.5 else hole
+
+
+def _hole_of(image: Image.Image) -> Hole:
+    # Not np.asarray(image): its True is a byte of 255, which XLA reads as a number (`sharding.plain_bools`).
+    return np.asarray(image.convert("L")) > 0
 
 
 def _winding_stroke(rng: np.random.Generator, canvas: ImageDraw.ImageDraw, size: int) -> None:

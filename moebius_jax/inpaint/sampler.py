@@ -17,7 +17,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
 from moebius_jax.schema import checked
-from moebius_jax.sharding import batch_sharding, make_mesh, replicated
+from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated
 
 # step index, timestep, latents → latents to go on with
 StepCallback = Callable[[int, int, Array], Array]
@@ -100,7 +100,7 @@ class Sampler:
             Images, and for each whether all its numbers were finite.
         """
         images, holes, seeds = jax.device_put(
-            (images, holes, seeds.astype(np.uint32)), batch_sharding(self.mesh)
+            (images, plain_bools(holes), seeds.astype(np.uint32)), batch_sharding(self.mesh)
         )
         keys = sample_keys(seeds)
         shape = self.config.latent_shape

@@ -11,7 +11,7 @@ from moebius_jax.data.samples import Batch, LatentSample, PixelSample
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import encode_moments
 from moebius_jax.models import VAE
-from moebius_jax.sharding import batch_sharding
+from moebius_jax.sharding import batch_sharding, plain_bools
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.weights.names import counterparts
 from moebius_jax.weights.tensors import network_tensors
@@ -20,7 +20,7 @@ from moebius_jax.weights.tensors import network_tensors
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """This process's share of a batch as global arrays, cut over all devices."""
     place = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), plain_bools(batch))
 
 
 def encoded(batch: Batch, vae: VAE | None) -> Batch:

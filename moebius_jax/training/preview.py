@@ -18,7 +18,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.imaging.grid import side_by_side
 from moebius_jax.inpaint.latents import decode
 from moebius_jax.models import VAE, UNet
-from moebius_jax.sharding import replicated
+from moebius_jax.sharding import plain_bools, replicated
 from moebius_jax.training.batches import encoded
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.loading import first_batches
@@ -29,7 +29,7 @@ STRENGTH = 0.99
 
 
 def preview_grid(dataset: Dataset, config: TrainConfig, mesh: Mesh) -> Image.Image:
-    """The first samples of a run: image, hole, and the image with its hole grey.
+    """The first samples of a run: image, hole, and what the network is shown of the image.
 
     Raises:
         UserError: cached latents without a VAE to decode them.
@@ -37,14 +37,14 @@ def preview_grid(dataset: Dataset, config: TrainConfig, mesh: Mesh) -> Image.Ima
     samples = _first(config, dataset, config.seed).samples
     if isinstance(samples, PixelSample):
         images, holes = samples.image, samples.hole
+        visible = np.where(holes[..., None], np.uint8(128), images)
     else:
         vae = load_image_codec(config, mesh)
         if vae is None:
             raise UserError("showing cached latents needs their decoder: pass vae=FOLDER")
-        images = _to_images(vae, _means(samples.moments))
+        images, visible = (_to_images(vae, _means(m)) for m in (samples.moments, samples.masked_moments))
         holes = samples.hole.repeat(vae.config.factor, 1).repeat(vae.config.factor, 2)
-    masked = np.where(holes[..., None], np.uint8(128), images)
-    return rows(images, holes.astype(np.uint8) * 255, masked)
+    return rows(images, holes.astype(np.uint8) * 255, visible)
 
 
 class SampleGrids:
@@ -65,7 +65,8 @@ class SampleGrids:
     ) -> None:
         place = replicated(mesh)
         self._vae = vae
-        self._batch = encoded(jax.device_put(_first(config, dataset, config.seed + 1), place), vae)
+        batch = plain_bools(_first(config, dataset, config.seed + 1))
+        self._batch = encoded(jax.device_put(batch, place), vae)
         self._steps = solver_steps("ddim", config.log.grid_steps, STRENGTH)
         self._inpaint = jax.jit(
             functools.partial(_inpaint, student, config.noise_offset), out_shardings=place

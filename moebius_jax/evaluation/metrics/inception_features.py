@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from moebius_jax.evaluation.metrics.hole_means import hole_share, weighted_mean
 from moebius_jax.models import Inception
 from moebius_jax.models.inception import SIDE
-from moebius_jax.sharding import batch_sharding, replicated
+from moebius_jax.sharding import batch_sharding, plain_bools, replicated
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -41,7 +41,8 @@ class InceptionFeatures:
         Args:
             images, holes: B a multiple of the devices.
         """
-        return _features(self._graphdef, self._weights, *jax.device_put((images, holes), self._sharding))
+        arrays = jax.device_put((images, plain_bools(holes)), self._sharding)
+        return _features(self._graphdef, self._weights, *arrays)
 
 
 @jax.jit(static_argnums=0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.metrics.hole_means import hole_share, weighted_mean
-from moebius_jax.sharding import batch_sharding, replicated
+from moebius_jax.sharding import batch_sharding, plain_bools, replicated
 
 Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
@@ -58,7 +58,7 @@ class LPIPS:
         Inside a hole each layer's distances are averaged with the share of the hole at each position as
         weight, so that of a hole that is the whole picture is the picture's.
         """
-        arrays = jax.device_put((results, truths, holes), self._sharding)
+        arrays = jax.device_put((results, truths, plain_bools(holes)), self._sharding)
         return _distances(self._network, self._weights, *arrays)
 
 
