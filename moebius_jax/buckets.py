@@ -1,7 +1,7 @@
 """Folders in buckets of Google's storage (gs://bucket/…): read where they lie, written from this machine.
 
 An object has its name only when all of it is there; of a folder of objects that is not so. What says what a
-folder is (`config.json`, `pipeline.json`) is therefore sent last, and taken away first.
+folder is (`config.json`, `latents.json`) is therefore sent last, and taken away first.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moebius_jax.files import partial_of, require_local
 
 SCHEME = "gs://"
 _AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
-LAST = ("SHA256SUMS", "config.json", "pipeline.json")  # of a folder, in this order
+LAST = ("SHA256SUMS", "latents.json", "config.json", "pipeline.json")  # of a folder, in this order
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -187,7 +187,7 @@ class Outbox:
         """Sends what has changed since it was last sent. Where nothing is in a bucket, it does nothing.
 
         Args:
-            anew: a subfolder; what was in its place before is removed first.
+            anew: a subfolder, "" for all; what was in its place before is removed first.
 
         Raises:
             UserError: it cannot be written.
@@ -195,7 +195,7 @@ class Outbox:
         if not is_bucket(self._dest):
             return
         with reaching(self._dest):
-            if anew:
+            if anew is not None:
                 self._remove(anew)
             written = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
             for path in sorted(written, key=lambda path: (_rank(path.name), path)):
@@ -217,10 +217,41 @@ class Outbox:
             _storage().pipe_file(address, path.read_bytes())
 
     def _remove(self, subfolder: str) -> None:
+        below = f"{subfolder}/" if subfolder else ""
         names = files_below(self._dest / subfolder)
         for name in sorted(names, key=lambda name: (-_rank(name.rpartition("/")[2]), name)):
-            _storage().rm_file(f"{self._dest}/{subfolder}/{name}")
-        self._sent = {k: v for k, v in self._sent.items() if not k.startswith(f"{subfolder}/")}
+            _storage().rm_file(f"{self._dest}/{below}{name}")
+        self._sent = {k: v for k, v in self._sent.items() if not k.startswith(below)}
+
+
+@contextlib.contextmanager
+def folder_for(dest: Path, *, overwrite: bool, ours: Collection[str]) -> Iterator[Path]:
+    """Yields a folder of this machine to fill, which becomes `dest`, here or in a bucket, at the end.
+
+    Arguments and errors: see `files.replace_when_complete`. What was interrupted on its way is replaced.
+    """
+    if not is_bucket(dest):
+        with files.replace_when_complete(dest, overwrite=overwrite, ours=ours) as partial:
+            partial.mkdir()
+            yield partial
+        return
+    _require_replaceable(dest, overwrite, ours)
+    outbox = Outbox(dest)
+    try:
+        yield outbox.folder
+        _require_replaceable(dest, overwrite, ours)  # another process may have been faster
+        outbox.send(anew="")
+    finally:
+        outbox.close()
+
+
+def _require_replaceable(dest: Path, overwrite: bool, ours: Collection[str]) -> None:
+    found = files_below(dest)
+    if set(LAST) & set(found) and not overwrite:
+        raise files.AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+    if foreign := sorted(set(found) - set(ours)):
+        names = ", ".join(foreign[:3])
+        raise UserError(f"{dest}: not replaced, it holds other things than we write ({names})")
 
 
 class ArrayInBucket:

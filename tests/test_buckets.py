@@ -12,12 +12,15 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import draw_photos
+from PIL import Image
 from storage_server import storage_server
 from test_cli_train import LIMIT_S, ROOT
 from test_processes import free_port
 
 from moebius_jax import buckets
 from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, joined, location
+from moebius_jax.cli.cache_latents import main as cache_latents
+from moebius_jax.cli.sample import main as sample
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import ImageDataset, LatentDataset, Source
 from moebius_jax.data.latent_cache import CacheInfo, CacheWriter
@@ -380,6 +383,108 @@ class TestOutbox:
         outbox.send(anew="model")
         outbox.close()
         assert tmp_path.exists()
+
+
+class TestFolderFor:
+    OURS = ("latents.json", "x.npy")
+
+    def fill(self, dest, content="new", **options):
+        with buckets.folder_for(dest, ours=self.OURS, **options) as folder:
+            for name in self.OURS:
+                (folder / name).write_text(content)
+
+    @pytest.mark.usefixtures("storage")
+    def test_the_same_here_and_there(self, tmp_path):
+        for dest in (tmp_path / "cache", location(f"{BUCKET}/cache")):
+            self.fill(dest, overwrite=False)
+            with pytest.raises(UserError, match=f"^{dest}: exists already"):
+                self.fill(dest, overwrite=False)
+            self.fill(dest, "newer", overwrite=True)
+            assert (dest / "x.npy").read_text() == "newer"
+            (dest / "mine.txt").write_text("mine")
+            with pytest.raises(UserError, match=r"cache: not replaced, it holds other things .*mine\.txt"):
+                self.fill(dest, overwrite=True)
+            assert (dest / "latents.json").read_text() == "newer"
+
+    def test_what_was_interrupted_is_none_and_is_replaced(self, storage, monkeypatch):
+        dest = location(f"{BUCKET}/cache")
+        with monkeypatch.context() as patch:
+            real = storage.pipe_file
+            patch.setattr(
+                storage, "pipe_file", lambda name, data: real(name, data) if "x.npy" in name else 1 / 0
+            )
+            with pytest.raises(UserError, match="cannot be reached"):
+                self.fill(dest, overwrite=False)
+        assert names(storage, "cache") == ["x.npy"]
+        self.fill(dest, overwrite=False)
+        assert names(storage, "cache") == ["latents.json", "x.npy"]
+
+
+@pytest.mark.slow
+def test_sample_from_bucket_to_bucket(storage, tmp_path, tiny_folder, capsys):
+    """What it leaves there is to the byte what it leaves here, and is only replaced where it is ours."""
+    for i, photo in enumerate(sorted(draw_photos(tmp_path / "photos", 3).iterdir())):
+        grey = np.zeros((80, 96), np.uint8)
+        grey[20:40, 10 * i : 10 * i + 30] = 255
+        Image.fromarray(grey).save(photo.with_stem(f"{photo.stem}_mask"))
+    storage.put(f"{tmp_path}/photos", f"{BUCKET}/photos", recursive=True)
+
+    def run(root, *options):
+        folders = (f"--image={root}/photos", f"--mask={root}/photos", f"--output={root}/results")
+        usual = (f"--model={tiny_folder}", "--num-inference-steps=2", "--no-compilation-cache", "--grid")
+        return sample([*folders, *usual, *options])
+
+    assert run(tmp_path) == run(BUCKET) == 0
+    here = sorted((tmp_path / "results").iterdir())
+    assert names(storage, "results") == [file.name for file in here]
+    for file in here:
+        assert storage.cat_file(f"{BUCKET}/results/{file.name}") == file.read_bytes()
+    storage.rm_file(f"{BUCKET}/results/00_grid.png")
+    storage.rm_file(f"{BUCKET}/results/01.png")
+    storage.put_file(f"{tmp_path}/photos/02.png", f"{BUCKET}/results/02.png")
+    capsys.readouterr()
+    assert run(BUCKET) == 0
+    assert "2 of 3 results exist already" in capsys.readouterr().out
+    assert names(storage, "results") == [file.name for file in here]
+    assert run(BUCKET, "--overwrite") == 1
+    err = capsys.readouterr().err
+    assert f"1 not done:\n  {BUCKET}/results/02.png: not replaced, it is no picture we wrote" in err
+    assert storage.cat_file(f"{BUCKET}/results/02.png") == (tmp_path / "photos/02.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "output", "message"),
+    [
+        ("gs://bucket/nothing", "gs://bucket/out", "gs://bucket/nothing: no such image file or folder"),
+        (
+            "gs://bucket/photo.png",
+            "gs://bucket/photo.png",
+            "gs://bucket/photo.png: the result would have the",
+        ),
+        ("s3://bucket/photo.png", "out.png", "expected a path of this machine or gs://BUCKET/PATH"),
+    ],
+)
+def test_sample_with_wrong_places(storage, tmp_path, capsys, image, output, message):
+    draw_photos(tmp_path / "photos", 1)
+    for name in ("photo", "mask"):
+        storage.put_file(f"{tmp_path}/photos/00.png", f"{BUCKET}/{name}.png")
+    try:
+        status = sample([f"--image={image}", f"--mask={BUCKET}/mask.png", f"--output={output}"])
+    except SystemExit as error:
+        status = error.code
+    assert status
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_latents_are_cached_into_a_bucket(storage, tmp_path, capsys):
+    data = f"data.path={draw_photos(tmp_path / 'photos', 2)}"
+    for root in (tmp_path, BUCKET):
+        assert cache_latents(["tests/tiny_run.py", f"{root}/latents", data, "--draws=1"]) == 0
+    assert f"2 samples of 2 images: {BUCKET}/latents" in capsys.readouterr().out
+    for name in names(storage, "latents"):
+        assert storage.cat_file(f"{BUCKET}/latents/{name}") == (tmp_path / "latents" / name).read_bytes()
+    assert len(names(storage, "latents")) == len(list((tmp_path / "latents").iterdir()))
 
 
 def rng(seed):

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from moebius_jax.cli.arguments import local_path, require_positive
+from moebius_jax.cli.arguments import any_location, require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, progress, run
 
 exit_without_extra("train", "optax", "grain")  # before the imports that need them
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("config", help="a file of configs/, or one of your own; its data and vae are used")
-    add("output", type=local_path, help="folder to write")
+    add("output", type=any_location, help="folder to write, here or gs://…")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change")
     add("--draws", type=int, default=4, help="samples per image (default: 4)")
     add("--batch-size", type=int, default=16, help="images encoded at a time (default: 16)")

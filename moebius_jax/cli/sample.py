@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
+    any_location,
     load_pipeline,
-    local_path,
     part,
     process_share,
     require_positive,
@@ -18,8 +18,7 @@ from moebius_jax.cli.arguments import (
 from moebius_jax.cli.durations import last_time, remember
 from moebius_jax.cli.terminal import FAILED, enable_compilation_cache, progress, run
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
-from moebius_jax.imaging.picture import is_result
-from moebius_jax.inpaint.pairing import plan_tasks
+from moebius_jax.inpaint.pairing import finished, plan_tasks
 
 if TYPE_CHECKING:
     from moebius_jax.inpaint.sampler import SamplingOptions
@@ -42,6 +41,7 @@ examples:
 Objects leave ghosts when the mask ends at their edge: try --mask-dilation 9.
 Masks are paired with images by name (photo.png, photo_mask.png); one mask file serves all images.
 Existing results are skipped, so a stopped run continues where it was.
+All three may be in a bucket: gs://bucket/photos (docs/data.md, "Buckets").
 """
 
 
@@ -59,15 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--image", type=local_path, required=True, metavar="FILE|DIR", help="image, or folder of images")
+    add("--image", type=any_location, required=True, metavar="FILE|DIR", help="image, or folder of images")
     add(
         "--mask",
-        type=local_path,
+        type=any_location,
         required=True,
         metavar="FILE|DIR",
         help="mask (white = repaint), or folder of masks",
     )
-    add("--output", type=local_path, required=True, metavar="FILE|DIR", help="result, or folder for PNGs")
+    add("--output", type=any_location, required=True, metavar="FILE|DIR", help="result, or folder for PNGs")
     add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
@@ -138,7 +138,7 @@ def _sample(args: argparse.Namespace) -> int:
     if not args.distributed:  # shares of all there is: the others may look earlier or later
         process, count = process_share(args)
         tasks = tasks[process::count]
-    kept = [] if args.overwrite else [t for t in tasks if is_result(t.output)]
+    kept = [] if args.overwrite else finished(tasks)
     is_kept = {t.output for t in kept}
     todo = [t for t in tasks if t.output not in is_kept]
     if args.distributed:  # of what is left: after this all have looked, and before it none has painted

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moebius_jax.buckets import is_bucket
+from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.errors import UserError
-from moebius_jax.files import replace_when_complete
+from moebius_jax.files import AlreadyThere, replace_when_complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_ENDINGS = ("_mask", "-mask")  # a mask's file is named as its image's, or that and one of these
@@ -121,7 +121,7 @@ def write_image(
     """Writes an image in the format its suffix names; it appears under its name only when complete.
 
     Args:
-        path: to write.
+        path: to write, here or in a bucket.
         image: to be written.
         overwrite: replace a picture of ours.
         mark: text that `mark_of` finds again.
@@ -150,19 +150,25 @@ def write_image(
         options["exif"][_SOFTWARE] = _OURS
         if mark:
             options["exif"][_DESCRIPTION] = mark
-    with replace_when_complete(path, overwrite=overwrite) as partial:
-        try:
-            image.save(partial, **options)
-        except ValueError as error:  # encoders' own limits
-            raise UserError(f"{path}: cannot be written ({error})") from None
+    if is_bucket(path):  # where objects have their names only when all of them is there
+        content = io.BytesIO()
+        with _encoding(path):
+            image.save(content, format=Image.registered_extensions()[path.suffix.lower()], **options)
+        with reaching(path):
+            if not overwrite and path.exists():
+                raise AlreadyThere(f"{path}: exists already; pass --overwrite (overwrite=True) to replace it")
+            path.write_bytes(content.getvalue())
+        return
+    with replace_when_complete(path, overwrite=overwrite) as partial, _encoding(path):
+        image.save(partial, **options)
 
 
 def is_result(path: Path) -> bool:
     """Whether there is a picture, whole as far as its format can tell without being decoded."""
     try:
-        if not path.is_file() or not path.stat().st_size:
+        if not path.is_file() or _is_empty(path):
             return False
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(_readable(path), formats=FORMATS) as image:
             image.verify()
     except Exception:  # whatever PIL's readers raise of half a picture
         return False
@@ -190,9 +196,9 @@ def require_replaceable(path: Path) -> None:
 def is_ours(path: Path) -> bool:
     """Whether we wrote it; also what is empty, as after a full disk, and any BMP, which cannot say."""
     try:
-        if path.is_file() and not path.stat().st_size:
+        if path.is_file() and _is_empty(path):
             return True
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(_readable(path), formats=FORMATS) as image:
             return image.format == "BMP" or image.getexif().get(_SOFTWARE) == _OURS
     except Exception:  # half a picture, or none
         return False
@@ -244,6 +250,22 @@ def _bytes_of(path: Path) -> bytes:
     if (length := path.stat().st_size) > LARGEST_FILE:
         raise UserError(f"{path}: {length:,} bytes; expected {LARGEST_FILE:,} or fewer")
     return path.read_bytes()
+
+
+def _is_empty(path: Path) -> bool:
+    return not (path.stat().length if is_bucket(path) else path.stat().st_size)
+
+
+def _readable(path: Path) -> Path | io.BytesIO:
+    return io.BytesIO(path.read_bytes()) if is_bucket(path) else path
+
+
+@contextlib.contextmanager
+def _encoding(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # encoders' own limits
+        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from moebius_jax.buckets import is_bucket
 from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
 from moebius_jax.imaging.grid import side_by_side
@@ -64,7 +65,7 @@ def inpaint_files(
         advance: called after each task.
     """
     run = FileRun()
-    for folder in {task.output.parent for task in tasks}:
+    for folder in {task.output.parent for task in tasks if not is_bucket(task.output)}:
         remove_remains(folder)
 
     def items() -> Iterator[Item]:

@@ -3,11 +3,13 @@
 import dataclasses
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
+from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import resolved
-from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, is_ours
+from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, is_ours, is_result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ def plan_tasks(
     """Pairs images with masks by stem.
 
     Args:
-        image, mask: a file or a folder each; a mask file serves all images.
+        image, mask: a file or a folder each, here or in a bucket; a mask file serves all images.
         output: a file if `image` is one and the name has an image's suffix, else a folder.
         seed: sample j of an image has seed + j.
         num_samples: results per image; more than one adds _0, _1, … to the names.
@@ -51,13 +53,14 @@ def plan_tasks(
     listed = [*images, *masks]
     problems = []
     if image.is_file() and mask.is_dir():
-        masks = [f for f in masks if not (f.exists() and f.samefile(image))]
-    if image.is_dir() and mask.is_dir() and image.samefile(mask):
+        masks = [f for f in masks if not (f.exists() and _is_same(f, image))]
+    if image.is_dir() and mask.is_dir() and _is_same(image, mask):
         # photo.png beside photo_mask.png: what has a partner without the ending is a mask.
         stems = {f.stem for f in images}
         masks = [f for f in masks if any(f.stem.removesuffix(e) in stems - {f.stem} for e in MASK_ENDINGS)]
         images = [f for f in images if f not in masks]
-    to_folder = _is_folder(output, image)
+    with reaching(output):
+        to_folder = _is_folder(output, image)
     if to_folder:
         images, double = _without_duplicates(images, "image")
         problems += double
@@ -93,6 +96,15 @@ def plan_tasks(
     return tasks, problems
 
 
+def finished(tasks: Sequence[Task]) -> list[Task]:
+    """Those whose results exist, and are whole: in a bucket whatever exists is."""
+    there: set[Path] = set()
+    for folder in {task.output.parent for task in tasks if is_bucket(task.output)}:
+        with reaching(folder):
+            there |= set(folder.iterdir()) if folder.is_dir() else set()  # not one request a result
+    return [t for t in tasks if (t.output in there if is_bucket(t.output) else is_result(t.output))]
+
+
 def grid_path(output: Path) -> Path:
     """Where the side-by-side picture of a result goes."""
     return output.with_name(f"{output.stem}_grid.png")
@@ -112,38 +124,49 @@ def _is_folder(output: Path, image: Path) -> bool:
     return not suffix
 
 
+def _is_same(a: Path, b: Path) -> bool:
+    return str(a) == str(b) if is_bucket(a) or is_bucket(b) else a.samefile(b)
+
+
 def _refuse_collisions(tasks: list[Task], listed: list[Path], grid: bool) -> None:
     inputs = {_resolved(f) for task in tasks for f in (task.image, task.mask)}
     # Also what has no partner, or another's name; but results of an earlier run are no inputs.
-    outputs = {resolved(task.output) for task in tasks}
-    written = outputs | {resolved(grid_path(task.output)) for task in tasks if grid}
+    outputs = {_place(task.output) for task in tasks}
+    written = outputs | {_place(grid_path(task.output)) for task in tasks if grid}
     inputs |= {path for f in listed if (path := _resolved(f)) in written and not is_ours(f)}
     for task in tasks:
-        if resolved(task.output) in inputs:
+        if _place(task.output) in inputs:
             raise UserError(
                 f"{task.output}: the result would have the name of an input; choose another --output"
             )
-        if grid and resolved(grid_path(task.output)) in inputs | outputs:
+        if grid and _place(grid_path(task.output)) in inputs | outputs:
             raise UserError(
                 f"{grid_path(task.output)}: is also the name of the grid of {task.output.name}; rename it"
             )
 
 
+def _place(path: Path) -> Path:
+    return path if is_bucket(path) else resolved(path)
+
+
 def _resolved(path: Path) -> Path:
     """Of an input, which is told of as unreadable later if it is a loop of links."""
     try:
-        return resolved(path)
+        return _place(path)
     except UserError:
         return path
 
 
 def _files(path: Path, what: str) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        found = "no ordinary file or folder" if os.path.lexists(path) else f"no such {what} file or folder"
-        raise UserError(f"{path}: {found}")
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    with reaching(path):
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            is_other = os.path.lexists(path) and not is_bucket(path)
+            found = "no ordinary file or folder" if is_other else f"no such {what} file or folder"
+            raise UserError(f"{path}: {found}")
+        listed = list(path.iterdir())
+    files = sorted(f for f in listed if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if not files:
         raise UserError(f"{path}: no {what}s here (looked for {', '.join(SUFFIXES)})")
     return files

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from moebius_jax.buckets import folder_for
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.latent_cache import CHECKSUMS, FILES, INDEX, CacheInfo, CacheWriter
 from moebius_jax.data.loader import Loader
 from moebius_jax.data.samples import LatentSample
-from moebius_jax.files import replace_when_complete
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import check_encoder, encoded, encoder_digest, to_devices
 from moebius_jax.training.config import TrainConfig
@@ -33,7 +33,7 @@ def cache_latents(
 
     Args:
         config: its data, VAE, seed and student's latents count.
-        folder: to write; it appears under its name only when complete.
+        folder: to write, here or in a bucket; it is a cache only when complete.
         draws: samples per image.
         batch_size: encoded at a time, rounded up to a multiple of the devices.
         overwrite: replace an existing cache.
@@ -62,8 +62,7 @@ def cache_latents(
         },
     )
     blank = LatentSample.blank(config.student.latent_shape)
-    with replace_when_complete(folder, overwrite=overwrite, ours=(INDEX, CHECKSUMS, *FILES)) as partial:
-        partial.mkdir()
+    with folder_for(folder, overwrite=overwrite, ours=(INDEX, CHECKSUMS, *FILES)) as partial:
         writer = CacheWriter(partial, info, blank)
         for first in track(range(0, samples, batch_size), desc="batches"):
             batch = encoded(to_devices(next(loader), mesh), vae)
