@@ -15,7 +15,14 @@ from moebius_jax.models.norms import BatchNorm
 from moebius_jax.sharding import tree_shardings
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.networks import load_initial_tensors
-from moebius_jax.weights.tensors import Bare, Tensors, abstract_network, split_tensors
+from moebius_jax.weights.tensors import (
+    Bare,
+    Tensors,
+    abstract_network,
+    abstract_tensors,
+    split_tensors,
+    statistics_of,
+)
 
 
 @struct.dataclass
@@ -56,7 +63,11 @@ def bare_student(config: TrainConfig, mesh: Mesh) -> Bare[UNet]:
 
 def abstract_state(config: TrainConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    shapes = jax.eval_shape(lambda: _drawn(config, optimizer))
+    statistics = statistics_of(config.student)
+    parts = ({}, {})
+    for name, shape in abstract_tensors(config.student).items():
+        parts[name in statistics][name] = shape
+    shapes = jax.eval_shape(lambda *parts: _first(config, optimizer, *parts), *parts)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

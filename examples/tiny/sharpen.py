@@ -1,0 +1,122 @@
+"""The last stage of `tiny`'s training: its clean latents, decoded, are to look like the picture's.
+
+    python train.py examples/tiny/sharpen.py --workdir WORK/sharpened vae=WORK/vae init=WORK/run/model \
+        loss.pixels.network=WORK/vae data.path=WORK/latents_train
+
+Beside the task loss one of this file's own: a crop around the hole is decoded, and compared with what the
+true latents decode to, by colour and by LPIPS (the first three stages of VGG16; results are measured with
+AlexNet's). The squared error of latents alone asks for the mean of all fills there could be, which is a blur.
+Needs the `train` and `eval` extras.
+"""
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from configs.tiny import get_config as tiny
+from moebius_jax.distillation.config import LossConfig
+from moebius_jax.distillation.loss import Context, Loss
+from moebius_jax.evaluation.metrics.lpips import IMAGENET_SCALE, IMAGENET_SHIFT, load_weights
+from moebius_jax.models import VAEConfig
+from moebius_jax.models.architecture import Architecture
+from moebius_jax.schema import AtLeastOne, Location, checked
+from moebius_jax.training.config import TrainConfig
+from moebius_jax.training.optimizer import OptimizerConfig
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256))  # of VGG16; the two after them cost as much again
+CROP = 16  # latents: 64 pixels
+
+
+@checked
+class Pixels(Loss):
+    """|a - b| + LPIPS(a, b) inside the hole, of crops a and b of decoded latents; outside it a is b.
+
+    Attributes:
+        crop: latents a side; it lies around a position of the hole drawn for each sample.
+    """
+
+    name: ClassVar[str] = "pixels"
+    logged_as: ClassVar[str] = "loss_pixels"
+    NETWORK: ClassVar[type[Architecture] | None] = VAEConfig
+
+    network: Location | VAEConfig | None = None
+    crop: AtLeastOne = CROP
+
+    def __call__(self, prediction: jax.Array, context: Context) -> jax.Array:
+        vae, hole = context.network, context.hole[..., None].astype(jnp.float32)
+        clean = lax.stop_gradient(context.noised.clean(context.noised.target))
+        cut = functools.partial(_cut, corners=_corners(context.keys, hole, self.crop), side=self.crop)
+        truth = vae.decode(cut(clean))
+        factor = vae.config.factor
+        hole = jnp.repeat(jnp.repeat(cut(hole), factor, 1), factor, 2)
+        ours = jnp.where(hole > 0, vae.decode(cut(context.noised.clean(prediction))), truth)
+        return _mean_in(hole, jnp.abs(ours - truth).mean(-1)) + _lpips(ours, truth, hole)
+
+
+def _corners(keys: jax.Array, hole: jax.Array, side: int) -> jax.Array:
+    """Upper left corners [B, 2] of squares around a position of each hole [B, h, w, 1]."""
+    B, h, w, _ = hole.shape
+    odds = jnp.log(hole.reshape(B, -1) + 1e-6)  # anywhere where there is no hole
+    place = jax.vmap(jax.random.categorical)(keys, odds)
+    corners = jnp.stack([place // w, place % w], -1) - side // 2
+    return jnp.clip(corners, 0, jnp.array([h - side, w - side]))
+
+
+def _cut(maps: jax.Array, corners: jax.Array, side: int) -> jax.Array:
+    def one(map_: jax.Array, corner: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(map_, (corner[0], corner[1], 0), (side, side, map_.shape[-1]))
+
+    return jax.vmap(one)(maps, corners)
+
+
+def _lpips(ours: jax.Array, truth: jax.Array, hole: jax.Array) -> jax.Array:
+    total = jnp.float32(0)
+    for a, b, head in zip(_taps(ours), _taps(truth), _weights()["heads"], strict=False):
+        total += _mean_in(hole, jnp.square(a - b) @ jnp.asarray(head))
+    return total
+
+
+def _mean_in(hole: jax.Array, distances: jax.Array) -> jax.Array:
+    """Mean of distances [B, y, x] weighted with each cell's share of the hole [B, H, W, 1]."""
+    (B, y, x), (_, H, W, _) = distances.shape, hole.shape
+    share = hole.reshape(B, y, H // y, x, W // x).mean((2, 4))
+    return (distances * share).sum() / jnp.maximum(share.sum(), 1e-6)
+
+
+def _taps(images: jax.Array) -> list[jax.Array]:
+    """The last map of each stage, each position's vector scaled to length one."""
+    layers = iter(_weights()["backbone"].values())
+    x, taps = (images - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE), []
+    for stage in STAGES:
+        if taps:
+            B, H, W, C = x.shape
+            x = x.reshape(B, H // 2, 2, W // 2, 2, C).max((2, 4))
+        for _ in stage:
+            layer = next(layers)
+            kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
+            places = ("NHWC", "HWIO", "NHWC")
+            x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=places) + bias
+            x = jax.nn.relu(x)
+        # Not 1e-10 as in the metric: where a map is nothing the gradient of its length would be huge.
+        taps.append(x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8))
+    return taps
+
+
+@functools.cache
+def _weights() -> dict[str, Any]:
+    return load_weights("vgg")
+
+
+def get_config() -> TrainConfig:
+    return tiny("whole").replace(
+        # The release's form: its ratio of norms gives both losses the same say at the output.
+        loss=LossConfig(terms=("task", Pixels(network="moebius_jax/tiny/vae", scale=2.0)), balance="release"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=30, schedule="cosine", newton_schulz_dtype="float32"
+        ),
+        vae="moebius_jax/tiny/vae",
+        init="moebius_jax/tiny/unet",
+    )
