@@ -151,19 +151,19 @@ def test_a_run_with_a_mixer_a_loss_and_a_data_set(files, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_solver(files, tmp_path, tiny_pipeline, tiny_folder, photo, mask, pictures, capsys):
-    extension = files / "trailing.py"
-    solver = load_extension(extension).TrailingDDIM()
+    extension = files / "quadratic.py"
+    solver = load_extension(extension).QuadraticDDIM()
     steps = solver_steps(solver, 4)
-    assert list(steps.timesteps) == [999, 749, 499, 249]
+    assert list(steps.timesteps) == [999, 562, 250, 62]
     ours = tiny_pipeline(photo, mask, scheduler=solver, num_inference_steps=4, seed=3).images[0]
     ddim = tiny_pipeline(photo, mask, num_inference_steps=4, seed=3).images[0]
     assert np.any(np.asarray(ours) != np.asarray(ddim))
 
     arguments = ["--model", str(tiny_folder), *pictures, "--output", str(tmp_path / "out.png")]
-    arguments += ["--num-inference-steps", "4", "--scheduler", "ddim_trailing"]
-    SOLVERS.pop("ddim_trailing")
+    arguments += ["--num-inference-steps", "4", "--scheduler", "ddim_quadratic"]
+    SOLVERS.pop("ddim_quadratic")
     assert sample.main(arguments) == 1
-    assert "scheduler is 'ddim_trailing'; expected ddim or dpmpp_2m" in capsys.readouterr().err
+    assert "is 'ddim_quadratic'; expected ddim or ddim_trailing or dpmpp_2m" in capsys.readouterr().err
     assert sample.main([*arguments, "--extension", str(extension)]) == 0
 
 

@@ -85,7 +85,12 @@ def solution_error(solver, count):
     return float(jnp.abs(out - noise * SPREAD / np.sqrt(ᾱ * SPREAD**2 + 1 - ᾱ)).max())
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_trailing_starts_at_the_noisiest_step_however_few_there_are():
+    for count, expected in {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 3: [999, 666, 332]}.items():
+        np.testing.assert_array_equal(timesteps("ddim_trailing", count), expected)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddim_trailing", "dpmpp_2m"])
 def test_more_steps_come_closer_to_the_exact_solution(solver):
     errors = [solution_error(solver, count) for count in (5, 20, 100)]
     assert errors[0] > errors[1] > errors[2]

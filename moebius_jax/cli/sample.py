@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the checkpoint's, 2.5 or 2.0; 1 is twice as fast",
     )
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", default="ddim", help="ddim (default); dpmpp_2m, which is meant for few steps")
+    add(
+        "--scheduler",
+        default="ddim",
+        help="ddim (default); dpmpp_2m, which is meant for few steps; ddim_trailing, for very few of a "
+        "network that predicts the velocity, such as tiny",
+    )
     add(
         "--seed",
         type=int,

@@ -102,6 +102,23 @@ class DDIM(Solver):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrailingDDIM(DDIM):
+    """DDIM with "trailing" spacing (Lin et al. 2024): however few steps there are, the first is at t = 999.
+
+    For networks that predict the velocity; there ε says little of x̂0.
+    """
+
+    name: ClassVar[str] = "ddim_trailing"
+
+    def grid(self, n: int) -> Int[np.ndarray, " n"]:
+        return np.round(TRAIN_STEPS - np.arange(n) * TRAIN_STEPS / n).astype(int) - 1
+
+    def following(self, run: Int[np.ndarray, " S"], n: int) -> Numbers:
+        del n
+        return np.append(alphas_cumprod()[run[1:]], 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DPMSolverPP2M(DDIM):
     """DPM-Solver++(2M) of Lu et al. (2022): second order but in its first and last step.
 
@@ -132,7 +149,7 @@ class DPMSolverPP2M(DDIM):
         return keep, move, c
 
 
-SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (DDIM(), DPMSolverPP2M())}
+SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (DDIM(), TrailingDDIM(), DPMSolverPP2M())}
 
 
 def find_solver(scheduler: str | Solver) -> Solver:

@@ -31,7 +31,8 @@ class SamplingOptions:
         num_inference_steps: steps of the whole schedule.
         guidance_scale: s of ε_uncond + s·(ε_cond - ε_uncond); exactly 1 costs one pass instead of two.
         strength: the last int(steps · strength) steps are run.
-        scheduler: "ddim", or "dpmpp_2m" for good results in fewer steps; or a `Solver` of one's own.
+        scheduler: "ddim", or "dpmpp_2m" for good results in fewer steps ("ddim_trailing" where it is the
+            velocity that is predicted); or a `Solver` of one's own.
         noise_offset: weight of the per-channel constant in the noise.
         truncate: cut grey levels as the release does instead of rounding.
 
