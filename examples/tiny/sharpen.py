@@ -119,4 +119,5 @@ def get_config() -> TrainConfig:
         ),
         vae="moebius_jax/tiny/vae",
         init="moebius_jax/tiny/unet",
+        steps=500,
     )

@@ -1,0 +1,60 @@
+"""The loss of `tiny`'s last stage: where it is zero, and what it can move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY_VAE
+
+from examples.tiny.sharpen import Pixels
+from moebius_jax.diffusion.noising import noise_batch
+from moebius_jax.distillation.loss import Context
+from moebius_jax.models import VAE
+from moebius_jax.models.initializers import KeyStream
+
+B, SIDE, CROP = 2, 8, 4
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradient():
+    vae = VAE(TINY_VAE, rngs=KeyStream(jax.random.key(1)))
+    keys = jax.random.split(jax.random.key(2), B)
+    latents = jax.random.normal(jax.random.key(3), (B, SIDE, SIDE, 4))
+    noised = noise_batch(keys, latents, noise_offset=0.0, sampling="uniform", prediction_type="v_prediction")
+    loss = Pixels(network=TINY_VAE, crop=CROP)
+
+    @jax.jit
+    def run(off, hole):
+        context = Context(noised=noised, hole=hole, network=vae, keys=keys)
+        return jax.value_and_grad(lambda off: loss(noised.target + off, context))(off)
+
+    return run
+
+
+def corner():
+    """A hole in the upper left, [B, h, w]."""
+    return np.zeros((B, SIDE, SIDE), bool) | (np.add.outer(np.arange(SIDE), np.arange(SIDE)) < 2)
+
+
+@pytest.mark.slow
+def test_what_is_right_costs_nothing_and_what_is_wrong_does(loss_and_gradient):
+    off = 0.5 * jax.random.normal(jax.random.key(4), (B, SIDE, SIDE, 4))
+    assert loss_and_gradient(jnp.zeros_like(off), corner())[0] < 1e-5
+    some, more = (loss_and_gradient(s * off, corner())[0] for s in (1, 2))
+    assert 0.01 < some < more
+
+
+@pytest.mark.slow
+def test_it_moves_what_is_around_the_hole_alone(loss_and_gradient):
+    off = 0.5 * jax.random.normal(jax.random.key(4), (B, SIDE, SIDE, 4))
+    gradient = np.abs(loss_and_gradient(off, corner())[1]).max((0, 3))
+    assert gradient[:2, :2].min() > 0
+    assert gradient[CROP:].max() == gradient[:, CROP:].max() == 0
+
+
+@pytest.mark.slow
+def test_without_a_hole_there_is_nothing_to_say(loss_and_gradient):
+    off = jnp.ones((B, SIDE, SIDE, 4))
+    loss, gradient = loss_and_gradient(off, np.zeros((B, SIDE, SIDE), bool))
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
