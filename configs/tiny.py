@@ -1,10 +1,10 @@
 """The network that comes with the package: the student's four switches, small, at 128 px; see docs/tiny.md.
 
-    sh examples/train_tiny.sh WORK                 # photographs, autoencoder, latents, both stages
+    sh examples/train_tiny.sh WORK                 # photographs, autoencoder, latents, all stages
     python train.py configs/tiny.py:crops …        # the first: crops of 64 px, a quarter of the work a sample
     python train.py configs/tiny.py:whole …        # the second: from the first one's weights, grown
 
-Hardware and time: two CPU cores, an hour and a half.
+The third is examples/tiny/sharpen.py. Hardware and time: two CPU cores, three hours.
 """
 
 from moebius_jax.data.augment import AugmentConfig

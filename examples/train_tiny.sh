@@ -18,7 +18,6 @@ test -d "$work/small/model" || python train.py configs/tiny.py:crops --workdir "
 test -d "$work/grown" || python examples/tiny/grow.py "$work/small/model/unet" "$work/grown"
 python train.py configs/tiny.py:whole --workdir "$work/run" vae="$work/vae" init="$work/grown" \
   data.path="$work/latents_train" log.validation="$work/latents_held_out"
-test -d "$work/sharpened/model" || python train.py examples/tiny/sharpen.py --workdir "$work/sharpened" vae="$work/vae" \
-  loss.pixels.network="$work/vae" init="$work/run/model" data.path="$work/latents_train" \
-  log.validation="$work/latents_held_out"
+test -d "$work/sharpened/model" || python train.py "examples/tiny/sharpen.py:$work/vae" --workdir "$work/sharpened" \
+  init="$work/run/model" data.path="$work/latents_train" log.validation="$work/latents_held_out"
 python examples/tiny/package.py "$work/sharpened/model" moebius_jax/tiny

@@ -21,7 +21,7 @@ import numpy as np
 
 from moebius_jax import files
 from moebius_jax.errors import UserError, first_line
-from moebius_jax.files import partial_of, require_local
+from moebius_jax.files import AlreadyThere, partial_of, require_local
 
 SCHEME = "gs://"
 _AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
@@ -153,6 +153,22 @@ def require_writable(folder: Path) -> None:
         mark.unlink()
 
 
+def write_object(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Writes an object, which has its name when all of it is there.
+
+    Raises:
+        AlreadyThere: it exists and may not be replaced.
+        UserError: the bucket cannot be reached.
+    """
+    with reaching(path):
+        try:
+            _storage().pipe_file(str(path), content, mode="overwrite" if overwrite else "create")
+        except FileExistsError:
+            raise AlreadyThere(
+                f"{path}: exists already; pass --overwrite (overwrite=True) to replace it"
+            ) from None
+
+
 def move(source: Path, dest: Path) -> None:
     """Gives a folder another name; in a bucket object by object.
 
@@ -228,7 +244,8 @@ class Outbox:
 def folder_for(dest: Path, *, overwrite: bool, ours: Collection[str]) -> Iterator[Path]:
     """Yields a folder of this machine to fill, which becomes `dest`, here or in a bucket, at the end.
 
-    Arguments and errors: see `files.replace_when_complete`. What was interrupted on its way is replaced.
+    Arguments and errors: see `files.replace_when_complete`; but in a bucket the old is taken away before the
+    new is sent. What was interrupted on its way is replaced; what cannot be sent stays here.
     """
     if not is_bucket(dest):
         with files.replace_when_complete(dest, overwrite=overwrite, ours=ours) as partial:
@@ -236,19 +253,25 @@ def folder_for(dest: Path, *, overwrite: bool, ours: Collection[str]) -> Iterato
             yield partial
         return
     _require_replaceable(dest, overwrite, ours)
+    require_writable(dest)
     outbox = Outbox(dest)
     try:
         yield outbox.folder
+    except BaseException:
+        outbox.close()
+        raise
+    try:
         _require_replaceable(dest, overwrite, ours)  # another process may have been faster
         outbox.send(anew="")
-    finally:
-        outbox.close()
+    except UserError as error:
+        raise UserError(f"{error}; what was to be sent is in {outbox.folder}") from None
+    outbox.close()
 
 
 def _require_replaceable(dest: Path, overwrite: bool, ours: Collection[str]) -> None:
     found = files_below(dest)
     if set(LAST) & set(found) and not overwrite:
-        raise files.AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+        raise AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
     if foreign := sorted(set(found) - set(ours)):
         names = ", ".join(foreign[:3])
         raise UserError(f"{dest}: not replaced, it holds other things than we write ({names})")

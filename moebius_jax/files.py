@@ -107,18 +107,24 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
+    try:
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(f"{lock}: cannot be written ({error.strerror or error})") from None
+    with file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last user may have taken the folder away between our opening and locking it.
-            is_taken = not lock.exists()
+            is_ours = True
         except BlockingIOError:
-            is_taken = True
+            is_ours = False
         except (ImportError, OSError):  # Windows, or a file system without locks
-            is_taken = False
-        if is_taken:
+            is_ours = True
+        # Its last user may have taken the folder away after we opened it, and another may have made it anew.
+        with contextlib.suppress(OSError):
+            is_ours = is_ours and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        if not is_ours:
             raise UserError(f"{lock.parent}: another process is using this folder (it holds {lock.name})")
         yield
 

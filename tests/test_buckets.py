@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -26,7 +27,7 @@ from moebius_jax.data.datasets import ImageDataset, LatentDataset, Source
 from moebius_jax.data.latent_cache import CacheInfo, CacheWriter
 from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.picture import read_picture
+from moebius_jax.imaging.picture import read_picture, write_image
 from moebius_jax.inpaint.model_folder import find_model
 from moebius_jax.training.result import require_room_for_model
 from moebius_jax.weights.folder import load_numpy
@@ -329,7 +330,7 @@ class TestOutbox:
     def fail(self, patch, storage, method, at):
         real, calls = getattr(storage, method), []
 
-        def failing(*args):
+        def failing(*args, **_):
             calls.append(args)
             if len(calls) > at:
                 raise OSError("gone")
@@ -413,9 +414,10 @@ class TestFolderFor:
             patch.setattr(
                 storage, "pipe_file", lambda name, data: real(name, data) if "x.npy" in name else 1 / 0
             )
-            with pytest.raises(UserError, match="cannot be reached"):
+            with pytest.raises(UserError, match="cannot be reached") as failed:
                 self.fill(dest, overwrite=False)
         assert names(storage, "cache") == ["x.npy"]
+        assert (Path(re.search(r"what was to be sent is in (\S+)", str(failed.value))[1]) / "x.npy").exists()
         self.fill(dest, overwrite=False)
         assert names(storage, "cache") == ["latents.json", "x.npy"]
 
@@ -450,6 +452,18 @@ def test_sample_from_bucket_to_bucket(storage, tmp_path, tiny_folder, capsys):
     err = capsys.readouterr().err
     assert f"1 not done:\n  {BUCKET}/results/02.png: not replaced, it is no picture we wrote" in err
     assert storage.cat_file(f"{BUCKET}/results/02.png") == (tmp_path / "photos/02.png").read_bytes()
+
+
+def test_an_object_of_anothers_is_not_replaced(storage):
+    """Also where a listing from before it was written says that there is none."""
+    path = location(f"{BUCKET}/results/a.png")
+    storage.pipe(f"{BUCKET}/results/b.png", b"x")
+    assert [p.name for p in path.parent.iterdir()] == ["b.png"]
+    with ThreadPoolExecutor(1) as other:  # which has its own view of the bucket
+        other.submit(lambda: type(storage)(skip_instance_cache=True).pipe(str(path), b"theirs")).result()
+    with pytest.raises(UserError, match=r"a\.png: exists already"):
+        write_image(path, Image.new("RGB", (4, 4)), overwrite=False)
+    assert storage.cat_file(str(path)) == b"theirs"
 
 
 @pytest.mark.parametrize(

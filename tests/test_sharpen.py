@@ -11,6 +11,7 @@ from moebius_jax.diffusion.noising import noise_batch
 from moebius_jax.distillation.loss import Context
 from moebius_jax.models import VAE
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.training.config_file import load_config
 
 B, SIDE, CROP = 2, 8, 4
 
@@ -58,3 +59,9 @@ def test_without_a_hole_there_is_nothing_to_say(loss_and_gradient):
     loss, gradient = loss_and_gradient(off, np.zeros((B, SIDE, SIDE), bool))
     assert loss == 0
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_recipe_names_one_autoencoder():
+    """As examples/train_tiny.sh calls it: the loss decodes with the run's own."""
+    config = load_config("examples/tiny/sharpen.py:work/vae", ["init=work/run/model"])
+    assert config.vae == config.loss.losses[1].network == "work/vae"

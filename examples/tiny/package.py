@@ -1,6 +1,6 @@
 """Puts a trained model into the package: in half precision, without the paths of where it was trained.
 
-python examples/tiny/package.py WORK/run/model moebius_jax/tiny
+python examples/tiny/package.py WORK/sharpened/model moebius_jax/tiny
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The last stage of `tiny`'s training: its clean latents, decoded, are to look like the picture's.
 
-    python train.py examples/tiny/sharpen.py --workdir WORK/sharpened vae=WORK/vae init=WORK/run/model \
-        loss.pixels.network=WORK/vae data.path=WORK/latents_train
+    python train.py examples/tiny/sharpen.py:WORK/vae --workdir WORK/sharpened init=WORK/run/model \
+        data.path=WORK/latents_train
 
 Beside the task loss one of this file's own: a crop around the hole is decoded, and compared with what the
 true latents decode to, by colour and by LPIPS (the first three stages of VGG16; results are measured with
@@ -110,14 +110,15 @@ def _weights() -> dict[str, Any]:
     return load_weights("vgg")
 
 
-def get_config() -> TrainConfig:
+def get_config(vae: str = "moebius_jax/tiny/vae") -> TrainConfig:
+    """`vae` is the folder of the autoencoder the latents are of."""
     return tiny("whole").replace(
-        # The release's form: its ratio of norms gives both losses the same say at the output.
-        loss=LossConfig(terms=("task", Pixels(network="moebius_jax/tiny/vae", scale=2.0)), balance="release"),
+        # The release's form brings both losses to one gradient norm at the output; the scales are 0.5 and 2.
+        loss=LossConfig(terms=("task", Pixels(network=vae, scale=2.0)), balance="release"),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=30, schedule="cosine", newton_schulz_dtype="float32"
         ),
-        vae="moebius_jax/tiny/vae",
+        vae=vae,
         init="moebius_jax/tiny/unet",
         steps=500,
     )

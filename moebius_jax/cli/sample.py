@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler",
         default="ddim",
         help="ddim (default); dpmpp_2m, which is meant for few steps; ddim_trailing, for very few of a "
-        "network that predicts the velocity, such as tiny",
+        "network that predicts the velocity, such as tiny (with --strength 1)",
     )
     add(
         "--seed",

@@ -103,9 +103,8 @@ class DDIM(Solver):
 
 @dataclasses.dataclass(frozen=True)
 class TrailingDDIM(DDIM):
-    """DDIM with "trailing" spacing (Lin et al. 2024): however few steps there are, the first is at t = 999.
-
-    For networks that predict the velocity; there ε says little of x̂0.
+    """DDIM with "trailing" spacing (Lin et al. 2024): however few steps there are, the first is at t = 999
+    (at strength 1). For networks that predict the velocity; there ε says little of x̂0.
     """
 
     name: ClassVar[str] = "ddim_trailing"

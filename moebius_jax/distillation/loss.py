@@ -67,7 +67,7 @@ class Loss:
     def require_network(self) -> None:
         """Raises ValueError if it needs a network and none is named, or the other way round."""
         if self.NETWORK is not None and self.network is None:
-            raise ValueError(f"the {self.name} loss needs a network: pass loss.{self.name}.network=FOLDER")
+            raise ValueError(f"the {self.name} loss needs a network: {type(self).__name__}(network=FOLDER)")
         if self.NETWORK is None and self.network is not None:
             raise ValueError(f"loss.{self.name}.network is {self.network!r}; this loss has no network")
 

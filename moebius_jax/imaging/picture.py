@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moebius_jax.buckets import is_bucket, reaching
+from moebius_jax.buckets import is_bucket, reaching, write_object
 from moebius_jax.errors import UserError
-from moebius_jax.files import AlreadyThere, replace_when_complete
+from moebius_jax.files import replace_when_complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_ENDINGS = ("_mask", "-mask")  # a mask's file is named as its image's, or that and one of these
@@ -154,10 +154,7 @@ def write_image(
         content = io.BytesIO()
         with _encoding(path):
             image.save(content, format=Image.registered_extensions()[path.suffix.lower()], **options)
-        with reaching(path):
-            if not overwrite and path.exists():
-                raise AlreadyThere(f"{path}: exists already; pass --overwrite (overwrite=True) to replace it")
-            path.write_bytes(content.getvalue())
+        write_object(path, content.getvalue(), overwrite=overwrite)
         return
     with replace_when_complete(path, overwrite=overwrite) as partial, _encoding(path):
         image.save(partial, **options)
@@ -166,9 +163,9 @@ def write_image(
 def is_result(path: Path) -> bool:
     """Whether there is a picture, whole as far as its format can tell without being decoded."""
     try:
-        if not path.is_file() or _is_empty(path):
+        if not path.is_file() or not path.stat().st_size:
             return False
-        with Image.open(_readable(path), formats=FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.verify()
     except Exception:  # whatever PIL's readers raise of half a picture
         return False
@@ -186,7 +183,9 @@ def mark_of(path: Path) -> str | None:
 
 def require_replaceable(path: Path) -> None:
     """Raises UserError if there is something else than a picture of ours."""
-    if path.exists() and not is_ours(path):
+    with reaching(path):
+        is_foreign = path.exists() and not is_ours(path)
+    if is_foreign:
         raise UserError(
             f"{path}: not replaced, it is no picture we wrote (version 0.1 did not mark them); remove it, or "
             "choose another name"
@@ -195,10 +194,14 @@ def require_replaceable(path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether we wrote it; also what is empty, as after a full disk, and any BMP, which cannot say."""
+    file: Path | io.BytesIO = path
+    if is_bucket(path):
+        with reaching(path):
+            file = io.BytesIO(path.read_bytes())
     try:
-        if path.is_file() and _is_empty(path):
-            return True
-        with Image.open(_readable(path), formats=FORMATS) as image:
+        if not (len(file.getbuffer()) if is_bucket(path) else path.stat().st_size):
+            return path.is_file()
+        with Image.open(file, formats=FORMATS) as image:
             return image.format == "BMP" or image.getexif().get(_SOFTWARE) == _OURS
     except Exception:  # half a picture, or none
         return False
@@ -250,14 +253,6 @@ def _bytes_of(path: Path) -> bytes:
     if (length := path.stat().st_size) > LARGEST_FILE:
         raise UserError(f"{path}: {length:,} bytes; expected {LARGEST_FILE:,} or fewer")
     return path.read_bytes()
-
-
-def _is_empty(path: Path) -> bool:
-    return not (path.stat().length if is_bucket(path) else path.stat().st_size)
-
-
-def _readable(path: Path) -> Path | io.BytesIO:
-    return io.BytesIO(path.read_bytes()) if is_bucket(path) else path
 
 
 @contextlib.contextmanager

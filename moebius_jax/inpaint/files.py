@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from moebius_jax.buckets import is_bucket
+from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
 from moebius_jax.imaging.grid import side_by_side
@@ -98,8 +98,9 @@ def inpaint_files(
         if result.error:
             raise result.error
         task, picture = result.item.tag
-        # Half a PNG of ours, or an empty file, counts as none.
-        replace = overwrite or (task.output.is_file() and not is_result(task.output))
+        # Half a PNG of ours, or an empty file, counts as none; buckets have no such.
+        is_half = not is_bucket(task.output) and task.output.is_file() and not is_result(task.output)
+        replace = overwrite or is_half
         write_image(task.output, picture.with_rgb(result.rgb), overwrite=replace)
         if grid:
             panels = (picture.rgb, result.item.mask, result.rgb)
@@ -125,7 +126,9 @@ def add_missing_grids(tasks: Sequence[Task]) -> list[str]:
     problems = []
     for task in tasks:
         try:
-            if task.output.exists() and not grid_path(task.output).exists():
+            with reaching(task.output):
+                is_missing = task.output.exists() and not grid_path(task.output).exists()
+            if is_missing:
                 panels = (read_picture(task.image).rgb, read_mask(task.mask), read_picture(task.output).rgb)
                 write_image(grid_path(task.output), side_by_side(*panels), overwrite=False)
         except UserError as error:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebius_jax.buckets import is_bucket, reaching
+from moebius_jax.buckets import forget_listings, is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import resolved
 from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, is_ours, is_result
@@ -51,27 +51,28 @@ def plan_tasks(
     images = _files(image, "image")
     masks = _files(mask, "mask")
     listed = [*images, *masks]
+    one_image, one_mask = images == [image], masks == [mask]  # not asked again: buckets take their time
     problems = []
-    if image.is_file() and mask.is_dir():
-        masks = [f for f in masks if not (f.exists() and _is_same(f, image))]
-    if image.is_dir() and mask.is_dir() and _is_same(image, mask):
+    if one_image and not one_mask:
+        masks = [f for f in masks if not _is_same(f, image)]
+    if not one_image and not one_mask and _is_same(image, mask):
         # photo.png beside photo_mask.png: what has a partner without the ending is a mask.
         stems = {f.stem for f in images}
         masks = [f for f in masks if any(f.stem.removesuffix(e) in stems - {f.stem} for e in MASK_ENDINGS)]
         images = [f for f in images if f not in masks]
     with reaching(output):
-        to_folder = _is_folder(output, image)
+        to_folder = _is_folder(output, None if one_image else image)
     if to_folder:
         images, double = _without_duplicates(images, "image")
         problems += double
-    if mask.is_dir():
+    if not one_mask:
         masks, double = _without_duplicates(masks, "mask")
-        problems += double if image.is_dir() else []
+        problems += [] if one_image else double
     by_stem = {f.stem: f for f in masks}
     used = set()
     tasks = []
     for file in images:
-        found = mask if mask.is_file() else _match(file.stem, by_stem)
+        found = mask if one_mask else _match(file.stem, by_stem)
         if found is None:
             problems.append(f"{file}: no mask {file.stem}.* in {mask}")
             continue
@@ -90,7 +91,7 @@ def plan_tasks(
                     index=zlib.crc32(os.fsencode(file.stem)),
                 )
             )
-    if image.is_dir() and mask.is_dir():
+    if not one_image and not one_mask:
         problems += [f"{f}: no image goes with this mask" for f in masks if f not in used]
     _refuse_collisions(tasks, listed, grid)
     return tasks, problems
@@ -101,6 +102,7 @@ def finished(tasks: Sequence[Task]) -> list[Task]:
     there: set[Path] = set()
     for folder in {task.output.parent for task in tasks if is_bucket(task.output)}:
         with reaching(folder):
+            forget_listings()
             there |= set(folder.iterdir()) if folder.is_dir() else set()  # not one request a result
     return [t for t in tasks if (t.output in there if is_bucket(t.output) else is_result(t.output))]
 
@@ -110,14 +112,14 @@ def grid_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}_grid.png")
 
 
-def _is_folder(output: Path, image: Path) -> bool:
-    """Whether results go into `output` as a folder."""
+def _is_folder(output: Path, images: Path | None) -> bool:
+    """Whether results go into `output` as a folder; `images` is a folder of images, if there is one."""
     if output.is_dir():
         return True
     suffix = output.suffix.lower()
-    if image.is_dir():
+    if images:
         if suffix in SUFFIXES:
-            raise UserError(f"{output}: {image} is a folder, so the output must be one too")
+            raise UserError(f"{output}: {images} is a folder, so the output must be one too")
         return True
     if suffix and suffix not in SUFFIXES:
         raise UserError(f"{output}: expected a folder or one of {', '.join(SUFFIXES)}, found {suffix}")
@@ -125,7 +127,7 @@ def _is_folder(output: Path, image: Path) -> bool:
 
 
 def _is_same(a: Path, b: Path) -> bool:
-    return str(a) == str(b) if is_bucket(a) or is_bucket(b) else a.samefile(b)
+    return str(a) == str(b) if is_bucket(a) or is_bucket(b) else a.exists() and a.samefile(b)
 
 
 def _refuse_collisions(tasks: list[Task], listed: list[Path], grid: bool) -> None:
