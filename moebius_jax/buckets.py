@@ -164,9 +164,7 @@ def write_object(path: Path, content: bytes, *, overwrite: bool) -> None:
         try:
             _storage().pipe_file(str(path), content, mode="overwrite" if overwrite else "create")
         except FileExistsError:
-            raise AlreadyThere(
-                f"{path}: exists already; pass --overwrite (overwrite=True) to replace it"
-            ) from None
+            raise AlreadyThere(path) from None
 
 
 def move(source: Path, dest: Path) -> None:
@@ -271,10 +269,8 @@ def folder_for(dest: Path, *, overwrite: bool, ours: Collection[str]) -> Iterato
 def _require_replaceable(dest: Path, overwrite: bool, ours: Collection[str]) -> None:
     found = files_below(dest)
     if set(LAST) & set(found) and not overwrite:
-        raise AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
-    if foreign := sorted(set(found) - set(ours)):
-        names = ", ".join(foreign[:3])
-        raise UserError(f"{dest}: not replaced, it holds other things than we write ({names})")
+        raise AlreadyThere(dest)
+    files.require_nothing_else(dest, found, ours)
 
 
 class ArrayInBucket:

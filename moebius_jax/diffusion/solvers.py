@@ -71,8 +71,9 @@ class Solver:
         raise NotImplementedError
 
     def following(self, run: Int[np.ndarray, " S"], n: int) -> Numbers:
-        """ᾱ after each of the steps that are run, the last of a schedule of n."""
-        raise NotImplementedError
+        """ᾱ after each of the steps that are run, the last of a schedule of n; here the next's, then 1."""
+        del n
+        return np.append(alphas_cumprod()[run[1:]], 1.0)
 
     def coefficients(
         self, alpha: Numbers, sigma: Numbers, alpha_next: Numbers, sigma_next: Numbers
@@ -112,9 +113,7 @@ class TrailingDDIM(DDIM):
     def grid(self, n: int) -> Int[np.ndarray, " n"]:
         return np.round(TRAIN_STEPS - np.arange(n) * TRAIN_STEPS / n).astype(int) - 1
 
-    def following(self, run: Int[np.ndarray, " S"], n: int) -> Numbers:
-        del n
-        return np.append(alphas_cumprod()[run[1:]], 1.0)
+    following = Solver.following
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +131,7 @@ class DPMSolverPP2M(DDIM):
         # diffusers counts the intervals from t = 0 to t = 999 + 1 and leaves t = 0 out.
         return np.arange(1, n + 1)[::-1] * (TRAIN_STEPS // (n + 1))
 
-    def following(self, run: Int[np.ndarray, " S"], n: int) -> Numbers:
-        del n
-        return np.append(alphas_cumprod()[run[1:]], 1.0)
+    following = Solver.following
 
     def coefficients(
         self, alpha: Numbers, sigma: Numbers, alpha_next: Numbers, sigma_next: Numbers

@@ -130,7 +130,7 @@ def write_set(
         UserError: the folder exists or cannot be written, or the ratio cannot be met.
     """
     if folder.exists():
-        raise AlreadyThere(f"{folder}: exists already; a mask set is never changed, choose another folder")
+        raise AlreadyThere(folder, "a mask set is never changed, choose another folder")
     remove_remains(folder.parent)
     digests = {}
     with replace_when_complete(folder, overwrite=False) as partial:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moebius_jax.buckets import files_below, is_bucket
-from moebius_jax.errors import UserError
+from moebius_jax.files import require_nothing_else
 from moebius_jax.inpaint import model_folder
 from moebius_jax.inpaint.model_folder import write_model_folder
 from moebius_jax.models import VAE
@@ -25,9 +25,8 @@ def require_room_for_model(workdir: Path) -> None:
     """Raises UserError if there is something else where the model will go: now, not after the run."""
     folder = workdir / FOLDER
     if is_bucket(folder):  # where a model whose sending was interrupted is a part of one
-        foreign = {name.split("/")[0] for name in files_below(folder)} - set(model_folder.PARTS)
-        if foreign:
-            raise UserError(f"{folder}: not replaced, it holds other things than we write ({min(foreign)})")
+        names = {name.split("/")[0] for name in files_below(folder)}
+        require_nothing_else(folder, names, model_folder.PARTS)
     else:
         model_folder.require_replaceable(folder)
 
