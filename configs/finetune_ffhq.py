@@ -13,6 +13,7 @@ Hardware: the paper took 4 RTX 3090 for 117k steps of batch 88 on 60 k images. T
 from configs.distill import get_config as distill
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.inpaint.model_folder import PORTRAIT_GUIDANCE
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.training.config import TrainConfig
 
 
@@ -22,5 +23,5 @@ def get_config() -> TrainConfig:
         loss=LossConfig(terms=("task",)),
         batch_size=88,
         steps=117_000,
-        guidance_scale=PORTRAIT_GUIDANCE,
+        sampling=SamplingOptions(guidance_scale=PORTRAIT_GUIDANCE),
     )

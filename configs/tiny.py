@@ -11,6 +11,7 @@ from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.config import DataConfig
 from moebius_jax.data.loader import LoaderConfig
 from moebius_jax.distillation.config import LossConfig
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import UNetConfig
 from moebius_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig
@@ -51,7 +52,10 @@ def get_config(stage: str = "whole") -> TrainConfig:
         ema_decay=0.995,
         dtype="float32",
         vae_dtype="float32",
-        guidance_scale=1.0,  # the photographs have no foreground samples
+        # The photographs have no foreground samples; and what predicts the velocity can begin at pure noise.
+        sampling=SamplingOptions(
+            guidance_scale=1.0, num_inference_steps=4, strength=1.0, scheduler="ddim_trailing"
+        ),
         checkpoint=CheckpointConfig(every=100, keep=2, keep_every=None),
         log=LogConfig(every=25, grid_every=400, grid_images=8, validate_every=200, validation_samples=128),
     )

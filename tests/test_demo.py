@@ -77,7 +77,10 @@ class TestPainter:
             np.testing.assert_array_equal(result[mask == 0][:, :3], photo[mask == 0])
             assert (result[mask > 0][:, :3] != photo[mask > 0]).any()
         assert (results[0] != results[1]).any()
-        assert seen == [(1, 2), (2, 2)] * 2  # strength 0.99 leaves one step out
+        assert seen == [(1, 3), (2, 3), (3, 3)] * 2
+        seen.clear()
+        list(painter.paint(picture, mask, Wishes(), lambda *step: seen.append(step)))
+        assert seen[-1] == (4, 4)  # tiny's own steps, all of them
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

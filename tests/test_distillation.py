@@ -299,6 +299,9 @@ def test_timesteps_are_drawn_as_released():
     np.testing.assert_allclose(np.quantile(logit, [0.25, 0.5, 0.75]), expected, atol=8)
     uniform = np.asarray(draw_timesteps(keys, "uniform"))
     np.testing.assert_allclose(np.quantile(uniform, [0.25, 0.5, 0.75]), [250, 500, 750], atol=15)
+    counts = np.unique_counts(np.asarray(draw_timesteps(keys, (999, 499, 999))))
+    np.testing.assert_array_equal(counts.values, [499, 999])
+    np.testing.assert_allclose(counts.counts / 20_000, [1 / 3, 2 / 3], atol=0.015)
 
 
 def test_a_samples_draws_do_not_depend_on_its_neighbours():

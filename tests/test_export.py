@@ -28,7 +28,9 @@ TOLERANCE = 1e-4  # of the largest value, float32
 @pytest.fixture(scope="module")
 def pipeline():
     unet = TINY_UNET.replace(channels=(32,), transformers=(True,), layers_per_block=1)
-    return MoebiusInpaintPipeline.untrained(unet, TINY_VAE, mesh=make_mesh(jax.devices()[:1]))
+    pipe = MoebiusInpaintPipeline.untrained(unet, TINY_VAE, mesh=make_mesh(jax.devices()[:1]))
+    pipe.defaults = pipe.defaults.changed(num_inference_steps=3, scheduler="dpmpp_2m", strength=1.0)
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,8 @@ def test_manifest_describes_the_files(exported, pipeline):
     assert (manifest["format"], manifest["version"], manifest["kind"]) == (FORMAT, 1, "stablehlo")
     assert manifest["image_size"] == pipeline.sampler.image_size
     assert manifest["guided"] is True
+    assert (manifest["solver"], manifest["steps"], manifest["strength"]) == ("dpmpp_2m", 3, 1.0)
+    assert len(manifest["schedules"]["dpmpp_2m"]["3"]["timesteps"]) == 3
     assert manifest["calling_convention_version"] >= 9
     for program in manifest["programs"].values():
         for file in program["files"]:
@@ -128,6 +132,8 @@ def test_onnx(pipeline, tmp_path):
     assert manifest["opset"] == 21
     assert manifest["batch"] == 1
     assert manifest["guided"] is True
+    assert (manifest["solver"], manifest["steps"], manifest["strength"]) == ("dpmpp_2m", 3, 1.0)
+    assert len(manifest["schedules"]["dpmpp_2m"]["3"]["timesteps"]) == 3
 
 
 def test_onnx_in_half_precision_is_refused(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_a_pipeline_from_the_hub(server, home):
     code = (
         "from moebius_jax import MoebiusInpaintPipeline as P; import numpy as np;"
         "p = P.from_pretrained('hustvl/Moebius', variant='ft_ffhq');"
-        "print(p.guidance_scale, p.sampler.image_size)"
+        "print(p.defaults.guidance_scale, p.sampler.image_size)"
     )
     result = run(code, home, server[0])
     assert result.returncode == 0, result.stderr
@@ -126,13 +126,13 @@ from moebius_jax.models import VAEConfig
 sizes = {"num_heads": 4, "latent_size": 8, "embedding_dim": 16, "context_dim": 16}
 unet = UNetConfig.student(channels=(32, 64), transformers=(True, True), layers_per_block=1, **sizes)
 pipe = Pipeline.untrained(unet, VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1))
-pipe.guidance_scale = 1.5
+pipe.defaults = pipe.defaults.changed(guidance_scale=1.5, scheduler="dpmpp_2m")
 print(pipe.push_to_hub("someone/painter", license="apache-2.0"))
 """
 LOAD = """
 from moebius_jax import MoebiusInpaintPipeline as Pipeline
 pipe = Pipeline.from_pretrained("someone/painter")
-print(pipe.guidance_scale, pipe.unet.config.channels)
+print(pipe.defaults.guidance_scale, pipe.defaults.scheduler, pipe.unet.config.channels)
 """
 
 
@@ -147,10 +147,10 @@ def test_pushed_by_one_and_loaded_by_another(server, repositories, tmp_path):
     assert "license: apache-2.0" in card
     loaded = run(LOAD, tmp_path / "other", endpoint, HF_HUB_OFFLINE="0")
     assert loaded.returncode == 0, loaded.stderr
-    assert last_line(loaded.stdout) == "1.5 (32, 64)"
+    assert last_line(loaded.stdout) == "1.5 dpmpp_2m (32, 64)"
     log.clear()
     offline = run(LOAD, tmp_path / "other", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert last_line(offline.stdout) == "1.5 (32, 64)"
+    assert last_line(offline.stdout) == "1.5 dpmpp_2m (32, 64)"
     assert not log
 
 

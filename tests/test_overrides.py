@@ -36,6 +36,8 @@ def load(name, *overrides):
         ("loss.fine_scale=2", "loss.fine.scale", 2.0),  # likewise
         ("teacher=some/folder", "teacher", "some/folder"),
         ("data.augment.masks=mat_large,mat_small", "data.augment.masks", ["mat_large", "mat_small"]),
+        ("timestep_sampling=999,499", "timestep_sampling", [999, 499]),
+        ("timestep_sampling=uniform", "timestep_sampling", "uniform"),
         ("student.remat=true", "student.remat", True),
         ("init=none", "init", None),
     ],
@@ -56,6 +58,10 @@ def test_values(override, key, expected):
         ("loss.balance=papers", "is 'papers'; expected 'paper', 'release' or 'static'"),
         ("loss.terms=task,tusk", r"^loss\.terms is .*tusk.*; expected some of coarse, fine"),
         ("log.grid_every=-1", r"^log\.grid_every is \'-1\'; expected 0 or more"),
+        *(
+            (f"timestep_sampling={wrong}", r"^timestep_sampling is .*; expected .*timesteps below 1000$")
+            for wrong in ("999,1000", "-1", "normal", "3.5", ",")
+        ),
         ("optimizer.learning_rate=0", r"^optimizer\.learning_rate is \'0\'; expected more than 0"),
         ("data.augment.flip=2", r"^data\.augment\.flip is \'2\'; expected 1.* or less"),
         ("data.loader.threads=0", r"^data\.loader\.threads is \'0\'; expected 1 or more"),

@@ -1,6 +1,7 @@
 """`MoebiusInpaintPipeline`: what comes in, what comes out, and what must stay as it was."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UNetConfig, UserError
 from moebius_jax.diffusion.draws import draw_noise, sample_keys
+from moebius_jax.diffusion.solvers import DDIM
 from moebius_jax.imaging import masks
-from moebius_jax.inpaint import model_folder
+from moebius_jax.inpaint import model_folder, pipeline
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
@@ -242,7 +244,7 @@ class TestArguments:
             ({"mask_blur": float("nan")}, "mask_blur is nan"),
             ({"mask_dilation": 2.5}, "mask_dilation is 2.5; expected a whole number"),
             ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite number"),
-            ({"noise_offset": None}, "noise_offset is None"),
+            ({"noise_offset": "much"}, "noise_offset is 'much'"),
             ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
             ({"batch_size": -1}, "batch_size is -1"),
             ({"seed": 1.5}, "seed is 1.5; expected whole numbers"),
@@ -325,9 +327,12 @@ class TestLoading:
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub", variant="ft_ffhq")
         shutil.copytree(tiny_folder / "vae", tmp_path / "hub/vae")
         assert (
-            MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub", variant="ft_ffhq").guidance_scale == 2.0
+            MoebiusInpaintPipeline.from_pretrained(
+                tmp_path / "hub", variant="ft_ffhq"
+            ).defaults.guidance_scale
+            == 2.0
         )
-        assert MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq").guidance_scale == 2.5
+        assert MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq").defaults.guidance_scale == 2.5
         with pytest.raises(UserError, match="is one converted U-Net; leave out variant"):
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub/ft_ffhq", variant="ft_ffhq")
         with pytest.raises(UserError, match="nor the variant pretrained/"):
@@ -343,7 +348,52 @@ class TestLoading:
             found = model_folder.find_model(
                 tmp_path / name, variant=None, vae=tmp_path, cache_dir=None, track=None
             )
-            assert found.guidance_scale == {"teacher": 4.5, "row": 2.5}[name]
+            assert found.sampling.guidance_scale == {"teacher": 4.5, "row": 2.5}[name]
+
+    def test_what_a_call_leaves_open_is_the_models(self, tiny_pipeline, tmp_path, monkeypatch):
+        mesh = make_mesh(jax.devices()[:1])
+        pipe = MoebiusInpaintPipeline(tiny_pipeline.unet, tiny_pipeline.vae, mesh=mesh)
+        assert pipe.defaults == SamplingOptions()
+        own = {"num_inference_steps": 3, "strength": 1.0, "scheduler": "ddim_trailing", "noise_offset": 0.1}
+        pipe.defaults = pipe.defaults.changed(**own)
+        pipe.save_pretrained(tmp_path / "p")
+        said = json.loads((tmp_path / "p/pipeline.json").read_text())
+        assert said == own | {"guidance_scale": 2.5}
+        loaded = MoebiusInpaintPipeline.from_pretrained(tmp_path / "p", mesh=mesh)
+        assert loaded.defaults == pipe.defaults
+        seen = []
+        monkeypatch.setattr(pipeline, "inpaint_stream", lambda *a, **_: seen.append(a[3]) or [])
+        grey = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
+        loaded(*grey)
+        assert seen.pop() == SamplingOptions(**own)
+        asked = {"num_inference_steps": 9, "strength": 0.5, "scheduler": "ddim", "noise_offset": 0.0}
+        loaded(*grey, guidance_scale=1.0, **asked)
+        assert seen.pop() == SamplingOptions(guidance_scale=1.0, **asked)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"inference_steps": 4}', "inference_steps: unknown field; did you mean num_inference_steps"),
+            ('{"scheduler": "ddem"}', "scheduler is 'ddem'"),
+            ('{"num_inference_steps": 0}', "num_inference_steps is 0"),
+            ('{"strength": "1"}', "strength is '1'; expected a number"),
+        ],
+    )
+    def test_a_model_with_wrong_defaults(self, tiny_folder, tmp_path, text, message):
+        shutil.copytree(tiny_folder, tmp_path / "p")
+        (tmp_path / "p/pipeline.json").write_text(text)
+        with pytest.raises(UserError, match=rf"pipeline\.json: {message}"):
+            MoebiusInpaintPipeline.from_pretrained(tmp_path / "p")
+
+    def test_a_solver_without_a_name_is_not_saved(self, tiny_pipeline, tmp_path):
+        class Mine(DDIM):
+            name = "mine"
+
+        pipe = MoebiusInpaintPipeline(tiny_pipeline.unet, tiny_pipeline.vae)
+        pipe.defaults = pipe.defaults.changed(scheduler=Mine())
+        with pytest.raises(UserError, match="scheduler 'mine' has no name others know"):
+            pipe.save_pretrained(tmp_path / "p")
+        assert not (tmp_path / "p").exists()
 
     def test_variant_of_a_saved_pipeline_is_refused(self, tiny_folder):
         with pytest.raises(UserError, match="holds one model; leave out variant='ft_ffhq'"):

@@ -34,11 +34,12 @@ export class Inpainter {
 
   /**
    * Paints `hole` ([height, width] of 0 and 1) of `rgb` ([height, width, 3] of bytes); returns new bytes.
-   * Options: seed, index, solver ("ddim", "dpmpp_2m"), steps, blur, guidanceScale, onStep(done, total).
+   * Options: seed, index, solver and steps (of the manifest's schedules), blur, guidanceScale, onStep(done, total).
    */
   async inpaint(rgb, hole, height, width, options = {}) {
     const { seed = 0, index = 0, blur = 4, onStep = () => {} } = options;
-    const { solver = "ddim", steps = 20, guidanceScale = this.manifest.guidance_scale } = options;
+    const { solver = this.manifest.solver, steps = this.manifest.steps } = options;
+    const { guidanceScale = this.manifest.guidance_scale } = options;
     const table = this.manifest.schedules[solver]?.[steps];
     if (!table) throw new Error(`no schedule of ${steps} steps of ${solver} in this export`);
     const size = this.manifest.image_size;

@@ -20,10 +20,19 @@ function say(text, isError = false) {
 const ready = Inpainter.load(ort, "model", (done, total) => say(`Loading the network … ${percent(done, total)}`))
   .then((inpainter) => {
     state.inpainter = inpainter;
+    offerSchedules(inpainter.manifest);
     say(`Ready (${inpainter.provider === "webgpu" ? "WebGPU" : "WebAssembly"}).`);
     enable();
   })
   .catch((error) => say(`The network cannot be loaded: ${error.message}`, true));
+
+/** Every schedule of the export; the model's own comes first. */
+function offerSchedules({ schedules, solver, steps }) {
+  const all = Object.entries(schedules).flatMap(([name, tables]) => Object.keys(tables).map((n) => [name, n]));
+  const isOwn = ([name, n]) => name === solver && Number(n) === steps;
+  const sorted = [...all.filter(isOwn), ...all.filter((one) => !isOwn(one))];
+  element("steps").replaceChildren(...sorted.map(([name, n]) => new Option(`${n} (${name})`, `${name} ${n}`)));
+}
 
 const percent = (done, total) => `${Math.round((100 * done) / total)} %`;
 

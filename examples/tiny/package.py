@@ -25,9 +25,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     found = find_model(args.model, variant=None, vae=None, cache_dir=None, track=lambda items, **_: items)
-    with write_model_folder(
-        args.folder, guidance_scale=found.guidance_scale, overwrite=True, license=LICENSE
-    ) as partial:
+    with write_model_folder(args.folder, sampling=found.sampling, overwrite=True, license=LICENSE) as partial:
         for name, part in ((UNET, found.unet), (VAE, found.vae)):
             config = read_config(part)
             statistics = statistics_of(config.architecture)

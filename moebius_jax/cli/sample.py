@@ -1,9 +1,8 @@
 """`sample.py`: inpaint one image or a folder."""
 
 import argparse
-import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moebius_jax.cli.arguments import (
     add_model_arguments,
@@ -21,7 +20,6 @@ from moebius_jax.defaults import DEFAULT_MODEL, TINY
 from moebius_jax.inpaint.pairing import finished, plan_tasks
 
 if TYPE_CHECKING:
-    from moebius_jax.inpaint.sampler import SamplingOptions
     from moebius_jax.inpaint.stream import InpaintOptions
 
 _DESCRIPTION = """\
@@ -71,19 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--num-inference-steps", type=int, default=20, metavar="N", help="default 20")
+    add("--num-inference-steps", type=int, metavar="N", help="default: the model's, 20; tiny's is 4")
     add(
         "--guidance-scale",
         type=float,
         metavar="S",
-        help="default: the checkpoint's, 2.5 or 2.0; 1 is twice as fast",
+        help="default: the model's, 2.5 or 2.0; 1 is twice as fast",
     )
-    add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
+    add(
+        "--strength",
+        type=float,
+        help="share of the steps that is run (default: the model's, 0.99; tiny's is 1)",
+    )
     add(
         "--scheduler",
-        default="ddim",
-        help="ddim (default); dpmpp_2m, which is meant for few steps; ddim_trailing, for very few of a "
-        "network that predicts the velocity, such as tiny (with --strength 1)",
+        help="default: the model's, ddim; dpmpp_2m is meant for few steps, ddim_trailing for very few of a "
+        "network that predicts the velocity (tiny's, with --strength 1)",
     )
     add(
         "--seed",
@@ -153,11 +154,15 @@ def _sample(args: argparse.Namespace) -> int:
         total = len(kept) + len(todo)
         print(f"{len(kept)} of {total} results exist already and are kept; --overwrite redoes them")
     from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
+    from moebius_jax.inpaint.sampler import SamplingOptions
 
     if args.grid and kept:
         problems += add_missing_grids(kept)
     if todo:
-        options, sampling = _options(args)
+        options, asked = _options(args), _asked(args)
+        SamplingOptions(strength=1.0).changed(
+            **asked
+        )  # what can be wrong with any model is said before one is loaded
         if not args.no_compilation_cache:
             enable_compilation_cache()
         import jax
@@ -165,8 +170,7 @@ def _sample(args: argparse.Namespace) -> int:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
         print("loading the model …", file=sys.stderr)
         pipe = load_pipeline(args, args.variant, or_tiny=True)
-        if args.guidance_scale is None:
-            sampling = dataclasses.replace(sampling, guidance_scale=pipe.guidance_scale)
+        sampling = pipe.defaults.changed(**asked)
         compiling = f"{pipe.unet.config.channels} {pipe.sampler.image_size} px, batches of {args.batch_size}"
         print(f"compiling{last_time(compiling)}, then painting …", file=sys.stderr)
         with progress(None, desc="inpainting", total=len(todo), unit="image") as bar:
@@ -193,11 +197,10 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace) -> "tuple[InpaintOptions, SamplingOptions]":
-    from moebius_jax.inpaint.sampler import SamplingOptions
+def _options(args: argparse.Namespace) -> "InpaintOptions":
     from moebius_jax.inpaint.stream import InpaintOptions
 
-    options = InpaintOptions(
+    return InpaintOptions(
         mode=args.mode,
         invert_mask=args.invert_mask,
         mask_dilation=args.mask_dilation,
@@ -205,11 +208,9 @@ def _options(args: argparse.Namespace) -> "tuple[InpaintOptions, SamplingOptions
         padding_mask_crop=args.padding_mask_crop,
         match_color=args.match_color,
     )
-    sampling = SamplingOptions(
-        num_inference_steps=args.num_inference_steps,
-        strength=args.strength,
-        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,  # else the model's, later
-        scheduler=args.scheduler,
-        truncate=args.mode == "release",
-    )
-    return options, sampling
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What of `SamplingOptions` is asked for; None where it is left to the model."""
+    names = ("num_inference_steps", "strength", "guidance_scale", "scheduler")
+    return {name: getattr(args, name) for name in names} | {"truncate": args.mode == "release"}

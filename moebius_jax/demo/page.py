@@ -101,19 +101,19 @@ def _editor() -> gr.ImageEditor:
 
 def _settings(painter: Painter) -> list[gr.components.Component]:
     """An uploaded mask, then controls in the order of `Wishes`."""
-    default = Wishes()
+    default, usual = Wishes(), painter.pipeline.defaults
     with gr.Accordion("More", open=False):
         return [
             _photo(label="Mask (white = repaint), of the photo's size", sources=["upload"]),
             gr.Slider(
                 0,
                 10,
-                painter.pipeline.guidance_scale,
+                usual.guidance_scale,
                 step=0.1,
                 label="Guidance",
                 info="1 takes half the time",
             ),
-            gr.Slider(2, 100, default.steps, step=1, label="Steps"),
+            gr.Slider(1, 100, usual.num_inference_steps, step=1, label="Steps"),
             gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
             gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from"),
             gr.Slider(

@@ -19,7 +19,6 @@ from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 PREVIEW = 1024  # pixels of the longer side of what is painted on
 MAX_LAYERS = 4
-STRENGTH = 0.99  # as everywhere
 StepDone = Callable[[int, int], None]
 
 
@@ -28,13 +27,13 @@ class Wishes:
     """What a visitor can set; see `MoebiusInpaintPipeline.__call__`.
 
     Attributes:
-        guidance_scale: None is the model's own.
-        steps, seed, mask_dilation, mask_blur: as there.
+        guidance_scale, steps: None is the model's own.
+        seed, mask_dilation, mask_blur: as there.
         results: pictures to choose from, with seeds `seed`, `seed + 1`, …
     """
 
     guidance_scale: float | None = None
-    steps: int = 20
+    steps: int | None = None
     seed: int = 0
     results: int = 1
     mask_dilation: int = 0
@@ -117,7 +116,8 @@ class Painter:
         if not 1 <= wishes.results <= self.max_results:
             raise UserError(f"results is {wishes.results}; expected 1 to {self.max_results}")
         image = picture.with_rgb(picture.rgb)
-        total = len(timesteps("ddim", wishes.steps, STRENGTH))
+        sampling = self.pipeline.defaults.changed(num_inference_steps=wishes.steps)
+        total = len(timesteps(sampling.scheduler, sampling.num_inference_steps, sampling.strength))
 
         def count(_pipe: object, index: int, *_: object) -> dict[str, object]:
             on_step(index + 1, total)
@@ -130,7 +130,6 @@ class Painter:
                 Image.fromarray(mask),
                 num_inference_steps=wishes.steps,
                 guidance_scale=wishes.guidance_scale,
-                strength=STRENGTH,
                 seed=seed,
                 mask_dilation=wishes.mask_dilation,
                 mask_blur=wishes.mask_blur,

@@ -1,18 +1,29 @@
 """What a training step draws at random, and the noisy latents it makes of it."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
+from pydantic import Field, ValidationError, WrapValidator
 
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal
 from moebius_jax.diffusion.prediction import clean_of, target_of
 from moebius_jax.diffusion.schedule import TRAIN_STEPS, add_noise, levels
 from moebius_jax.models.config import PredictionType
 
-TimestepSampling = Literal["logit_normal", "uniform"]
+
+def _in_one_line(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except ValidationError:  # it would say what was wrong with the first of the two kinds
+        raise ValueError(f"expected logit_normal, uniform, or timesteps below {TRAIN_STEPS}") from None
+
+
+_Timesteps = Annotated[tuple[Annotated[int, Field(ge=0, lt=TRAIN_STEPS)], ...], Field(min_length=1)]
+TimestepSampling = Annotated[Literal["logit_normal", "uniform"] | _Timesteps, WrapValidator(_in_one_line)]
 
 
 @struct.dataclass
@@ -42,13 +53,19 @@ class Noised:
 
 
 def draw_timesteps(keys: Key[Array, " B"], sampling: TimestepSampling) -> Int[Array, " B"]:
-    """t in [0, 1000): floor(1000 · sigmoid(N(0, 1))) as the released configuration, or uniform."""
-    if sampling == "uniform":
-        return jax.vmap(
-            lambda key: jax.random.randint(jax.random.fold_in(key, Draw.TIMESTEP), (), 0, TRAIN_STEPS)
-        )(keys)
+    """t in [0, 1000): floor(1000 · sigmoid(N(0, 1))) as the released configuration, any, or one of a list."""
+    if sampling != "logit_normal":
+        listed = jnp.arange(TRAIN_STEPS) if sampling == "uniform" else jnp.asarray(sampling, jnp.int32)
+        return listed[_uniform(keys, len(listed))]
     fraction = jax.nn.sigmoid(draw_normal(keys, Draw.TIMESTEP, ()))
     return jnp.minimum(jnp.floor(TRAIN_STEPS * fraction), TRAIN_STEPS - 1).astype(jnp.int32)
+
+
+def _uniform(keys: Key[Array, " B"], end: int) -> Int[Array, " B"]:
+    def draw(key: Key[Array, ""]) -> Int[Array, ""]:
+        return jax.random.randint(jax.random.fold_in(key, Draw.TIMESTEP), (), 0, end)
+
+    return jax.vmap(draw)(keys)
 
 
 def noise_batch(

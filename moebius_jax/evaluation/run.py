@@ -154,7 +154,7 @@ class Benchmark:
         """
         settings = self._settings
         model = _model_facts(name, pipeline)
-        guidance = settings.protocol.guidance_scale or pipeline.guidance_scale
+        guidance = settings.protocol.guidance_scale or pipeline.defaults.guidance_scale
         plans = [
             self._plan(label, sampling, pipeline, model) for label, sampling in settings.variations(guidance)
         ]

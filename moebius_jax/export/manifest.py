@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius_jax.diffusion.solvers import solver_steps
+from moebius_jax.diffusion.solvers import find_solver, solver_steps
 from moebius_jax.export.programs import COEFFICIENTS, Program
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import VAE, UNet
@@ -13,22 +13,26 @@ FORMAT, VERSION = "moebius-jax-export", 1
 SCHEDULES = {"ddim": (10, 20, 50), "dpmpp_2m": (5, 10, 20)}  # steps, of each solver
 
 
-def manifest(unet: UNet, vae: VAE, exported: list[Program], *, guidance_scale: float) -> dict[str, Any]:
-    """`manifest.json`, less what is known only of files (docs/export.md)."""
-    defaults = SamplingOptions()
+def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOptions) -> dict[str, Any]:
+    """`manifest.json`, less what is known only of files (docs/export.md); `defaults` are the model's."""
+    own = find_solver(defaults.scheduler).name
+    schedules = {name: set(counts) for name, counts in SCHEDULES.items()}
+    schedules.setdefault(own, set()).add(defaults.num_inference_steps)
     return {
         "format": FORMAT,
         "version": VERSION,
         "image_size": unet.config.latent_size * vae.config.factor,
         "latent_shape": list(unet.config.latent_shape),
         "factor": vae.config.factor,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": defaults.guidance_scale,
+        "solver": own,
+        "steps": defaults.num_inference_steps,
         "strength": defaults.strength,
         "noise_offset": defaults.noise_offset,
         "coefficients": list(COEFFICIENTS),
         "schedules": {
-            name: {str(steps): _table(name, steps, defaults.strength) for steps in counts}
-            for name, counts in SCHEDULES.items()
+            name: {str(steps): _table(name, steps, defaults.strength) for steps in sorted(counts)}
+            for name, counts in schedules.items()
         },
         "programs": {
             program.name: {

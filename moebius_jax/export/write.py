@@ -86,9 +86,9 @@ def export_model(
     dtypes = (pipeline.unet.precision.dtype, pipeline.vae.dtype)
     if kind is onnx and any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         raise UserError("ONNX programs are exported in float32 only: jax2onnx mixes dtypes in half precision")
-    guided = pipeline.guidance_scale != 1 if options.guided is None else options.guided
+    guided = pipeline.defaults.guidance_scale != 1 if options.guided is None else options.guided
     exported = programs(pipeline.unet, pipeline.vae, guided=guided)
-    described = manifest(pipeline.unet, pipeline.vae, exported, guidance_scale=pipeline.guidance_scale)
+    described = manifest(pipeline.unet, pipeline.vae, exported, pipeline.defaults)
     described |= {"kind": options.format, "guided": guided, "batch": _batch(options)}
     described |= {"opset": onnx.OPSET} if kind is onnx else {"platforms": list(stablehlo.PLATFORMS)}
     suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)

@@ -5,13 +5,16 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moebius_jax.buckets import fetched, is_bucket
 from moebius_jax.defaults import DEFAULT_MODEL, TINY
+from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import UNetConfig
-from moebius_jax.schema import checked, read_json
+from moebius_jax.schema import read_json
 from moebius_jax.weights import hub
 from moebius_jax.weights.folder import FolderConfig, is_ours, read_config
 
@@ -23,50 +26,57 @@ PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 PARTS = _FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
 
 
-@checked
-class _PipelineFile:
-    """`pipeline.json`: the model's default."""
-
-    guidance_scale: float
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFolders:
     """Where a model's parts are.
 
     Attributes:
         unet, vae: converted folders.
-        guidance_scale: default for the model.
+        sampling: how the model is meant to be sampled.
         variant: the released weights it holds, where it says so.
     """
 
     unet: Path
     vae: Path
-    guidance_scale: float
+    sampling: SamplingOptions
     variant: str | None
 
 
 @contextlib.contextmanager
 def write_model_folder(
-    folder: Path, *, guidance_scale: float, overwrite: bool, license: str | None = None
+    folder: Path, *, sampling: SamplingOptions, overwrite: bool, license: str | None = None
 ) -> Iterator[Path]:
     """Yields a folder to put `UNET` and `VAE` into; it appears under its name, with a card, when complete.
 
     Args:
         folder: to make.
-        guidance_scale: the model's default.
+        sampling: the model's defaults.
         overwrite: replace an existing folder.
         license: of the weights, an identifier the Hub knows ("apache-2.0"), for the card.
 
     Raises:
         UserError: it exists and may not be replaced, or cannot be written.
     """
+    said = _described(folder, sampling)
     require_replaceable(folder)
     with replace_when_complete(folder, overwrite=overwrite, ours=PARTS) as partial:
         partial.mkdir()
         yield partial
-        (partial / _FILE).write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
+        (partial / _FILE).write_text(json.dumps(said) + "\n")
         (partial / CARD).write_text(_card(folder.name, read_config(partial / UNET), license))
+
+
+def _described(folder: Path, sampling: SamplingOptions) -> dict[str, Any]:
+    """What is not as everywhere, and the guidance, which people look for."""
+    scheduler = sampling.scheduler if isinstance(sampling.scheduler, str) else sampling.scheduler.name
+    if scheduler not in SOLVERS:
+        raise UserError(f"{folder}: the scheduler {scheduler!r} has no name others know; it cannot be saved")
+    said, usual = dataclasses.asdict(dataclasses.replace(sampling, scheduler=scheduler)), SamplingOptions()
+    return {
+        name: value
+        for name, value in said.items()
+        if name == "guidance_scale" or value != getattr(usual, name)
+    }
 
 
 def require_replaceable(folder: Path) -> None:
@@ -160,9 +170,7 @@ def find_model(
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")
     if (folder / _FILE).is_file():
         found = _found(folder / UNET, fetched(vae or folder / VAE), None)
-        return dataclasses.replace(
-            found, guidance_scale=read_json(folder / _FILE, _PipelineFile).guidance_scale
-        )
+        return dataclasses.replace(found, sampling=read_json(folder / _FILE, SamplingOptions))
     if (folder / "config.json").is_file():
         unet, beside = folder, folder.parent / "vae"
         if is_bucket(path_or_hub_id) and vae is None:
@@ -186,4 +194,5 @@ def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:
     guidance = PORTRAIT_GUIDANCE if (asked or variant) in PORTRAIT_VARIANTS else DEFAULT_GUIDANCE
     if config.architecture.to_dict() == UNetConfig.teacher().to_dict():
         guidance = TEACHER_GUIDANCE
-    return ModelFolders(unet=unet, vae=vae, guidance_scale=guidance, variant=variant)
+    sampling = SamplingOptions(guidance_scale=guidance)
+    return ModelFolders(unet=unet, vae=vae, sampling=sampling, variant=variant)

@@ -22,7 +22,7 @@ from moebius_jax.files import require_local
 from moebius_jax.imaging.picture import Picture
 from moebius_jax.inpaint import model_folder
 from moebius_jax.inpaint.items import ImageLike, make_items, with_noise
-from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, find_model, write_model_folder
+from moebius_jax.inpaint.model_folder import find_model, write_model_folder
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Mode, inpaint_stream
 from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
@@ -54,7 +54,7 @@ class MoebiusInpaintPipeline:
     Args:
         unet: in full, not folded; it is also what `save_pretrained` writes.
         vae: the autoencoder, computing in its own dtype.
-        guidance_scale: default for calls.
+        defaults: for calls.
         variant: the released weights these are, where that is known; for reports.
         mesh: of this process's devices by default.
     """
@@ -64,13 +64,13 @@ class MoebiusInpaintPipeline:
         unet: UNet,
         vae: VAE,
         *,
-        guidance_scale: float = DEFAULT_GUIDANCE,
+        defaults: SamplingOptions | None = None,
         variant: str | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         self.unet = unet
         self.vae = vae
-        self.guidance_scale = guidance_scale
+        self.defaults = defaults or SamplingOptions()
         self.variant = variant
         self.sampler = Sampler(unet, vae, mesh)
 
@@ -114,7 +114,7 @@ class MoebiusInpaintPipeline:
         return cls(
             load_unet(found.unet, **both, **_dtypes(dtype, stream_dtype)),
             load_vae(found.vae, **both, dtype=_vae_dtype(vae_dtype)),
-            guidance_scale=found.guidance_scale,
+            defaults=found.sampling,
             variant=found.variant,
             mesh=mesh,
         )
@@ -154,7 +154,7 @@ class MoebiusInpaintPipeline:
         Raises:
             UserError: the folder exists or cannot be written.
         """
-        options = {"guidance_scale": self.guidance_scale, "overwrite": overwrite, "license": license}
+        options = {"sampling": self.defaults, "overwrite": overwrite, "license": license}
         try:
             require_local(str(folder))
         except ValueError as error:
@@ -189,14 +189,14 @@ class MoebiusInpaintPipeline:
         image: ImageLike | Sequence[ImageLike],
         mask_image: ImageLike | Sequence[ImageLike],
         *,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        strength: float = 0.99,
+        strength: float | None = None,
         seed: int | Sequence[int] = 0,
         image_indices: Sequence[int] | None = None,
         latents: ArrayLike | None = None,
-        scheduler: str | Solver = "ddim",
-        noise_offset: float = 0.0357,
+        scheduler: str | Solver | None = None,
+        noise_offset: float | None = None,
         mode: Mode = "crop",
         invert_mask: bool = False,
         mask_dilation: int = 0,
@@ -214,7 +214,7 @@ class MoebiusInpaintPipeline:
             image: PIL images, or arrays [H, W], [H, W, 3] or [H, W, 4], uint8 or float in [0, 1]; any sizes.
             mask_image: white = repaint, of its image's size; one may serve all images.
             num_inference_steps, guidance_scale, strength, scheduler, noise_offset: see `SamplingOptions`;
-                the guidance default is the checkpoint's.
+                what is None is as the model's `defaults` have it.
             seed: one for all images, or one each. An image's random numbers depend on its seed and index
                 only, not on what else is in the batch. At equal `batch_size` the result is equal to the bit;
                 another may round differently by one grey level.
@@ -250,9 +250,9 @@ class MoebiusInpaintPipeline:
             match_color=match_color,
             paste=paste,
         )
-        sampling = SamplingOptions(
+        sampling = self.defaults.changed(
             num_inference_steps=num_inference_steps,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=guidance_scale,
             strength=strength,
             scheduler=scheduler,
             noise_offset=noise_offset,

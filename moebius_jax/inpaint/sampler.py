@@ -1,5 +1,6 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ StepCallback = Callable[[int, int, Array], Array]
 
 @checked
 class SamplingOptions:
-    """How a batch is denoised (names as in diffusers).
+    """How a batch is denoised (names as in diffusers); a model's defaults are in its `pipeline.json`.
 
     Attributes:
         num_inference_steps: steps of the whole schedule.
@@ -49,6 +50,14 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         timesteps(self.scheduler, self.num_inference_steps, self.strength)
+
+    def changed(self, **values: Any) -> "SamplingOptions":
+        """These options with some values changed; None changes nothing.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        return dataclasses.replace(self, **{name: x for name, x in values.items() if x is not None})
 
 
 class Sampler:

@@ -10,7 +10,7 @@ from moebius_jax.data.augment import OWN_MASKS
 from moebius_jax.data.config import DataConfig
 from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
-from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import UNetConfig, VAEConfig
 from moebius_jax.schema import AtLeast0, AtLeastOne, AtLeastZero, Below1, Location, Seed, checked
 from moebius_jax.training.optimizer import OptimizerConfig
@@ -85,7 +85,8 @@ class TrainConfig:
         seed: of initial weights, noise, and data; 0 to 2³² - 1.
         ema_decay: upper limit of the moving average's; 0 keeps none.
         noise_offset: weight of the per-channel constant in the noise.
-        timestep_sampling: "logit_normal" as the release, or "uniform".
+        timestep_sampling: "logit_normal" as the release, "uniform", or the timesteps to draw from (one listed
+            twice comes twice as often), such as those of the few steps a network is meant to take.
         batch_norm: statistics of the "global" batch, or of each "device" as the release.
         dtype: compute dtype of student, teacher and the losses' networks; weights and optimiser are fp32.
         stream_dtype: see `moebius_jax.models.precision`.
@@ -93,7 +94,8 @@ class TrainConfig:
             which is nearer to float32 than the student's two; elsewhere those.
         vae_dtype: compute dtype of the VAE.
         fsdp: devices that share one copy of weights and optimiser state; the other axis is `data`.
-        guidance_scale: the finished model's default; 1 where all data are background samples.
+        sampling: how the finished model is meant to be sampled, its defaults; `sampling.guidance_scale` is 1
+            where all data are background samples.
         checkpoint, log: see there.
 
     Raises:
@@ -120,7 +122,7 @@ class TrainConfig:
     teacher_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     vae_dtype: Compute = "bfloat16"
     fsdp: AtLeastOne = 1
-    guidance_scale: AtLeast0 = DEFAULT_GUIDANCE
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

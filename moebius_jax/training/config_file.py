@@ -18,6 +18,7 @@ RENAMED = {
     "metric": "loss.perceptual.network",
     "perceptual.rescale_inputs": "loss.perceptual.rescale_inputs",
     "perceptual.augment": "loss.perceptual.augment",
+    "guidance_scale": "sampling.guidance_scale",
     **{f"loss.{term}_scale": f"loss.{term}.scale" for term in ("coarse", "fine", "task", "perceptual")},
 }
 

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from moebius_jax.errors import UserError, did_you_mean
 from moebius_jax.schema import parse_text
@@ -105,11 +105,16 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def _named(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+
+
 def _parse(text: str, hint: Any, key: str) -> Any:
     options = _options(hint)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
     value: Any = text
-    if any(typing.get_origin(option) is tuple for option in options):
+    names = [name for option in options for name in _named(option)]
+    if text not in names and any(typing.get_origin(option) is tuple for option in options):
         value = tuple(part.strip() for part in text.split(",") if part.strip())
     return parse_text(value, hint, key)

@@ -44,7 +44,7 @@ def write_model(workdir: Path, config: TrainConfig, state: TrainState, vae: VAE 
     if jax.process_index() == 0:
         source = {"trained_by": "train.py", "step": int(state.step), "config": describe(config)}
         source = json.loads(json.dumps(source, default=str))  # what JSON does not know, as text
-        with write_model_folder(folder, guidance_scale=config.guidance_scale, overwrite=True) as partial:
+        with write_model_folder(folder, sampling=config.sampling, overwrite=True) as partial:
             save(partial / model_folder.UNET, config.student, tensors, dtype="float32", source=source)
             if vae is not None:
                 save_network(partial / model_folder.VAE, jax.tree.map(np.asarray, vae))
