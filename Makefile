@@ -40,7 +40,7 @@ web/node_modules: web/package-lock.json
 	touch $@
 
 web: web/node_modules $(VENV)/.exports  ## the same in the browser alone: http://127.0.0.1:8000
-	$(BIN)/python export.py tiny web/model --format onnx --overwrite
+	$(BIN)/python export.py tiny web/model --format onnx --half-weights --overwrite
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory web 8000
 
 # The TPU compiler in an environment of its own (see pyproject.toml); one test is skipped where it cannot be had.

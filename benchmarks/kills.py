@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import parser, report
-from moebius_jax.weights.folder import load_numpy
+from moebius_jax.weights.folder import load_numpy, read_config, save
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "moebius_jax" / "tiny"
@@ -190,7 +190,10 @@ def prepare(work: Path) -> None:
         mask = np.zeros((128, 128), np.uint8)
         mask[30 : 60 + 5 * i, 40:90] = 255
         Image.fromarray(mask).save(work / f"masks/{i}.png")
-    command = ["convert_weights.py", str(TINY / "unet"), "--export", str(work / "released.safetensors")]
+    # tiny's weights as if they predicted the noise: a released file cannot say that they do not.
+    config = read_config(TINY / "unet").architecture.replace(prediction_type="epsilon")
+    save(work / "unet", config, load_numpy(TINY / "unet"), dtype="float16", source={})
+    command = ["convert_weights.py", str(work / "unet"), "--export", str(work / "released.safetensors")]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 

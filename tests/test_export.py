@@ -16,8 +16,9 @@ from moebius_jax.cli.export import main
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.diffusion.draws import draw_noise
 from moebius_jax.diffusion.solvers import solver_steps
-from moebius_jax.export import stablehlo
+from moebius_jax.export import onnx, stablehlo
 from moebius_jax.export.manifest import FORMAT
+from moebius_jax.export.programs import programs
 from moebius_jax.export.write import ExportOptions, export_model
 from moebius_jax.models import inference_copy
 from moebius_jax.sharding import make_mesh
@@ -134,6 +135,28 @@ def test_onnx(pipeline, tmp_path):
     assert manifest["guided"] is True
     assert (manifest["solver"], manifest["steps"], manifest["strength"]) == ("dpmpp_2m", 3, 1.0)
     assert len(manifest["schedules"]["dpmpp_2m"]["3"]["timesteps"]) == 3
+
+
+@pytest.mark.slow
+def test_onnx_with_half_weights_is_half_the_size(tmp_path):
+    """tiny's are float16 as they come: nearly the same numbers, in half the bytes."""
+    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnxruntime")
+    pipe = MoebiusInpaintPipeline.from_pretrained("tiny", mesh=make_mesh(jax.devices()[:1]))
+    (program,) = (p for p in programs(pipe.unet, pipe.vae, guided=False) if p.name == "decoder")
+    sizes = [
+        onnx.write(program, tmp_path, None, half_weights=half)[0].stat().st_size for half in (False, True)
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    latents = np.random.default_rng(0).standard_normal((1, 32, 32, 4), np.float32)
+    (images,) = onnx.run(tmp_path, "decoder", {"latents": latents})
+    expected = np.asarray(program(program.weights, latents))
+    assert np.abs(images - expected).max() < 5 * TOLERANCE * np.abs(expected).max()  # some were worked out
+
+
+def test_half_weights_are_for_onnx(tmp_path, capsys):
+    assert main(["tiny", str(tmp_path / "out"), "--half-weights"]) == 1
+    assert "half_weights is for format onnx" in capsys.readouterr().err
 
 
 def test_onnx_in_half_precision_is_refused(tmp_path, capsys):

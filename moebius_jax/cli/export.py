@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         help="the programs compute in (default float32; ONNX: nothing else)",
     )
     add(
+        "--half-weights",
+        action="store_true",
+        help="ONNX: keep weights in float16, half the size; computed with in float32 all the same",
+    )
+    add(
         "--batch-size",
         type=int,
         metavar="N",
@@ -64,6 +69,12 @@ def _export(args: argparse.Namespace) -> int:
     require_extra("export", *_EXTRAS[args.format])
     if args.folder.exists() and not args.overwrite:
         raise UserError(f"{args.folder}: exists already; --overwrite replaces an earlier export")
+    options = ExportOptions(
+        format=args.format,
+        batch=args.batch_size,
+        guided=False if args.no_guidance else None,
+        half_weights=args.half_weights,
+    )
     pipeline = MoebiusInpaintPipeline.from_pretrained(
         args.model,
         variant=args.variant,
@@ -71,9 +82,6 @@ def _export(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         vae_dtype=args.dtype,
         verify=not args.no_verify,
-    )
-    options = ExportOptions(
-        format=args.format, batch=args.batch_size, guided=False if args.no_guidance else None
     )
     differences = export_model(
         pipeline,

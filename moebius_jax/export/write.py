@@ -34,14 +34,22 @@ class ExportOptions:
         format: a key of `FORMATS`.
         batch: items of a call; None leaves it open where the format can ("stablehlo"), else one.
         guided: whether a step runs both branches of guidance; None where the model's scale is not one.
+        half_weights: ONNX files hold weights in float16 and compute with them in float32.
 
     Raises:
-        ValueError: a field is out of range.
+        UserError: a field is out of range, or half weights are asked for in another format.
     """
 
     format: str = "stablehlo"
     batch: AtLeastOne | None = None
     guided: bool | None = None
+    half_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.half_weights and FORMATS.get(self.format) is not onnx:
+            raise ValueError(
+                "half_weights is for format onnx; StableHLO has its weights in files of their own"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,21 +101,21 @@ def export_model(
     described |= {"opset": onnx.OPSET} if kind is onnx else {"platforms": list(stablehlo.PLATFORMS)}
     suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)
     ours = (MANIFEST, *(program.name + suffix for program in exported for suffix in suffixes))
-    differences = []
+    differences, half = [], {"half_weights": True} if options.half_weights else {}
     if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder / MANIFEST):
         raise UserError(f"{folder}: not replaced, it is no export of ours")
     with replace_when_complete(folder, overwrite=overwrite, ours=ours) as partial:
         partial.mkdir()
         for program in exported:
             say(f"{program.name}: exporting")
-            files = kind.write(program, partial, options.batch)
+            files = kind.write(program, partial, options.batch, **half)
             described["programs"][program.name]["files"] = [_described(file) for file in files]
             if kind is stablehlo:
                 version = stablehlo.calling_convention(partial, program.name)
                 described["calling_convention_version"] = version
             say(f"{program.name}: comparing")
             found = _differences(kind, program, partial, options.batch or 1)
-            _require_small(found, half=pipeline.unet.precision.is_half)
+            _require_small(found, half=options.half_weights or pipeline.unet.precision.is_half)
             differences += found
         (partial / MANIFEST).write_text(json.dumps(described, indent=1) + "\n")
     return differences
