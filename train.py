@@ -28,9 +28,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moebius_jax.buckets import Outbox, is_bucket, reaching
-from moebius_jax.cli.arguments import any_location, local_path
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
+from moebius_jax.cli.train import parse
 
+if __name__ == "__main__":
+    parse(None, __doc__)  # help, and mistakes in arguments, need not wait for what follows
 exit_without_extra("train", "optax", "grain")  # before the imports that need them
 
 import jax
@@ -404,29 +406,8 @@ def step_flops(update: jax.stages.Compiled, config: TrainConfig, mesh: Mesh) -> 
     return costs["flops"] * mesh.size * config.accumulation if "flops" in costs else None
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("config", help="a file of configs/, or one of your own; FILE:ARGUMENT for those that take one")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
-    add("--workdir", type=any_location, help="for all the run writes; gs://… too (default: runs/CONFIG)")
-    add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
-    add("--preview-data", type=local_path, metavar="PNG", help="draw what the network will see, and stop")
-    add("--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop")
-    add("--print-config", action="store_true", help="show every field, and stop")
-    add("--profile", type=int, metavar="STEP", help="trace five steps from STEP on (TensorBoard)")
-    add("--distributed", action="store_true", help="join the cluster this process was started in")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster is found")
-    add("--num-processes", type=int)
-    add("--process-id", type=int)
-    add("--no-compilation-cache", action="store_true")
-    return parser.parse_intermixed_args(argv)  # options may stand between KEY=VALUEs
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args = parse(argv, __doc__)
     # TensorFlow only writes events here; it need not announce itself, nor how it would multiply.
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
     company = Company()

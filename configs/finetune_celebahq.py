@@ -11,8 +11,8 @@ Hardware: the paper took 2 RTX 3090 for 60k steps of batch 44 on 24 k images. Ti
 """
 
 from configs.distill import get_config as distill
+from moebius_jax.defaults import PORTRAIT_GUIDANCE
 from moebius_jax.distillation.config import LossConfig
-from moebius_jax.inpaint.model_folder import PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.training.config import TrainConfig
 

@@ -11,8 +11,8 @@ Hardware: the paper took 4 RTX 3090 for 117k steps of batch 88 on 60 k images. T
 """
 
 from configs.distill import get_config as distill
+from moebius_jax.defaults import PORTRAIT_GUIDANCE
 from moebius_jax.distillation.config import LossConfig
-from moebius_jax.inpaint.model_folder import PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.training.config import TrainConfig
 

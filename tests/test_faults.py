@@ -36,9 +36,9 @@ sys.exit(main(sys.argv[1:]))
 
 LATE = """
 import sys, time
-from train import parse
+from moebius_jax.cli.train import parse
 from moebius_jax.cluster import first_does, join_given_cluster
-args = parse(["", *sys.argv[1:]])
+args = parse(["", *sys.argv[1:]], None)
 join_given_cluster(False, args.coordinator, args.num_processes, args.process_id)
 time.sleep(33 * args.process_id)
 first_does(lambda: None)

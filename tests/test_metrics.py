@@ -16,8 +16,9 @@ from moebius_jax.evaluation.metrics.distributions import frechet_distance, incep
 from moebius_jax.evaluation.metrics.hole_means import hole_share
 from moebius_jax.evaluation.metrics.inception_features import InceptionFeatures
 from moebius_jax.evaluation.metrics.lpips import LPIPS, load_weights
+from moebius_jax.evaluation.metrics.names import METRICS
 from moebius_jax.evaluation.metrics.scorer import Scorer
-from moebius_jax.evaluation.metrics.scores import METRICS, Scores
+from moebius_jax.evaluation.metrics.scores import Scores
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights import verify_folder
 from moebius_jax.weights.load import load_inception

@@ -4,12 +4,7 @@ import argparse
 import sys
 
 from moebius_jax.cli.arguments import any_location, require_positive
-from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, progress, run
-
-exit_without_extra("train", "optax", "grain")  # before the imports that need them
-
-from moebius_jax.training.caching import cache_latents
-from moebius_jax.training.config_file import load_config
+from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
 
 DESCRIPTION = """\
 Runs the encoder once over the images of a training configuration, so that training need not.
@@ -45,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 def _cache(args: argparse.Namespace) -> int:
     require_positive(args, "draws", most=10**6)
     require_positive(args, "batch_size", most=2**16)
+    require_extra("train", "optax", "grain")
+    from moebius_jax.training.caching import cache_latents
+    from moebius_jax.training.config_file import load_config
+
     # Losses, teacher and metric do not matter here.
     config = load_config(args.config, [*args.overrides, "data.kind=images", "loss.terms=task"])
     enable_compilation_cache()

@@ -17,15 +17,9 @@ from moebius_jax.cli.arguments import (
 )
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
 from moebius_jax.defaults import DEFAULT_MODEL
-from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
-from moebius_jax.evaluation.benchmark import BenchmarkSettings
-from moebius_jax.evaluation.existing import ExistingSettings, score_existing
-from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, INCEPTION_URL
-from moebius_jax.evaluation.metrics.scores import METRICS
+from moebius_jax.evaluation.metrics.names import INCEPTION_FILE, INCEPTION_URL, METRICS
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
-from moebius_jax.evaluation.run import Benchmark
-from moebius_jax.inpaint.model_folder import holds_one_model
 
 _DESCRIPTION = """\
 Reproduce the paper's tables: paint a benchmark's images with a model, score them, and write a report
@@ -68,6 +62,10 @@ def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
     require_positive(args, "count", "batch_size", "size")
     require_seed(args)
     protocol = PROTOCOLS[args.protocol]
+    from moebius_jax.evaluation.benchmark import BenchmarkSettings
+    from moebius_jax.evaluation.run import Benchmark
+    from moebius_jax.inpaint.model_folder import holds_one_model
+
     settings = _settings(BenchmarkSettings, args, protocol=protocol)
     process, processes = process_share(args)
     if processes > 1 and not args.sample_only:
@@ -94,6 +92,8 @@ def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
 def _score(args: argparse.Namespace, command: list[str]) -> int:
     _require_extra()
     require_positive(args, "batch_size", "size")
+    from moebius_jax.evaluation.existing import ExistingSettings, score_existing
+
     report = score_existing(_settings(ExistingSettings, args), command=command, track=progress)
     print(report.figures())
     if args.output is not None:
@@ -168,7 +168,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
     add("--num-inference-steps", type=int, metavar="N", help="default 20")
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", metavar="NAME", help=f"{' or '.join(SOLVERS)} (default ddim)")
+    add("--scheduler", metavar="NAME", help="as sample.py's (default ddim)")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")

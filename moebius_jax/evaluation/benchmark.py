@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from moebius_jax.defaults import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.masks import KINDS, MaskSpec
 from moebius_jax.evaluation.protocols import Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.settings import ScoringSettings
-from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions
 from moebius_jax.schema import AtLeastOne, File, Seed, checked, one_of

@@ -6,8 +6,8 @@ the choice here is ours and is written into every report.
 
 import dataclasses
 
+from moebius_jax.defaults import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 from moebius_jax.evaluation.masks import MaskSpec
-from moebius_jax.inpaint.model_folder import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

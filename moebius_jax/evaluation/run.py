@@ -26,8 +26,8 @@ from moebius_jax.evaluation.masks import (
     read_description,
     write_set,
 )
+from moebius_jax.evaluation.metrics.names import Metric
 from moebius_jax.evaluation.metrics.scorer import Scorer
-from moebius_jax.evaluation.metrics.scores import Metric
 from moebius_jax.evaluation.paint import check_folder, claim_folder, paint, require_own_results
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.report.document import Run

@@ -8,10 +8,15 @@ from pydantic import Field
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.cases import PairBy
 from moebius_jax.evaluation.metrics.distributions import ENOUGH_FOR_FID
-from moebius_jax.evaluation.metrics.inception_features import INCEPTION_FILE, INCEPTION_URL
 from moebius_jax.evaluation.metrics.lpips import require_size
+from moebius_jax.evaluation.metrics.names import (
+    INCEPTION_FILE,
+    INCEPTION_URL,
+    METRICS,
+    NEEDS_INCEPTION,
+    Metric,
+)
 from moebius_jax.evaluation.metrics.scorer import Scorer
-from moebius_jax.evaluation.metrics.scores import METRICS, NEEDS_INCEPTION, Metric
 from moebius_jax.schema import File, checked
 from moebius_jax.sharding import make_mesh
 from moebius_jax.weights.folder import read_config

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moebius_jax.buckets import fetched, is_bucket
-from moebius_jax.defaults import DEFAULT_MODEL, TINY
+from moebius_jax.defaults import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_MODEL,
+    PORTRAIT_GUIDANCE,
+    TEACHER_GUIDANCE,
+    TINY,
+)
 from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
@@ -18,9 +24,6 @@ from moebius_jax.schema import read_json
 from moebius_jax.weights import hub
 from moebius_jax.weights.folder import FolderConfig, is_ours, read_config
 
-DEFAULT_GUIDANCE = 2.5  # natural scenes (paper, Table 6)
-PORTRAIT_GUIDANCE = 2.0
-TEACHER_GUIDANCE = 4.5  # PixelHacker's own
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
 PARTS = _FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"

@@ -12,8 +12,6 @@ from moebius_jax.models import Inception
 from moebius_jax.models.inception import SIDE
 from moebius_jax.sharding import batch_sharding, plain_bools, replicated
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 RESIZE = "bilinear to 299 x 299, half-pixel centres, no antialiasing (as pytorch-fid)"
 
 

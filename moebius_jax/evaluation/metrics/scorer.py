@@ -24,7 +24,8 @@ from moebius_jax.evaluation.masks import hole_digest, set_hash
 from moebius_jax.evaluation.metrics import pixels
 from moebius_jax.evaluation.metrics.inception_features import InceptionFeatures
 from moebius_jax.evaluation.metrics.lpips import LPIPS, require_size
-from moebius_jax.evaluation.metrics.scores import METRICS, NEEDS_INCEPTION, Metric, Scores
+from moebius_jax.evaluation.metrics.names import METRICS, NEEDS_INCEPTION, Metric
+from moebius_jax.evaluation.metrics.scores import Scores
 from moebius_jax.evaluation.prefetch import prefetch
 from moebius_jax.hardware import memory_errors
 from moebius_jax.models import Inception

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -12,10 +12,8 @@ from moebius_jax.evaluation.metrics.distributions import (
     frechet_distance,
     inception_discriminative_scores,
 )
+from moebius_jax.evaluation.metrics.names import NEEDS_INCEPTION, Metric
 
-Metric = Literal["fid", "ids", "lpips", "psnr", "ssim", "l1"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-NEEDS_INCEPTION = ("fid", "ids")
 BINS = tuple(i / 10 for i in range(11))
 
 Summary = dict[str, Any]

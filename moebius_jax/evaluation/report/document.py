@@ -10,7 +10,8 @@ from typing import Any
 
 from moebius_jax.evaluation.metrics import pixels
 from moebius_jax.evaluation.metrics.inception_features import RESIZE
-from moebius_jax.evaluation.metrics.scores import Metric, Scores, Summary
+from moebius_jax.evaluation.metrics.names import Metric
+from moebius_jax.evaluation.metrics.scores import Scores, Summary
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 
 FORMAT = "moebius-jax evaluation"
