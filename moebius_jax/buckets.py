@@ -1,7 +1,8 @@
 """Folders in buckets of Google's storage (gs://bucket/…): read where they lie, written from this machine.
 
 An object has its name only when all of it is there; of a folder of objects that is not so. What says what a
-folder is (`config.json`, `latents.json`) is therefore sent last, and taken away first.
+folder is (`config.json`, `latents.json`) is therefore sent last, and taken away first; what says whose
+results come one by one (`run.json`) is sent first.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from moebius_jax.files import AlreadyThere, partial_of, require_local
 
 SCHEME = "gs://"
 _AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
-LAST = ("SHA256SUMS", "latents.json", "config.json", "pipeline.json")  # of a folder, in this order
+FIRST = ("run.json",)  # of a folder: results without it are nobody's
+LAST = ("SHA256SUMS", "latents.json", "config.json", "pipeline.json")  # in this order
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -128,8 +130,7 @@ def fetched(path: str | Path) -> Path:
     found = files_below(path)
     if not found:
         raise UserError(f"{path}: no such file or folder")
-    if leading := [name for name in found if ".." in name.split("/")]:
-        raise UserError(f"{path}: holds {leading[0]!r}, which leads out of it")
+    _require_inside(path, found)
     digest = hashlib.sha256(repr((str(path), found)).encode()).hexdigest()
     copy = _cache() / digest[:16] / path.name
     if not copy.exists():
@@ -140,6 +141,11 @@ def fetched(path: str | Path) -> Path:
                 dest.parent.mkdir(parents=True, exist_ok=True)
                 _storage().get_file(str(path / name if name else path), str(dest))
     return copy
+
+
+def _require_inside(folder: Path, names: Iterable[str]) -> None:
+    if leading := [name for name in names if ".." in name.split("/")]:
+        raise UserError(f"{folder}: holds {leading[0]!r}, which leads out of it")
 
 
 def require_writable(folder: Path) -> None:
@@ -197,6 +203,23 @@ class Outbox:
         self._dest, self._sent = dest, {}
         self.folder = Path(tempfile.mkdtemp(prefix="moebius-")) if is_bucket(dest) else dest
 
+    def take(self) -> None:
+        """Takes what is in the bucket already; it is sent again only where it changes.
+
+        Raises:
+            UserError: the bucket cannot be reached, or a name in it leads elsewhere.
+        """
+        if not is_bucket(self._dest):
+            return
+        names = files_below(self._dest)
+        _require_inside(self._dest, names)
+        with reaching(self._dest):
+            for name in names:
+                dest = self.folder / name
+                dest.parent.mkdir(parents=True, exist_ok=True)
+                _storage().get_file(f"{self._dest}/{name}", str(dest))
+                self._sent[name] = _state(dest)
+
     def send(self, *, anew: str | None = None) -> None:
         """Sends what has changed since it was last sent. Where nothing is in a bucket, it does nothing.
 
@@ -213,8 +236,7 @@ class Outbox:
                 self._remove(anew)
             written = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
             for path in sorted(written, key=lambda path: (_rank(path.name), path)):
-                name, found = path.relative_to(self.folder).as_posix(), path.stat()
-                now = found.st_size, found.st_mtime_ns
+                name, now = path.relative_to(self.folder).as_posix(), _state(path)
                 if self._sent.get(name) != now:
                     self._send(path, f"{self._dest}/{name}")
                     self._sent[name] = now
@@ -325,8 +347,13 @@ class ArrayInBucket:
             return _storage().cat_file(self._path, start=start, end=end)
 
 
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def _rank(name: str) -> int:
-    return LAST.index(name) + 1 if name in LAST else 0
+    return -1 if name in FIRST else LAST.index(name) + 1 if name in LAST else 0
 
 
 def _storage() -> Any:

