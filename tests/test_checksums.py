@@ -91,6 +91,7 @@ def test_loading_and_the_command_line_ask(tmp_path, capsys, monkeypatch):
         load_unet(tmp_path / "tiny/unet")
     photo = Path(__file__).parents[1] / "examples/coffee"
     options = ["--image", f"{photo}.jpg", "--mask", f"{photo}_mask.png", "--output", str(tmp_path / "o.png")]
+    options += ["--num-inference-steps", "1"]
     assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
     assert f"{damaged}: not what was written" in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()

@@ -121,11 +121,8 @@ def test_a_pipeline_from_the_hub(server, home):
 
 
 PUSH = """
-from moebius_jax import MoebiusInpaintPipeline as Pipeline, UNetConfig
-from moebius_jax.models import VAEConfig
-sizes = {"num_heads": 4, "latent_size": 8, "embedding_dim": 16, "context_dim": 16}
-unet = UNetConfig.student(channels=(32, 64), transformers=(True, True), layers_per_block=1, **sizes)
-pipe = Pipeline.untrained(unet, VAEConfig(channels=(32, 32, 32, 32), layers_per_block=1))
+from moebius_jax import MoebiusInpaintPipeline as Pipeline
+pipe = Pipeline.from_pretrained("tiny")
 pipe.defaults = pipe.defaults.changed(guidance_scale=1.5, scheduler="dpmpp_2m")
 print(pipe.push_to_hub("someone/painter", license="apache-2.0"))
 """
@@ -147,10 +144,10 @@ def test_pushed_by_one_and_loaded_by_another(server, repositories, tmp_path):
     assert "license: apache-2.0" in card
     loaded = run(LOAD, tmp_path / "other", endpoint, HF_HUB_OFFLINE="0")
     assert loaded.returncode == 0, loaded.stderr
-    assert last_line(loaded.stdout) == "1.5 dpmpp_2m (32, 64)"
+    assert last_line(loaded.stdout) == "1.5 dpmpp_2m (64, 128, 256)"
     log.clear()
     offline = run(LOAD, tmp_path / "other", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert last_line(offline.stdout) == "1.5 dpmpp_2m (32, 64)"
+    assert last_line(offline.stdout) == "1.5 dpmpp_2m (64, 128, 256)"
     assert not log
 
 
