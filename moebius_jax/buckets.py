@@ -14,7 +14,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moebius_jax.files import AlreadyThere, partial_of, require_local
 SCHEME = "gs://"
 _AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
 FIRST = ("run.json",)  # of a folder: results without it are nobody's
-LAST = ("SHA256SUMS", "latents.json", "config.json", "pipeline.json")  # in this order
+LAST = ("SHA256SUMS", "masks.json", "latents.json", "config.json", "pipeline.json")  # in this order
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -203,18 +203,28 @@ class Outbox:
         self._dest, self._sent = dest, {}
         self.folder = Path(tempfile.mkdtemp(prefix="moebius-")) if is_bucket(dest) else dest
 
-    def take(self) -> None:
+    def take(self, sets: Mapping[str, str]) -> None:
         """Takes what is in the bucket already; it is sent again only where it changes.
 
+        Args:
+            sets: subfolders that are nothing without a file of theirs, which is sent last: what was
+                interrupted on its way there is not taken.
+
         Raises:
-            UserError: the bucket cannot be reached, or a name in it leads elsewhere.
+            UserError: the bucket cannot be reached, or holds a file in the folder's place, or a name that
+                leads elsewhere.
         """
         if not is_bucket(self._dest):
             return
         names = files_below(self._dest)
+        if "" in names:
+            raise UserError(f"{self._dest}: is a file, expected a folder")
         _require_inside(self._dest, names)
+        halves = [f"{folder}/" for folder, mark in sets.items() if f"{folder}/{mark}" not in names]
         with reaching(self._dest):
             for name in names:
+                if name.startswith(tuple(halves)):
+                    continue
                 dest = self.folder / name
                 dest.parent.mkdir(parents=True, exist_ok=True)
                 _storage().get_file(f"{self._dest}/{name}", str(dest))
@@ -234,8 +244,8 @@ class Outbox:
         with reaching(self._dest):
             if anew is not None:
                 self._remove(anew)
-            written = [path for path in self.folder.rglob("*") if path.is_file() and path.name[0] != "."]
-            for path in sorted(written, key=lambda path: (_rank(path.name), path)):
+            written = (path for path in self.folder.rglob("*") if not self._is_hidden(path))
+            for path in sorted(filter(Path.is_file, written), key=lambda path: (_rank(path.name), path)):
                 name, now = path.relative_to(self.folder).as_posix(), _state(path)
                 if self._sent.get(name) != now:
                     self._send(path, f"{self._dest}/{name}")
@@ -246,8 +256,19 @@ class Outbox:
         if is_bucket(self._dest):
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _is_hidden(self, path: Path) -> bool:
+        """What is being written has a name that begins with a dot, or is in such a folder."""
+        return any(part[0] == "." for part in path.relative_to(self.folder).parts)
+
     def _send(self, path: Path, address: str) -> None:
-        if path.stat().st_size > _AT_ONCE:
+        if path.name in FIRST:
+            content = path.read_bytes()
+            try:
+                _storage().pipe_file(address, content, mode="create")
+            except FileExistsError:
+                if _storage().cat_file(address) != content:
+                    raise AlreadyThere(address, "another process began with other settings") from None
+        elif path.stat().st_size > _AT_ONCE:
             _storage().put_file(str(path), address)
         else:  # as it is now: events are being added to their file meanwhile
             _storage().pipe_file(address, path.read_bytes())

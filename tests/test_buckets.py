@@ -6,8 +6,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -471,17 +473,23 @@ def test_evaluate_in_a_bucket(storage, tmp_path, tiny_pipeline, tiny_folder, cap
         return evaluate([*folders, *usual, "--metrics", "l1", *options])
 
     assert run(tmp_path) == run(BUCKET) == 0
-    assert f"report: {BUCKET}/out/report.html" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"report: {BUCKET}/out/report.html" in out
+    assert f"{BUCKET}/out/results: painted 3" in out
+    document = json.loads(storage.cat_file(f"{BUCKET}/out/report.json"))
+    assert document["sources"]["masks"]["folder"] == f"{BUCKET}/out/masks"
+    assert document["sources"]["images"]["folder"] == f"{BUCKET}/photos"
     files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
     assert {"results/run.json", "report.html", "results/scores.csv", "results/00.png", "masks/00.png"} < files
     assert set(names(storage, "out")) == {name for name in files if not Path(name).name.startswith(".")}
     results = sorted(name for name in files if name.endswith((".png", ".csv", "run.json")))
     for name in results:
         assert storage.cat_file(f"{BUCKET}/out/{name}") == (tmp_path / "out" / name).read_bytes()
-    for name in ("results/01.png", "report.html"):  # as if it had been killed in between
+    for name in ("results/01.png", "report.html", "masks/masks.json"):  # as if it had been killed in between
         storage.rm_file(f"{BUCKET}/out/{name}")
     assert run(BUCKET) == 0
-    assert "painted 1 in" in capsys.readouterr().out
+    assert "painted 1" in capsys.readouterr().out
+    assert "masks/masks.json" in names(storage, "out")
     assert set(names(storage, "out")) >= {"results/01.png", "report.html"}
     assert run(BUCKET, "--seed=3") == 1
     assert (
@@ -512,23 +520,114 @@ class TestElsewhere:
     def test_results_are_sent_now_and_then(self, storage, monkeypatch):
         monkeypatch.setattr(elsewhere, "_EVERY_S", -1.0)
         args = argparse.Namespace(output=location(f"{BUCKET}/out"))
-        with worked_on_here(args) as sending:
-            for i in sending(lambda items, **_: items)(range(3), desc="x"):
+        with worked_on_here(args) as here:
+            for i in here.sending(lambda items, **_: items)(range(3), desc="x"):
                 assert len(names(storage, "out")) == i
                 (args.output / f"{i}.txt").write_text("done")
 
-    def test_what_cannot_be_sent_stays_here(self, storage, monkeypatch):
+    def test_sigterm_ends_it_as_well(self, storage):
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+        before = signal.getsignal(signal.SIGTERM)
+
+        def work():
+            with worked_on_here(args):
+                (args.output / "a.txt").write_text("done")
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+
+        with pytest.raises(SystemExit) as ended:
+            work()
+        assert ended.value.code == 143
+        assert names(storage, "out") == ["a.txt"]
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    @pytest.mark.parametrize("trouble", [None, UserError("broken"), KeyboardInterrupt()])
+    def test_what_cannot_be_sent_stays_here(self, storage, monkeypatch, capsys, trouble):
         args = argparse.Namespace(output=location(f"{BUCKET}/out"))
 
         def work():
             with worked_on_here(args):
                 (args.output / "a.txt").write_text("done")
                 monkeypatch.setattr(storage, "pipe_file", lambda *_, **__: 1 / 0)
+                if trouble:
+                    raise trouble
 
-        with pytest.raises(UserError, match=r"cannot be reached .* is in /"):
+        expected = KeyboardInterrupt if isinstance(trouble, KeyboardInterrupt) else UserError
+        with pytest.raises(expected) as caught:
             work()
+        told = capsys.readouterr().err if trouble else str(caught.value)
+        assert f"what was to be sent is in {args.output}" in told
         assert (args.output / "a.txt").read_text() == "done"
         shutil.rmtree(args.output)
+
+    def test_a_bad_moment_is_waited_for(self, storage, monkeypatch):
+        monkeypatch.setattr(elsewhere, "_EVERY_S", -1.0)
+        args, send = argparse.Namespace(output=location(f"{BUCKET}/out")), storage.pipe_file
+
+        def work():
+            with worked_on_here(args) as here:
+                for i in here.sending(lambda items, **_: items)(range(2), desc="x"):
+                    (args.output / f"{i}.txt").write_text("done")
+                    monkeypatch.setattr(storage, "pipe_file", send if i else lambda *_, **__: 1 / 0)
+
+        with pytest.warns(UserWarning, match="it is sent with what comes next"):
+            work()
+        assert names(storage, "out") == ["0.txt", "1.txt"]
+
+    def test_another_evaluation_of_the_same_name_is_refused(self, storage):
+        def work(theirs):
+            args = argparse.Namespace(output=location(f"{BUCKET}/{theirs}"))
+            with worked_on_here(args):
+                for name in ("a.png", "run.json"):
+                    (args.output / name).write_text("seed 0")
+                storage.pipe_file(f"{BUCKET}/{theirs}/run.json", theirs.encode())  # meanwhile
+            return args.output
+
+        work("seed 0")
+        assert names(storage, "seed 0") == ["a.png", "run.json"]
+        with pytest.raises(UserError, match=r"run\.json: exists already; another process .* is in") as caught:
+            work("seed 3")
+        assert names(storage, "seed 3") == ["run.json"]  # ours would have been the first to go
+        shutil.rmtree(str(caught.value).rpartition(" ")[2])
+
+    def test_half_of_what_is_being_taken_is_not_sent(self, storage, monkeypatch):
+        storage.pipe_file(f"{BUCKET}/out/a.png", b"whole")
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+
+        def half(_, dest):
+            Path(dest).write_bytes(b"wh")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(storage, "get_file", half)
+        with pytest.raises(KeyboardInterrupt), worked_on_here(args):
+            pass
+        assert storage.cat_file(f"{BUCKET}/out/a.png") == b"whole"
+
+    def test_what_was_taken_is_not_sent_nor_what_is_hidden(self, storage, monkeypatch):
+        storage.pipe_file(f"{BUCKET}/out/a.png", b"whole")
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+        with worked_on_here(args):
+            assert (args.output / "a.png").read_bytes() == b"whole"
+            (args.output / ".partial-x").mkdir()
+            (args.output / ".partial-x" / "b.png").write_bytes(b"ha")
+            monkeypatch.setattr(storage, "pipe_file", lambda *_, **__: 1 / 0)
+        assert names(storage, "out") == ["a.png"]
+
+    @pytest.mark.parametrize(
+        ("there", "message"),
+        [("out/../../x", "leads out of it"), ("out", "gs://bucket/out: is a file, expected a folder")],
+    )
+    def test_what_is_there_does_not_fit(self, storage, there, message):
+        storage.pipe_file(f"{BUCKET}/{there}", b"x")
+        args = argparse.Namespace(output=location(f"{BUCKET}/out"))
+        with pytest.raises(UserError, match=message), worked_on_here(args):
+            pass
+
+    def test_a_folder_beside_the_inputs(self, storage):
+        storage.pipe_file(f"{BUCKET}/photos/a.png", b"x")
+        args = argparse.Namespace(output=location(f"{BUCKET}/photos2"), images=location(f"{BUCKET}/photos"))
+        with worked_on_here(args, "images"):
+            assert (args.images / "a.png").is_file()
 
     def test_names_and_what_is_not_elsewhere(self, tmp_path):
         args = argparse.Namespace(output=tmp_path, masks=None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moebius_jax.cli.sample import main
+from moebius_jax.cli.sample import _require_possible, main
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.pairing import plan_tasks
 
@@ -313,6 +313,26 @@ class TestPairing:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(UserError, match="no such image"):
             plan_tasks(tmp_path / "x", tmp_path, tmp_path, seed=0, num_samples=1)
+
+
+@pytest.mark.parametrize("options", [["--strength=2"], ["--scheduler=x"], ["--num-inference-steps=0"]])
+def test_what_no_model_can_do_is_said_before_one_is_loaded(sample, monkeypatch, options):
+    monkeypatch.setattr("moebius_jax.cli.sample.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    assert sample(*options)[0] == 1
+
+
+def test_a_share_may_be_small_where_the_model_decides_of_how_many():
+    asked = dict.fromkeys(("num_inference_steps", "guidance_scale", "scheduler"))
+    _require_possible({**asked, "strength": 0.02})
+    with pytest.raises(UserError, match=r"strength 0\.02 of 20 steps leaves none"):
+        _require_possible({**asked, "strength": 0.02, "num_inference_steps": 20})
+
+
+def test_moebius_train_is_the_program():
+    code = "import sys; from moebius_jax.cli.train import main; sys.argv[1:] = ['nowhere.py']; main()"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: nowhere.py: no such configuration")
 
 
 NOT_FOR_EVERYONE = ("app.py", "profile_model.py")  # a page, a benchmark

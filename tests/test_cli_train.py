@@ -25,7 +25,7 @@ from train import main
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny_run.py"
 TASK = "loss.terms=task"  # no teacher: a third of the time
-ALL_LOSSES = ("steps=3", "log.every=1", "checkpoint.every=3", "vae=none")
+ALL_LOSSES = ("sampling.num_inference_steps=7", "steps=3", "log.every=1", "checkpoint.every=3", "vae=none")
 LIMIT_S = 600
 FAST_COMPILE = os.environ["FAST_COMPILE"]  # see conftest.py
 
@@ -126,6 +126,10 @@ class TestResults:
         assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
         kept = sorted(p.name for p in (workdir / "checkpoints").iterdir())
         assert kept == ["step_12", "step_18", "step_24"]
+
+    def test_the_model_is_sampled_as_the_configuration_says(self, all_losses):
+        said = json.loads((all_losses / "model/pipeline.json").read_text())
+        assert said == {"guidance_scale": 2.5, "num_inference_steps": 7}
 
     def test_events_bear_the_releases_names(self, all_losses):
         tags = set(scalars(all_losses))

@@ -10,8 +10,10 @@ from chromium import wait_for
 from PIL import Image
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
+from moebius_jax.demo import page
 from moebius_jax.demo.painter import PREVIEW, Painter, Wishes, strokes_of
 
+gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
 
@@ -39,6 +41,19 @@ def strokes(height, width):
     marked = np.zeros((height, width), bool)
     marked[height // 3 : height // 2, width // 3 : width // 2] = True
     return marked
+
+
+def test_the_page_begins_with_the_models_own_steps(painter, monkeypatch):
+    def slider():
+        with gradio.Blocks():
+            (found,) = (c for c in page._settings(painter) if c.label == "Steps")
+        return found.minimum, found.value, found.maximum
+
+    assert slider() == (1, 4, 100)
+    usual = painter.pipeline.defaults
+    many = usual.changed(num_inference_steps=200, strength=0.25, scheduler="ddim")
+    monkeypatch.setattr(painter.pipeline, "defaults", many)
+    assert slider() == (4, 200, 200)
 
 
 class TestPainter:

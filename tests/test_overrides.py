@@ -32,6 +32,7 @@ def load(name, *overrides):
         ("loss.balance=release", "loss.balance", "release"),
         ("loss.perceptual.augment=no", "loss.perceptual.augment", False),
         ("perceptual.augment=no", "loss.perceptual.augment", False),  # as it was called before
+        ("guidance_scale=1.5", "sampling.guidance_scale", 1.5),  # likewise
         ("metric=some/folder", "loss.perceptual.network", "some/folder"),  # likewise
         ("loss.fine_scale=2", "loss.fine.scale", 2.0),  # likewise
         ("teacher=some/folder", "teacher", "some/folder"),
@@ -62,6 +63,8 @@ def test_values(override, key, expected):
             (f"timestep_sampling={wrong}", r"^timestep_sampling is .*; expected .*timesteps below 1000$")
             for wrong in ("999,1000", "-1", "normal", "3.5", ",")
         ),
+        ("sampling.guidance_scale=-3", r"^sampling\.guidance_scale is \'-3\'; expected 0 or more"),
+        ("sampling.scheduler=ddem", r"^sampling\.scheduler is 'ddem'; expected ddim"),
         ("optimizer.learning_rate=0", r"^optimizer\.learning_rate is \'0\'; expected more than 0"),
         ("data.augment.flip=2", r"^data\.augment\.flip is \'2\'; expected 1.* or less"),
         ("data.loader.threads=0", r"^data\.loader\.threads is \'0\'; expected 1 or more"),

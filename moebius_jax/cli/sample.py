@@ -154,15 +154,12 @@ def _sample(args: argparse.Namespace) -> int:
         total = len(kept) + len(todo)
         print(f"{len(kept)} of {total} results exist already and are kept; --overwrite redoes them")
     from moebius_jax.inpaint.files import add_missing_grids, inpaint_files
-    from moebius_jax.inpaint.sampler import SamplingOptions
 
     if args.grid and kept:
         problems += add_missing_grids(kept)
     if todo:
         options, asked = _options(args), _asked(args)
-        SamplingOptions(strength=1.0).changed(
-            **asked
-        )  # what can be wrong with any model is said before one is loaded
+        _require_possible(asked)
         if not args.no_compilation_cache:
             enable_compilation_cache()
         import jax
@@ -208,6 +205,15 @@ def _options(args: argparse.Namespace) -> "InpaintOptions":
         padding_mask_crop=args.padding_mask_crop,
         match_color=args.match_color,
     )
+
+
+def _require_possible(asked: dict[str, Any]) -> None:
+    """Raises UserError for what no model can do, before one is loaded."""
+    from moebius_jax.diffusion.solvers import find_solver
+    from moebius_jax.inpaint.sampler import SamplingOptions
+
+    most = find_solver(asked["scheduler"] or SamplingOptions().scheduler).most_steps
+    SamplingOptions(num_inference_steps=most, strength=1.0).changed(**asked)
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:

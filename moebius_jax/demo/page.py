@@ -5,6 +5,7 @@ It listens to nobody but this machine unless told otherwise, and loads nothing f
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def _editor() -> gr.ImageEditor:
 def _settings(painter: Painter) -> list[gr.components.Component]:
     """An uploaded mask, then controls in the order of `Wishes`."""
     default, usual = Wishes(), painter.pipeline.defaults
+    steps, fewest = usual.num_inference_steps, math.ceil(1 / usual.strength)  # of which one is run
     with gr.Accordion("More", open=False):
         return [
             _photo(label="Mask (white = repaint), of the photo's size", sources=["upload"]),
@@ -113,7 +115,7 @@ def _settings(painter: Painter) -> list[gr.components.Component]:
                 label="Guidance",
                 info="1 takes half the time",
             ),
-            gr.Slider(1, 100, usual.num_inference_steps, step=1, label="Steps"),
+            gr.Slider(fewest, max(100, steps), steps, step=1, label="Steps"),
             gr.Number(default.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
             gr.Slider(1, painter.max_results, default.results, step=1, label="Results to choose from"),
             gr.Slider(

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius_jax.diffusion.solvers import find_solver, solver_steps
+from moebius_jax.diffusion.solvers import Solver, find_solver, solver_steps
 from moebius_jax.export.programs import COEFFICIENTS, Program
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import VAE, UNet
@@ -15,9 +15,10 @@ SCHEDULES = {"ddim": (10, 20, 50), "dpmpp_2m": (5, 10, 20)}  # steps, of each so
 
 def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOptions) -> dict[str, Any]:
     """`manifest.json`, less what is known only of files (docs/export.md); `defaults` are the model's."""
-    own = find_solver(defaults.scheduler).name
-    schedules = {name: set(counts) for name, counts in SCHEDULES.items()}
-    schedules.setdefault(own, set()).add(defaults.num_inference_steps)
+    own = find_solver(defaults.scheduler)
+    solvers = {name: find_solver(name) for name in SCHEDULES} | {own.name: own}
+    steps = {name: set(SCHEDULES.get(name, ())) for name in solvers}
+    steps[own.name].add(defaults.num_inference_steps)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -25,14 +26,18 @@ def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOp
         "latent_shape": list(unet.config.latent_shape),
         "factor": vae.config.factor,
         "guidance_scale": defaults.guidance_scale,
-        "solver": own,
+        "solver": own.name,
         "steps": defaults.num_inference_steps,
         "strength": defaults.strength,
         "noise_offset": defaults.noise_offset,
         "coefficients": list(COEFFICIENTS),
         "schedules": {
-            name: {str(steps): _table(name, steps, defaults.strength) for steps in sorted(counts)}
-            for name, counts in schedules.items()
+            name: {
+                str(n): _table(solver, n, defaults.strength)
+                for n in sorted(steps[name])
+                if int(n * defaults.strength)
+            }
+            for name, solver in solvers.items()
         },
         "programs": {
             program.name: {
@@ -50,7 +55,7 @@ def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOp
     }
 
 
-def _table(solver: str, steps: int, strength: float) -> dict[str, Any]:
+def _table(solver: Solver, steps: int, strength: float) -> dict[str, Any]:
     table = solver_steps(solver, steps, strength)
     columns = np.stack([np.asarray(getattr(table, name), np.float64) for name in COEFFICIENTS], axis=-1)
     return {

@@ -98,7 +98,11 @@ def export_model(
     exported = programs(pipeline.unet, pipeline.vae, guided=guided)
     described = manifest(pipeline.unet, pipeline.vae, exported, pipeline.defaults)
     described |= {"kind": options.format, "guided": guided, "batch": _batch(options)}
-    described |= {"opset": onnx.OPSET} if kind is onnx else {"platforms": list(stablehlo.PLATFORMS)}
+    described |= (
+        {"opset": onnx.OPSET, "half_weights": options.half_weights}
+        if kind is onnx
+        else {"platforms": list(stablehlo.PLATFORMS)}
+    )
     suffixes = (onnx.SUFFIX, stablehlo.SUFFIX, stablehlo.WEIGHTS)
     ours = (MANIFEST, *(program.name + suffix for program in exported for suffix in suffixes))
     differences, half = [], {"half_weights": True} if options.half_weights else {}

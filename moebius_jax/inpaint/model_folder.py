@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moebius_jax.buckets import fetched, is_bucket
 from moebius_jax.defaults import (
@@ -15,18 +15,36 @@ from moebius_jax.defaults import (
     TEACHER_GUIDANCE,
     TINY,
 )
-from moebius_jax.diffusion.solvers import SOLVERS
+from moebius_jax.diffusion.solvers import SOLVERS, find_solver
 from moebius_jax.errors import UserError
 from moebius_jax.files import replace_when_complete
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import UNetConfig
-from moebius_jax.schema import read_json
+from moebius_jax.schema import checked, one_of, read_json
 from moebius_jax.weights import hub
 from moebius_jax.weights.folder import FolderConfig, is_ours, read_config
 
 PORTRAIT_VARIANTS = ("ft_celebahq", "ft_ffhq")
 
 PARTS = _FILE, UNET, VAE, CARD = "pipeline.json", "unet", "vae", "README.md"
+
+
+@checked
+class _PipelineFile:
+    """`pipeline.json`: the model's defaults, named as in `SamplingOptions`."""
+
+    guidance_scale: float
+    num_inference_steps: int = SamplingOptions().num_inference_steps
+    strength: float = SamplingOptions().strength
+    scheduler: Annotated[str, one_of(SOLVERS)] = SamplingOptions().scheduler
+    noise_offset: float = SamplingOptions().noise_offset
+
+    def __post_init__(self) -> None:
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,15 +89,16 @@ def write_model_folder(
 
 def _described(folder: Path, sampling: SamplingOptions) -> dict[str, Any]:
     """What is not as everywhere, and the guidance, which people look for."""
-    scheduler = sampling.scheduler if isinstance(sampling.scheduler, str) else sampling.scheduler.name
-    if scheduler not in SOLVERS:
-        raise UserError(f"{folder}: the scheduler {scheduler!r} has no name others know; it cannot be saved")
-    said, usual = dataclasses.asdict(dataclasses.replace(sampling, scheduler=scheduler)), SamplingOptions()
-    return {
-        name: value
-        for name, value in said.items()
-        if name == "guidance_scale" or value != getattr(usual, name)
+    solver = find_solver(sampling.scheduler)
+    if SOLVERS.get(solver.name) != solver:
+        raise UserError(f"{folder}: the scheduler {solver} has no name others know; it cannot be saved")
+    usual = SamplingOptions()
+    said = {"guidance_scale": sampling.guidance_scale} | {
+        name: getattr(sampling, name)
+        for name in ("num_inference_steps", "strength", "noise_offset")
+        if getattr(sampling, name) != getattr(usual, name)
     }
+    return said | ({} if solver.name == usual.scheduler else {"scheduler": solver.name})
 
 
 def require_replaceable(folder: Path) -> None:
@@ -173,7 +192,7 @@ def find_model(
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")
     if (folder / _FILE).is_file():
         found = _found(folder / UNET, fetched(vae or folder / VAE), None)
-        return dataclasses.replace(found, sampling=read_json(folder / _FILE, SamplingOptions))
+        return dataclasses.replace(found, sampling=read_json(folder / _FILE, _PipelineFile).sampling)
     if (folder / "config.json").is_file():
         unet, beside = folder, folder.parent / "vae"
         if is_bucket(path_or_hub_id) and vae is None:

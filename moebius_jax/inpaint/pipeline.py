@@ -74,6 +74,11 @@ class MoebiusInpaintPipeline:
         self.variant = variant
         self.sampler = Sampler(unet, vae, mesh)
 
+    @property
+    def guidance_scale(self) -> float:
+        """The default's; to change it: `pipe.defaults = pipe.defaults.changed(guidance_scale=…)`."""
+        return self.defaults.guidance_scale
+
     @classmethod
     def from_pretrained(
         cls,

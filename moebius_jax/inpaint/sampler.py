@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from pydantic import InstanceOf
 
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step, start_latents
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal, sample_keys
@@ -17,7 +18,7 @@ from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, tim
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
-from moebius_jax.schema import checked
+from moebius_jax.schema import AtLeast0, checked
 from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated
 
 # step index, timestep, latents → latents to go on with
@@ -42,9 +43,9 @@ class SamplingOptions:
     """
 
     num_inference_steps: int = 20
-    guidance_scale: float = 2.5
+    guidance_scale: AtLeast0 = 2.5
     strength: float = 0.99
-    scheduler: str | Solver = "ddim"
+    scheduler: str | InstanceOf[Solver] = "ddim"
     noise_offset: float = 0.0357
     truncate: bool = False
 

@@ -151,6 +151,10 @@ class TrainConfig:
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; expected no more than steps = "
                 f"{self.steps}"
             )
+        if not isinstance(self.sampling.scheduler, str):
+            raise ValueError(
+                f"sampling.scheduler is {self.sampling.scheduler}; expected a name, for pipeline.json"
+            )
         for loss in self.loss.losses:
             loss.require_network()
 
