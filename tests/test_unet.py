@@ -72,7 +72,7 @@ def test_a_gpus_forms_in_half_precision(stream, monkeypatch):
     assert 0 < fused < 1.3 * plain
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_student_mini_in_a_gpus_forms(monkeypatch):
     """As a GPU samples, but in fp32 and with interpreted kernels."""
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
