@@ -26,6 +26,7 @@ from moebius_jax.sharding import make_mesh
 # Of image [H, W, 3], hole [H, W] and the number of the case.
 Method = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 MASKS = ("medium_512", "thick_512")
+CLASSICS = ("Telea", "Navier-Stokes", "biharmonic")
 RADIUS = 3  # pixels of OpenCV's neighbourhood, its examples' own
 
 
@@ -47,12 +48,8 @@ def methods(model: str, settings: dict[str, object]) -> dict[str, Method]:
         options = {"mask_blur": 0, "output_type": "np", "image_indices": [number], "strength": 1.0}
         return pipeline([image], [np.uint8(hole) * 255], **options, **settings).images[0]
 
-    return {
-        model: ours,
-        "Telea": opencv(cv2.INPAINT_TELEA),
-        "Navier-Stokes": opencv(cv2.INPAINT_NS),
-        "biharmonic": biharmonic,
-    }
+    classics = (opencv(cv2.INPAINT_TELEA), opencv(cv2.INPAINT_NS), biharmonic)
+    return {model: ours, **dict(zip(CLASSICS, classics, strict=True))}
 
 
 def cases(folder: Path, size: int, squares: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -89,6 +86,8 @@ def main() -> int:
     options.add_argument("--scheduler", help="default: the model's")
     options.add_argument("--match-color", action="store_true", help="as sample.py's")
     options.add_argument("--picture", type=Path, help="original, hole, all methods: best, median, worst case")
+    add = options.add_argument
+    add("--against", nargs="*", choices=CLASSICS, default=CLASSICS, help="the last takes minutes at 512 px")
     args = options.parse_args()
     distance = LPIPS("alex", make_mesh())
     todo = cases(args.photos, args.size, args.squares)
@@ -100,6 +99,8 @@ def main() -> int:
         "match_color": args.match_color,
     }
     for name, method in methods(args.model, settings).items():
+        if name not in (args.model, *args.against):
+            continue
         results[name] = [method(image, hole, i) for i, (image, hole) in enumerate(todo)]
         scores[name] = np.array(
             [

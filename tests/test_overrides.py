@@ -64,6 +64,7 @@ def test_values(override, key, expected):
             for wrong in ("999,1000", "-1", "normal", "3.5", ",")
         ),
         ("sampling.guidance_scale=-3", r"^sampling\.guidance_scale is \'-3\'; expected 0 or more"),
+        ("log.grid_steps=1", r"^log\.grid_steps is 1; strength 0\.99 of 1 steps leaves none"),
         ("sampling.scheduler=ddem", r"^sampling\.scheduler is 'ddem'; expected ddim"),
         ("optimizer.learning_rate=0", r"^optimizer\.learning_rate is \'0\'; expected more than 0"),
         ("data.augment.flip=2", r"^data\.augment\.flip is \'2\'; expected 1.* or less"),

@@ -20,11 +20,13 @@ from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.gradients import Balanced
 from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.errors import UserError
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import make_mesh, tensor_sharding, tree_shardings
+from moebius_jax.training import preview
 from moebius_jax.training.batches import (
     abstract_batch,
     check_batch,
@@ -38,6 +40,7 @@ from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import balance_metrics, first_bad_metric, with_former_names
 from moebius_jax.training.networks import hint_of_range, load_frozen, load_initial_tensors, teacher_dtypes
 from moebius_jax.training.optimizer import run_optimizer
+from moebius_jax.training.preview import SampleGrids
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
 from moebius_jax.training.validation import Validation
 from moebius_jax.weights.load import save_network
@@ -278,6 +281,33 @@ def test_validation_is_the_task_loss_of_the_same_noise():
         predicted = network(inputs.latents, inputs.timesteps, inputs.input_ids).sample
         losses.append(jnp.mean((predicted - noised.target) ** 2, axis=(1, 2, 3)))
     assert found == {"validation_loss_task": pytest.approx(float(jnp.concatenate(losses).mean()), rel=1e-4)}
+
+
+@pytest.mark.slow
+def test_grids_are_sampled_as_the_model_is_to_be(monkeypatch):
+    """In its own steps from pure noise; and holes of any byte are holes."""
+    config = tiny_run.get_config()
+    sampling = SamplingOptions(num_inference_steps=2, strength=1.0, scheduler="ddim_trailing")
+    config = config.replace(sampling=sampling, log=dataclasses.replace(config.log, grid_images=2))
+    mesh = make_mesh(jax.devices()[:1])
+    dataset = SyntheticDataset(Source(latent_shape=config.student.latent_shape))
+    tensors = network_tensors(UNet(config.student, rngs=KeyStream(jax.random.key(7))))
+    vae = VAE(TINY_VAE, rngs=KeyStream(jax.random.key(8)))
+
+    def drawn():
+        grids = SampleGrids(config, mesh, bare_student(config, mesh), vae, dataset)
+        np.testing.assert_array_equal(grids._steps.timesteps, [999, 499])
+        return np.asarray(grids.draw(tensors))
+
+    picture, first = drawn(), preview._first
+
+    def bitmaps(*arguments):
+        batch = first(*arguments)
+        hole = (np.asarray(batch.samples.hole) * np.uint8(255)).view(bool)  # True as PIL has it
+        return batch._replace(samples=batch.samples._replace(hole=hole))
+
+    monkeypatch.setattr(preview, "_first", bitmaps)
+    np.testing.assert_array_equal(drawn(), picture)
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from moebius_jax.data.augment import OWN_MASKS
 from moebius_jax.data.config import DataConfig
 from moebius_jax.diffusion.noising import TimestepSampling
 from moebius_jax.distillation.config import LossConfig
+from moebius_jax.errors import UserError
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import UNetConfig, VAEConfig
 from moebius_jax.schema import AtLeast0, AtLeastOne, AtLeastZero, Below1, Location, Seed, checked
@@ -44,7 +45,7 @@ class LogConfig:
         every: steps between lines of losses, norms and weights (TensorBoard).
         grid_every: steps between sample grids (TensorBoard and PNG); 0 makes none.
         grid_images: samples in a grid.
-        grid_steps: denoising steps of a grid's samples.
+        grid_steps: denoising steps of a grid's samples; None takes the model's own.
         validation: held-out data, of the data's kind: what the task loss is measured on, and what the grids
             are made of. Without it there is no such measurement, and grids show the first samples of the
             training data.
@@ -58,7 +59,7 @@ class LogConfig:
     every: AtLeastOne = 50
     grid_every: AtLeastZero = 2000
     grid_images: Annotated[int, Field(ge=1, le=1024)] = 8
-    grid_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    grid_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     validation: Location | None = None
     validate_every: AtLeastZero = 1000
     validation_samples: Annotated[int, Field(ge=1, le=2**20)] = 512
@@ -155,6 +156,11 @@ class TrainConfig:
             raise ValueError(
                 f"sampling.scheduler is {self.sampling.scheduler}; expected a name, for pipeline.json"
             )
+        if self.log.grid_every:
+            try:
+                self.sampling.changed(num_inference_steps=self.log.grid_steps)
+            except UserError as error:
+                raise ValueError(f"log.grid_steps is {self.log.grid_steps}; {error}") from None
         for loss in self.loss.losses:
             loss.require_network()
 

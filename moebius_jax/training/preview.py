@@ -25,8 +25,6 @@ from moebius_jax.training.loading import first_batches
 from moebius_jax.training.networks import load_image_codec
 from moebius_jax.weights.tensors import Bare, Tensors
 
-STRENGTH = 0.99
-
 
 def preview_grid(dataset: Dataset, config: TrainConfig, mesh: Mesh) -> Image.Image:
     """The first samples of a run: image, hole, and what the network is shown of the image.
@@ -48,9 +46,9 @@ def preview_grid(dataset: Dataset, config: TrainConfig, mesh: Mesh) -> Image.Ima
 
 
 class SampleGrids:
-    """Inpaints the same few samples with the same noise, time after time.
+    """Inpaints the same few samples with the same noise, time after time, as the model is to be sampled.
 
-    Without guidance: data without foreground samples never train the branch it would push away from.
+    But without guidance: data without foreground samples never train the branch it would push away from.
 
     Args:
         config: of the run.
@@ -67,7 +65,8 @@ class SampleGrids:
         self._vae = vae
         batch = plain_bools(_first(config, dataset, config.seed + 1))
         self._batch = encoded(jax.device_put(batch, place), vae)
-        self._steps = solver_steps("ddim", config.log.grid_steps, STRENGTH)
+        steps = config.log.grid_steps or config.sampling.num_inference_steps
+        self._steps = solver_steps(config.sampling.scheduler, steps, config.sampling.strength)
         self._inpaint = jax.jit(
             functools.partial(_inpaint, student, config.noise_offset), out_shardings=place
         )
