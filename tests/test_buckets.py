@@ -498,6 +498,8 @@ def test_evaluate_in_a_bucket(storage, tmp_path, tiny_pipeline, tiny_folder, cap
     score = ["score", f"--pred={BUCKET}/out/results", f"--gt={BUCKET}/photos", "--metrics", "l1"]
     assert evaluate(score) == 1
     assert f"error: {BUCKET}/out/results/00.png: the result is 64 x 64 pixels" in capsys.readouterr().err
+    assert evaluate([*score, f"--gt={BUCKET}/none", "--beside=nothing"]) == 1
+    assert "error: beside is 'nothing'" in capsys.readouterr().err  # before anything is copied
     assert evaluate([*score, f"--output={BUCKET}/photos/x"]) == 1
     assert f"error: {BUCKET}/photos/x: is in the folder of inputs" in capsys.readouterr().err
 

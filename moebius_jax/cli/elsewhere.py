@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -146,6 +147,6 @@ def _sigterm_ends_it() -> Iterator[None]:
 
 
 def standing_in(args: argparse.Namespace, *names: str) -> argparse.Namespace:
-    """`args` with a path of this machine for each place that is given: to look at all else before it is."""
-    stand_in = {name: Path() for name in names if getattr(args, name) is not None}
-    return argparse.Namespace(**{**vars(args), **stand_in})
+    """`args` with paths of this machine, where nothing is, for addresses: to look at all else before."""
+    elsewhere = {name: Path(os.devnull) / name for name in names if is_bucket(getattr(args, name) or "")}
+    return argparse.Namespace(**{**vars(args), **elsewhere})

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--num-inference-steps", type=int, metavar="N", help="default: the model's, 20; tiny's is 4")
+    add("--num-inference-steps", type=int, metavar="N", help="default: the model's, 20; tiny's is 2")
     add(
         "--guidance-scale",
         type=float,
