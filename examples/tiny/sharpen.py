@@ -109,8 +109,8 @@ def get_config(vae: str = "moebius_jax/tiny/vae") -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=30, schedule="cosine", newton_schulz_dtype="float32"
         ),
-        # Those of a few trailing steps, how it is used; what is hidden is decided in the first. (With those of
-        # two alone, 999 and 499, it got worse.)
+        # Those of few trailing steps, how it is used; what is hidden is decided in the first. With those of
+        # two alone, 999 and 499, it got worse.
         timestep_sampling=(999, 999, 749, 499, 249),
         vae=vae,
         init="moebius_jax/tiny/unet",
