@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import numpy as np
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, WrapValidator
 
 from moebius_jax.buckets import location
 from moebius_jax.errors import UserError, did_you_mean
@@ -90,6 +90,18 @@ def one_of(known: Container[str] | Iterable[str]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def expecting(what: str) -> WrapValidator:
+    """For an annotation of several kinds: says what they are, not what is wrong with the first of them."""
+
+    def check(value: Any, kinds: Callable[[Any], Any]) -> Any:
+        try:
+            return kinds(value)
+        except pydantic.ValidationError:
+            raise ValueError(f"expected {what}") from None
+
+    return WrapValidator(check)
 
 
 def parse_text(text: str | tuple[str, ...], kind: Any, path: str) -> Any:

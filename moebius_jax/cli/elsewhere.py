@@ -113,21 +113,19 @@ def worked_on_here(
         with _sigterm_ends_it(), here._errors_told():
             yield here
     except BaseException:
-        _deliver(outbox)
+        if problem := _deliver(outbox):
+            print(f"warning: {problem}", file=sys.stderr)
         raise
     if problem := _deliver(outbox):
         raise UserError(problem)
 
 
 def _deliver(outbox: Outbox) -> str | None:
-    """Sends what there is. What cannot be sent is kept, and said."""
+    """Sends what there is; or keeps it, and returns a line that says where."""
     try:
         outbox.send()
     except UserError as error:
-        problem = f"{error}; what was to be sent is in {outbox.folder}"
-        if sys.exception() is not None:  # which will be told
-            print(f"warning: {problem}", file=sys.stderr)
-        return problem
+        return f"{error}; what was to be sent is in {outbox.folder}"
     outbox.close()
     return None
 

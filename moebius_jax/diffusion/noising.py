@@ -1,29 +1,24 @@
 """What a training step draws at random, and the noisy latents it makes of it."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
-from pydantic import Field, ValidationError, WrapValidator
+from pydantic import Field
 
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal
 from moebius_jax.diffusion.prediction import clean_of, target_of
 from moebius_jax.diffusion.schedule import TRAIN_STEPS, add_noise, levels
 from moebius_jax.models.config import PredictionType
-
-
-def _in_one_line(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except ValidationError:  # it would say what was wrong with the first of the two kinds
-        raise ValueError(f"expected logit_normal, uniform, or timesteps below {TRAIN_STEPS}") from None
-
+from moebius_jax.schema import expecting
 
 _Timesteps = Annotated[tuple[Annotated[int, Field(ge=0, lt=TRAIN_STEPS)], ...], Field(min_length=1)]
-TimestepSampling = Annotated[Literal["logit_normal", "uniform"] | _Timesteps, WrapValidator(_in_one_line)]
+TimestepSampling = Annotated[
+    Literal["logit_normal", "uniform"] | _Timesteps,
+    expecting(f"logit_normal, uniform, or timesteps below {TRAIN_STEPS}"),
+]
 
 
 @struct.dataclass

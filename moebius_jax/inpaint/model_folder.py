@@ -92,13 +92,13 @@ def _described(folder: Path, sampling: SamplingOptions) -> dict[str, Any]:
     solver = find_solver(sampling.scheduler)
     if SOLVERS.get(solver.name) != solver:
         raise UserError(f"{folder}: the scheduler {solver} has no name others know; it cannot be saved")
-    usual = SamplingOptions()
-    said = {"guidance_scale": sampling.guidance_scale} | {
-        name: getattr(sampling, name)
-        for name in ("num_inference_steps", "strength", "noise_offset")
-        if getattr(sampling, name) != getattr(usual, name)
+    values = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(_PipelineFile)}
+    usual = dataclasses.asdict(SamplingOptions())
+    return {
+        name: value
+        for name, value in (values | {"scheduler": solver.name}).items()
+        if name == "guidance_scale" or value != usual[name]
     }
-    return said | ({} if solver.name == usual.scheduler else {"scheduler": solver.name})
 
 
 def require_replaceable(folder: Path) -> None:

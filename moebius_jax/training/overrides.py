@@ -105,16 +105,14 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _named(option: Any) -> tuple[Any, ...]:
-    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
-
-
 def _parse(text: str, hint: Any, key: str) -> Any:
     options = _options(hint)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
     value: Any = text
-    names = [name for option in options for name in _named(option)]
-    if text not in names and any(typing.get_origin(option) is tuple for option in options):
+    is_name = any(
+        typing.get_origin(option) is Literal and text in typing.get_args(option) for option in options
+    )
+    if not is_name and any(typing.get_origin(option) is tuple for option in options):
         value = tuple(part.strip() for part in text.split(",") if part.strip())
     return parse_text(value, hint, key)
