@@ -6,6 +6,7 @@ an instruction of the entry computation, or of a loop's body (counted once), tha
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -101,6 +102,7 @@ class Kernel:
 
     Attributes:
         instruction: the line it comes from.
+        operands: arrays it reads.
         read, written: bytes of main memory.
         flops: of products and convolutions, by how they are multiplied: "f16", "bf16", "tf32", "f32", …
         cycles: the TPU compiler's estimate, or 0.
@@ -108,6 +110,7 @@ class Kernel:
     """
 
     instruction: Instruction
+    operands: tuple[Array, ...]
     read: int
     written: int
     flops: dict[str, float]
@@ -119,6 +122,12 @@ def kernels(text: str) -> list[Kernel]:
     """All kernels of a program, in order."""
     computations, entry = parse(text)
     return list(_walk(computations, entry))
+
+
+def own_kernel(made: Instruction) -> str | None:
+    """The name of one of ours."""
+    is_ours = made.op == "custom-call" and made.scope.endswith("/pallas_call")
+    return made.scope.split("/")[-2] if is_ours else None
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -203,6 +212,7 @@ def _walk(computations: dict[str, Computation], name: str, in_loop: bool = False
             cycles = re.search(r'"estimated_cycles":"(\d+)"', made.attributes)
             yield Kernel(
                 instruction=made,
+                operands=_operands(computations[name], made),
                 read=read,
                 written=written,
                 flops=dict(_flops(computations, computations[name], made)),
@@ -210,6 +220,10 @@ def _walk(computations: dict[str, Computation], name: str, in_loop: bool = False
                 cycles=int(cycles[1]) if cycles and len(cycles[1]) < 12 else 0,
                 in_loop=in_loop,
             )
+
+
+def _operands(inside: Computation, made: Instruction) -> tuple[Array, ...]:
+    return tuple(array for name in made.operands if name in inside for array in inside[name].arrays)
 
 
 def _traffic(computations: dict[str, Computation], inside: Computation, made: Instruction) -> tuple[int, int]:
@@ -273,23 +287,31 @@ def _flops(
         # Every element of the kernel meets every position of what the forward pass results in.
         features = _output_features(made, kernel)
         found[_unit(kernel.dtype, made)] += 2 * math.prod(out.dims) * math.prod(kernel.dims) / features
-    elif made.op == "custom-call" and made.scope.endswith("/pallas_call"):
-        operands = [inside[name].arrays[0] for name in made.operands]
-        count = OWN_KERNELS.get(made.scope.split("/")[-2], lambda _: 0)(operands)
-        found[operands[0].dtype] += count
+    elif name := own_kernel(made):
+        operands = [inside[operand].arrays[0] for operand in made.operands]
+        found[operands[0].dtype] += OWN_KERNELS.get(name, lambda _: 0)(operands)
     return found
 
 
 def _local_lambda_flops(operands: list[Array]) -> int:
-    """Of `moebius_jax.models.kernels.local_lambda`'s products, padding included."""
+    """Of Local-λ's products in `moebius_jax.models.kernels`, gpu or tpu, padding included."""
+    if len(operands[0].dims) == 4:
+        return _tpu_lambda_flops(operands, on_window=2, on_depth=1)
     on_window, q, val, *_ = (array.dims for array in operands)
     B, H, W, h, p, _ = on_window
     tiles = B * H * -(-W // 16) * -(-val[-1] // 64)
     return tiles * 2 * (16 * h) * 64 * (32 * p + 32 * -(-q[-1] // 32))
 
 
+def _tpu_lambda_flops(operands: list[Array], *, on_window: int, on_depth: int) -> int:
+    """Of that many products of all heads' rows with the window's lanes, and with the content."""
+    B, H, W, channels = operands[0].dims
+    k, lanes = operands[2].dims
+    return 2 * B * H * W * channels * (on_window * lanes + on_depth * k)
+
+
 def _product_flops(operands: list[Array]) -> int:
-    """Of `moebius_jax.models.kernels.product`: maps [M, K] that a kernel [K, N] follows."""
+    """Of `moebius_jax.models.kernels.gpu.product`: maps [M, K] that a kernel [K, N] follows."""
     shapes = [array.dims for array in operands]
     M, N = shapes[0][0], shapes[1][1]
     pairs = itertools.pairwise(shapes)
@@ -297,7 +319,11 @@ def _product_flops(operands: list[Array]) -> int:
 
 
 # Those without matrix products count as none.
-OWN_KERNELS = {"local_lambda": _local_lambda_flops, "product": _product_flops}
+OWN_KERNELS = {
+    "local_lambda": _local_lambda_flops,
+    "local_lambda_gradient": functools.partial(_tpu_lambda_flops, on_window=5, on_depth=2),
+    "product": _product_flops,
+}
 
 
 def _output_features(made: Instruction, kernel: Array) -> int:

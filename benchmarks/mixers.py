@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
 from moebius_jax.models.forms import kernels_interpreted, position_order
-from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
+from moebius_jax.models.kernels.gpu.local_lambda import local_lambda, padded_window
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
@@ -62,7 +62,11 @@ def main() -> int:
             arrays = [q, draw(4, side, side, v), val, padded_window(kernel), bias]
             return f"{1e3 * median_seconds(lambda: call(*arrays), args.repeats):.3g}"
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
-        return f"**{found}**" if position_order(side, 8, jnp.float32, None) == name else found
+        return (
+            f"**{found}**"
+            if position_order((side, side), HEADS, v, WINDOW, args.dtype, None) == name
+            else found
+        )
 
     titles = [f"{side}², k={v}, ms" for side, v in LEVELS]
     rows = ({"": name} | {t: cell(name, *level) for t, level in zip(titles, LEVELS, strict=True)}

@@ -24,6 +24,7 @@ from moebius_jax.diffusion.denoise import inpaint_latents, single_step
 from moebius_jax.hardware import PEAKS, slice_devices
 from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
+from moebius_jax.models.forms import platform_of
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import batch_sharding, make_mesh, replicated
@@ -103,7 +104,7 @@ def time_images(args: argparse.Namespace, batch: int, loop: float) -> Row:
 
 def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) -> Row:
     """Costs of the core compiled for a TPU topology, the batch sharded over all its devices."""
-    graphdef, params = core(dtype, args.stream_dtype, "tpu", args.position_order)
+    graphdef, params = core(dtype, args.stream_dtype, platform_of(mesh.devices.flat[0]), args.position_order)
     inputs = jax.eval_shape(lambda: core_inputs(batch * mesh.size, args.steps))
     arguments = placed(params, replicated(mesh)), *placed(inputs[:4], batch_sharding(mesh))
     arguments += placed(inputs[4:], replicated(mesh))

@@ -6,25 +6,27 @@
 
 For each slice the step is compiled at --batch-size samples over all devices, and at --per-device samples on
 each. Figures are of one device: memory by the compiler, milliseconds of its kernels by the compiler's
-estimate of cycles, and the collectives with the bytes that come out of them. Their time is a model: a ring
-over one axis of the torus at a time, at the published bandwidth of the links, and a microsecond for every hop
-of every collective. Loops over parts of a batch are counted once. Run it in the environment of the `aot`
-extra.
+estimates and schedules, and the collectives with the bytes that come out of them. Their time is a model: a
+ring over one axis of the torus at a time, at the published bandwidth of the links, and a microsecond for
+every hop of every collective. Loops over parts of a batch are counted once. Run it in the environment of the
+`aot` extra.
 """
 
 import argparse
 import itertools
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from benchmarks import hlo
+from benchmarks import hlo, mosaic
 from benchmarks.common import Row, compiled_in, parser, report, told
-from benchmarks.compiled import TPU_CLOCK
 from benchmarks.train import SIZES, abstract_step, configure
 from moebius_jax.cli.terminal import run
 from moebius_jax.hardware import held_bytes, slice_devices
+from moebius_jax.models.forms import platform_of
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import check_batch
 
@@ -44,11 +46,14 @@ def link_seconds(found: dict[str, tuple[int, int]], topology: str) -> tuple[floa
     return nbytes * (devices - 1) / devices / LINKS[kind], count * HOP * sum(side // 2 for side in sides)
 
 
-def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> Row:
-    """A row: the step of `batch_size` samples, or of `args.per_device` on each device."""
+def measure(args: argparse.Namespace, topology: str, batch_size: int | None, schedules: Path) -> Row:
+    """A row: the step of `batch_size` samples, or of `args.per_device` on each device.
+
+    `schedules` is the folder that the compiler writes schedules to.
+    """
     devices = slice_devices(topology)
     batch_size = batch_size or args.per_device * len(devices)
-    config = configure(args, args.row, batch_size, "tpu")
+    config = configure(args, args.row, batch_size, platform_of(devices[0]))
     config = config.replace(fsdp=args.fsdp, accumulation=args.accumulation)
     mesh = make_mesh(devices, fsdp=config.fsdp)
     check_batch(config, mesh)
@@ -56,7 +61,7 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> 
     text = compiled.as_text()
     found = hlo.collectives(text)
     moving, hopping = link_seconds(found, topology)
-    clock = TPU_CLOCK.get(topology.partition(":")[0])
+    target = topology.partition(":")[0]
     row: dict[str, Any] = {
         "slice": topology,
         "hosts": len({device.process_index for device in devices}),
@@ -66,8 +71,9 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None) -> 
         "temporaries GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "TFLOP": compiled.cost_analysis()["flops"] / 1e12,
     }
-    if clock:
-        row["kernels ms"] = 1e3 * sum(kernel.cycles for kernel in hlo.kernels(text)) / clock
+    if target in mosaic.CLOCK:
+        kernels = mosaic.scheduled(hlo.kernels(text), schedules, target)
+        row["kernels ms"] = 1e3 * sum(kernel.cycles for kernel in kernels) / mosaic.CLOCK[target]
     for name in ("all-reduce", "all-gather"):
         number, size = found.get(name, (0, 0))
         row |= {name: number, f"{name} GB": size / 1e9}
@@ -96,15 +102,18 @@ def parse() -> argparse.Namespace:
     )
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows(args: argparse.Namespace, schedules: Path) -> Iterator[Row]:
+    mosaic.write_schedules(schedules)
     batches = ([args.batch_size] if args.batch_size else []) + ([None] if args.per_device else [])
     for topology, batch_size in itertools.product(args.topologies, batches):
-        yield measure(args, topology, batch_size)
+        yield measure(args, topology, batch_size, schedules)
 
 
 def main() -> int:
     args = parse()
-    return run(lambda: report(told(rows(args)), args, device=", ".join(args.topologies)))
+    with tempfile.TemporaryDirectory() as schedules:
+        found = told(rows(args, Path(schedules)))
+        return run(lambda: report(found, args, device=", ".join(args.topologies)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import hlo
+from benchmarks import hlo, mosaic
 from benchmarks.scale import link_seconds
 from moebius_jax import UNet
 from moebius_jax.models import inference_copy
@@ -188,3 +188,40 @@ class TestCollectives:
         moving, hopping = link_seconds(found, "v5e:4x8")
         assert moving == pytest.approx(3e9 * 31 / 32 / 200e9)
         assert hopping == pytest.approx(25 * 6e-6)
+
+
+SCHEDULE = """
+     0   :  { %s1_s0 = inlined_call_operand.vmem [shape: bf16[2,64,64,320], index: 0, kind: input] }
+   0x1   :  { %s1_s1 = inlined_call_operand.hbm [shape: bf16[2,64,64,320], index: 1, kind: output] }
+   0x2 LB: > { %s9 = sphi 0 }
+   0x3   : > { %s2 = sadd.s32 1, %s9 }
+   0x4 LB: >> { %s7 = sphi 0 }
+   0x5   : >> { %s3_s4 = sadd.s32 4, %s7 ;; %v1 = vld [vmem:[%s1]] }
+   0x6   : >> { %p1 = scmp.ge.s32.totalorder %s3_s4, 64 /* loop exit test */ ;; %v2 = vadd.f32 %v1, %v1 }
+   0x7   : > { %p2 = scmp.ge.s32.totalorder %s2, 28 /* loop exit test */ }
+   0x8   :  { }
+"""
+
+
+class TestSchedules:
+    def test_a_loop_in_a_grid_of_programs(self):
+        # Three bundles outside; 26 programs of three and of sixteen turns of three.
+        assert mosaic.cycles_of(SCHEDULE) == 3 + 26 * (3 + 16 * 3)
+
+    def test_no_loop(self):
+        flat = "\n".join(line for line in SCHEDULE.splitlines() if ">>" not in line)
+        assert mosaic.cycles_of(flat) == 3 + 26 * 3
+
+    def test_what_is_built_otherwise_is_refused(self):
+        twice = SCHEDULE.replace(
+            "   0x7", SCHEDULE[SCHEDULE.index("   0x4") : SCHEDULE.index("   0x7")] + "   0x7"
+        )
+        with pytest.raises(ValueError, match="no grid of programs with one loop each"):
+            mosaic.cycles_of(twice)
+
+    def test_are_found_by_name_and_shapes(self, tmp_path):
+        (tmp_path / "17-depthwise.3-01-final_bundles.txt").write_text(SCHEDULE)
+        (tmp_path / "17-fusion.4-01-final_bundles.txt").write_text("of XLA's own")
+        array = hlo.Array(dtype="bf16", dims=(2, 64, 64, 320), layout="")
+        found = mosaic.cycles(tmp_path, {"depthwise"})
+        assert found == {mosaic.shapes_of([array, array]): mosaic.cycles_of(SCHEDULE)}

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from moebius_jax.models import forms
 from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
-from moebius_jax.models.kernels.group_norm import group_norm
-from moebius_jax.models.kernels.product import product
+from moebius_jax.models.kernels.gpu.group_norm import group_norm
+from moebius_jax.models.kernels.gpu.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, Product
 from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda

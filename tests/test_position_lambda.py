@@ -58,7 +58,7 @@ def test_auto_chooses_by_size_and_platform():
     depths = {64: 40, 32: 80, 16: 160}  # the released student's
 
     def order(width, platform, dtype=jnp.float32, heads=8, depth=None):
-        return position_order(width, heads, depth or depths[width], 15, dtype, platform)
+        return position_order((width, width), heads, depth or depths[width], 15, dtype, platform)
 
     assert order(64, "gpu") == "toeplitz"
     assert order(32, "gpu") == order(32, "cpu") == "banded"
@@ -66,5 +66,6 @@ def test_auto_chooses_by_size_and_platform():
     assert order(64, "gpu", jnp.float16) == order(16, "gpu", jnp.bfloat16) == "fused"
     assert order(64, "gpu", jnp.float16, heads=6) == "toeplitz"
     assert order(32, "tpu") == "toeplitz"
-    assert order(16, "tpu", jnp.bfloat16) == "banded"
+    assert order(16, "tpu") == "banded"
+    assert order(16, "tpu", jnp.bfloat16) == order(64, "tpu", jnp.bfloat16, heads=6) == "fused"
     assert order(64, None) == order(64, jax.default_backend())

@@ -54,8 +54,10 @@ def test_student_mini(student_mini):
         assert synth.relative_error(feature, synth.nhwc(vectors[f"block{i}"])) < TOLERANCE
 
 
-@pytest.mark.parametrize("stream", [jnp.bfloat16, jnp.float32])
-def test_a_gpus_forms_in_half_precision(stream, monkeypatch):
+@pytest.mark.parametrize(
+    ("platform", "stream"), [("gpu", jnp.bfloat16), ("gpu", jnp.float32), ("tpu", jnp.bfloat16)]
+)
+def test_an_accelerators_forms_in_half_precision(platform, stream, monkeypatch):
     """Interpreted, no further from fp32 than the plain forms."""
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
     latents = jnp.asarray(synth.inputs("x", (1, 8, 8, 9)))
@@ -68,7 +70,7 @@ def test_a_gpus_forms_in_half_precision(stream, monkeypatch):
         return np.asarray(jitted(inference_copy(unet))(latents, jnp.array([7]), jnp.arange(10)[None]).sample)
 
     exact, half = noise("cpu"), {"dtype": jnp.bfloat16, "stream_dtype": stream}
-    plain, fused = (np.linalg.norm(noise(name, **half) - exact) for name in ("cpu", "gpu"))
+    plain, fused = (np.linalg.norm(noise(name, **half) - exact) for name in ("cpu", platform))
     assert 0 < fused < 1.3 * plain
 
 
@@ -278,9 +280,10 @@ def test_wrong_maps_are_refused(shape, message):
         network(jnp.zeros(shape), jnp.array([1]), jnp.arange(10)[None])
 
 
-def test_freezing_twice_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_freezing_twice_changes_nothing(platform, monkeypatch):
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
-    config = TINY_UNET.replace(platform="gpu", channels=(32, 64), layers_per_block=1)
+    config = TINY_UNET.replace(platform=platform, channels=(32, 64), layers_per_block=1)
     half = {"dtype": jnp.float16, "stream_dtype": jnp.float16}
     once = inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **half))
     twice = inference_copy(once)

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
-from moebius_jax.models.kernels.depthwise import depthwise_sums
-from moebius_jax.models.kernels.wrapped import split_over_batch
+from moebius_jax.models.kernels.gpu.depthwise import depthwise_sums
+from moebius_jax.models.kernels.tpu import depthwise
+from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient
 from moebius_jax.models.linear import PointwiseConv, Product, summed
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
@@ -43,6 +44,8 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Map) -> Map:
         kernel = self.kernel[...].astype(jnp.float32)
+        if forms.depthwise_kernel(x.shape, x.dtype, self.dtype, self.platform):
+            return self._on_tpu(x, kernel)
         form = forms.depthwise_gradient(self.dtype, self.platform)
         if form == "autodiff":
             y = _taps(x, kernel)
@@ -56,6 +59,20 @@ class DepthwiseConv(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
+
+    def _on_tpu(self, x: Map, kernel: Array) -> Map:
+        bias = jnp.zeros(x.shape[-1]) if self.bias is None else self.bias[...].astype(jnp.float32)
+        interpret = forms.kernels_interpreted(self.platform)
+        run = functools.partial(depthwise.depthwise, dtype=self.dtype, interpret=interpret)
+        back = functools.partial(depthwise.depthwise_gradient, interpret=interpret)
+
+        def gradient(x: Map, kernel: Array, bias: Array, cotangent: Map) -> tuple[Array, ...]:
+            del bias
+            x_gradient, sums = split_over_batch(back, batched=(True, True, False))(x, cotangent, kernel)
+            *taps, ones = sums.sum(0)[:10]
+            return x_gradient, jnp.stack(taps).reshape(3, 3, -1), ones
+
+        return with_gradient(split_over_batch(run, batched=(True, False, False)), gradient)(x, kernel, bias)
 
 
 Kernel = Float[Array, "3 3 C"]

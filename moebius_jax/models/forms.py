@@ -1,7 +1,7 @@
 """Which of several forms of one computation a platform runs. They differ in rounding only.
 
-Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu" or "tpu"; None is the
-running one.
+Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu", "tpu" or "tpu-v4", which
+stands for those before v5; None is the running one.
 """
 
 import functools
@@ -13,22 +13,38 @@ from flax.typing import Dtype
 from jax import lax
 
 from moebius_jax.models.kernels.common import power_of_two
+from moebius_jax.models.kernels.tpu import depthwise, local_lambda
 from moebius_jax.models.parts import PositionOrder
+
+OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")  # cannot roll lanes by a stride
+
+
+def platform_of(device: jax.Device) -> str:
+    """What these functions call the platform of a device."""
+    return "tpu-v4" if device.device_kind.startswith(OLD_TPUS) else device.platform
 
 
 def kernels_interpreted(platform: str | None) -> bool:
-    """Whether our kernels are interpreted, for tests: this is not the platform they are written for."""
-    return _or_running(platform) != "gpu"
+    """Whether our kernels are interpreted, for tests: this is not a platform they are written for."""
+    return _or_running(platform) not in ("gpu", "tpu")
+
+
+def tpu_kernels(platform: str | None) -> bool:
+    """Whether a computation with a kernel for GPUs and one for TPUs takes the latter."""
+    return _or_running(platform) == "tpu"
 
 
 def position_order(
-    width: int, heads: int, depth: int, window: int, dtype: Dtype, platform: str | None
+    shape: tuple[int, int], heads: int, depth: int, window: int, dtype: Dtype, platform: str | None
 ) -> PositionOrder:
-    """Order of Local-λ's position term, on a map `width` positions wide."""
-    # One kernel with the content term; it needs a power of two of heads.
+    """Order of Local-λ's position term, on a map of `shape` (H, W)."""
+    # One kernel with the content term; a GPU's needs a power of two of heads, a TPU's has the whole map's
+    # values at hand.
     if _has_kernels(dtype, platform) and power_of_two(heads) == heads:
         return "fused"
-    return unfused_position_order(width, heads, depth, window, platform)
+    if _has_tpu_kernels(dtype, platform) and local_lambda.fits(*shape, depth, window, dtype):
+        return "fused"
+    return unfused_position_order(shape[1], heads, depth, window, platform)
 
 
 def unfused_position_order(
@@ -72,6 +88,15 @@ def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> 
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
+def depthwise_kernel(shape: tuple[int, ...], stream_dtype: Dtype, dtype: Dtype, platform: str | None) -> bool:
+    """Whether a depthwise convolution of a map [B, H, W, C], and its gradients, are kernels.
+
+    `stream_dtype` is the map's, `dtype` the result's.
+    """
+    # By the compiler's schedule a quarter of the time that nine shifted multiply-adds take in XLA's hands.
+    return _has_tpu_kernels(dtype, platform) and depthwise.fits(shape, stream_dtype)
+
+
 DepthwiseGradient = Literal["autodiff", "scan", "kernel", "convolution"]
 
 
@@ -108,6 +133,10 @@ def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and _is_recent_gpu(platform)
 
 
+def _has_tpu_kernels(dtype: Dtype, platform: str | None) -> bool:
+    return jnp.dtype(dtype).itemsize == 2 and (platform or platform_of(jax.local_devices()[0])) == "tpu"
+
+
 def _is_recent_gpu(platform: str | None) -> bool:
     return _or_running(platform) == "gpu" and (platform is not None or _runs_ampere())
 
@@ -121,4 +150,4 @@ def _runs_ampere() -> bool:
 
 
 def _or_running(platform: str | None) -> str:
-    return platform or jax.default_backend()
+    return (platform or jax.default_backend()).removesuffix("-v4")

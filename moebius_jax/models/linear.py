@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.common import Elementwise
-from moebius_jax.models.kernels.product import product
+from moebius_jax.models.kernels.gpu.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import LINEAR, POINTWISE, Released, Table

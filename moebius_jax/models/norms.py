@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
 from moebius_jax.models.kernels.common import Elementwise
-from moebius_jax.models.kernels.group_norm import group_norm
+from moebius_jax.models.kernels.gpu.group_norm import group_norm
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table

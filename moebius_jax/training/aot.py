@@ -16,6 +16,7 @@ from moebius_jax.errors import UserError, first_line
 from moebius_jax.hardware import held_bytes, slice_devices
 from moebius_jax.models import UNetConfig
 from moebius_jax.models.architecture import Architecture
+from moebius_jax.models.forms import platform_of
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import abstract_batch, check_batch
 from moebius_jax.training.config import TrainConfig
@@ -43,7 +44,7 @@ def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., An
     """
     devices = slice_devices(topology)
     notes, config = _stand_ins(config)
-    config = config.replace(student=config.student.replace(platform="tpu"))
+    config = config.replace(student=config.student.replace(platform=platform_of(devices[0])))
     mesh = make_mesh(devices, fsdp=config.fsdp)
     check_batch(config, mesh)
     networks = load_frozen(config, mesh, abstract=True)

@@ -1,1 +1,1 @@
-"""GPU kernels (Pallas, Triton) for what XLA cannot fuse, each beside a plain form that is its reference."""
+"""Kernels (Pallas) for what XLA cannot fuse, each beside a plain form that is its reference."""

@@ -11,13 +11,26 @@ from jaxtyping import Array
 
 def with_gradient_of(plain: Callable[..., Array], kernel: Callable[..., Array]) -> Callable[..., Array]:
     """`kernel`, differentiated as `plain`: the same function of the same arrays in XLA's operations."""
+
+    def gradient(*args_and_cotangent: Array) -> tuple[Array, ...]:
+        *args, cotangent = args_and_cotangent
+        return jax.vjp(plain, *args)[1](cotangent)
+
+    return with_gradient(kernel, gradient)
+
+
+def with_gradient(
+    kernel: Callable[..., Array], gradient: Callable[..., Sequence[Array]]
+) -> Callable[..., Array]:
+    """`kernel`, differentiated by `gradient(*arguments, cotangent)`: an array for each argument."""
     wrapped = jax.custom_vjp(kernel)
 
     def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
         return kernel(*args), args
 
     def backward(args: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-        return jax.vjp(plain, *args)[1](cotangent)
+        found = gradient(*args, cotangent)
+        return tuple(g.astype(a.dtype) for g, a in zip(found, args, strict=True))
 
     wrapped.defvjp(forward, backward)
     return wrapped

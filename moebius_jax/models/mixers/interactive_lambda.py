@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
-from moebius_jax.models.kernels.interactive_lambda import interactive_lambda
+from moebius_jax.models.kernels.gpu.interactive_lambda import interactive_lambda
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.norms import BatchNorm

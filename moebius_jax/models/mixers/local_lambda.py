@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.common import power_of_two
-from moebius_jax.models.kernels.local_lambda import local_lambda, padded_window
-from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
+from moebius_jax.models.kernels.gpu import local_lambda as gpu
+from moebius_jax.models.kernels.tpu import local_lambda as tpu
+from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient, with_gradient_of
 from moebius_jax.models.linear import Linear, PointwiseConv
 from moebius_jax.models.mixers.position_term import banded_kernel, position_term
 from moebius_jax.models.norms import BatchNorm
@@ -77,31 +78,37 @@ class LocalLambda(Part):
         q, key, val = self.to_all(x) if self.to_all else (self.to_q(x), self.to_k(x), self.to_v(x))
         if self.norm_q is not None:
             q, val = self.norm_q(q), self.norm_v(val)
-        q = q.reshape(B, H, W, self.num_heads, -1)
         kernel, bias = self.position.kernel[...], self.position.bias[...]
         q, val, kernel, bias = (a.astype(self.dtype) for a in (q, val, kernel, bias))
-        order = self._order(W, val.shape[-1])
+        order = self._order(H, W, val.shape[-1])
+        if order == "fused" and forms.tpu_kernels(self.platform):
+            y = self._fused_on_tpu(q, key, val, kernel, bias)
+            return y if add is None else add + y
+        q = q.reshape(B, H, W, self.num_heads, -1)
         if order == "fused":
             return self._fused(q, key, val, kernel, bias, add=add)
         y = self._sum(q, key, val, kernel, bias, order=order).reshape(B, H, W, C)
         return y if add is None else add + y
 
-    def _order(self, width: int, depth: int) -> PositionOrder:
+    def _order(self, height: int, width: int, depth: int) -> PositionOrder:
         if self.order != "auto":
             return self.order
         window = self.position.kernel.shape[0]
-        return forms.position_order(width, self.num_heads, depth, window, self.dtype, self.platform)
+        return forms.position_order((height, width), self.num_heads, depth, window, self.dtype, self.platform)
 
     def _sum(
         self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, order: PositionOrder
     ) -> Float[Array, "B H W h v"]:
         """Content and position term, one after the other."""
-        flat = key.reshape(key.shape[0], -1, key.shape[-1])  # ONNX knows a softmax over one axis only
-        weights = jax.nn.softmax(flat.astype(jnp.float32), axis=1).astype(self.dtype).reshape(key.shape)
-        content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", weights, val))
+        content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", self._weights(key), val))
         is_prepared = self.band is not None and self.map_size == q.shape[2]
         band = self.band[...] if is_prepared else None
         return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order, band=band)
+
+    def _weights(self, key: Map) -> Map:
+        """Softmax over the map."""
+        flat = key.reshape(key.shape[0], -1, key.shape[-1])  # ONNX knows a softmax over one axis only
+        return jax.nn.softmax(flat.astype(jnp.float32), axis=1).astype(self.dtype).reshape(key.shape)
 
     def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel, differentiated as `_sum` is."""
@@ -110,7 +117,7 @@ class LocalLambda(Part):
             raise ValueError(f"position_order 'fused' needs a power of two of heads; num_heads is {h}")
         others = [] if add is None else [add.reshape(B, H, W, h, -1)]
         run = functools.partial(
-            local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
+            gpu.local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
         )
         run = split_over_batch(run, batched=(True, True, True, False, False, *(True for _ in others)))
         if self.padded_window is not None:
@@ -121,10 +128,31 @@ class LocalLambda(Part):
             return sum(args[5:], self._sum(*args[:5], order=order))
 
         def padded(q: Array, key: Array, val: Array, kernel: Array, bias: Array, *others: Array) -> Array:
-            return run(q, key, val, padded_window(kernel), bias, *others)
+            return run(q, key, val, gpu.padded_window(kernel), bias, *others)
 
         y = with_gradient_of(plain, padded)(q, key, val, kernel, bias, *others)
         return y.reshape(B, H, W, -1)
+
+    def _fused_on_tpu(self, q: Map, key: Array, val: Array, kernel: Array, bias: Array) -> Map:
+        """Both in one kernel but for λc, which is small; their gradients in another."""
+        options = {
+            "heads": self.num_heads,
+            "side": len(kernel),
+            "interpret": forms.kernels_interpreted(self.platform),
+        }
+        run = functools.partial(tpu.local_lambda, dtype=self.stream_dtype, **options)
+        run = split_over_batch(run, batched=(True, True, False, True))
+        back = functools.partial(tpu.local_lambda_gradient, **options)
+        back = split_over_batch(back, batched=(True, True, False, True, True))
+
+        def gradient(*args: Array) -> tuple[Array, ...]:
+            q, val, windows, content = back(*args)
+            return q, val, windows.sum(0), content
+
+        content = jnp.einsum("byxk,byxv->bkv", self._weights(key), val, preferred_element_type=jnp.float32)
+        content = (content + bias[:, None]).astype(self.dtype)
+        window = tpu.packed_window(kernel) if self.padded_window is None else self.padded_window[...]
+        return with_gradient(run, gradient)(q, val, window, content)
 
     def freeze(self) -> None:
         """For inference: the window as the order reads it, one projection where norms went into it."""
@@ -135,9 +163,10 @@ class LocalLambda(Part):
             self.to_q = self.to_k = self.to_v = None
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
         kernel = self.position.kernel[...].astype(self.dtype)
-        order = self._order(self.map_size, kernel.shape[-1])
+        order = self._order(self.map_size, self.map_size, kernel.shape[-1])
         if order == "fused":
-            self.padded_window = nnx.data(nnx.Param(padded_window(kernel)))
+            padded = tpu.packed_window if forms.tpu_kernels(self.platform) else gpu.padded_window
+            self.padded_window = nnx.data(nnx.Param(padded(kernel)))
         elif order != "conv3d":
             self.band = nnx.data(nnx.Param(banded_kernel(kernel, self.map_size)))
 
