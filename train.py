@@ -52,7 +52,7 @@ from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import sole_user
 from moebius_jax.hardware import peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
-from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings
+from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings, with_mesh
 from moebius_jax.training.aot import report_aot
 from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, encoded, to_devices
 from moebius_jax.training.checkpointing import (
@@ -179,7 +179,7 @@ def make_update(
         return unless_halted(halted, new, state), metrics
 
     places = tree_shardings(mesh, abstract_state(config, mesh, optimizer))
-    return jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+    return jax.jit(with_mesh(update, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
 def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)

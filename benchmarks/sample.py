@@ -27,7 +27,7 @@ from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models.forms import platform_of
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
-from moebius_jax.sharding import batch_sharding, make_mesh, replicated
+from moebius_jax.sharding import batch_sharding, make_mesh, replicated, with_mesh
 
 FULL_RUN = 19  # steps at 20 inference steps and strength 0.99
 
@@ -108,7 +108,8 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
     inputs = jax.eval_shape(lambda: core_inputs(batch * mesh.size, args.steps))
     arguments = placed(params, replicated(mesh)), *placed(inputs[:4], batch_sharding(mesh))
     arguments += placed(inputs[4:], replicated(mesh))
-    compiled, seconds = compiled_in(inpaint_latents.lower(graphdef, *arguments, guided=True))
+    lower = with_mesh(inpaint_latents.lower, mesh)
+    compiled, seconds = compiled_in(lower(graphdef, *arguments, guided=True))
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     peak_flops, peak_bytes = PEAKS[mesh.devices.flat[0].device_kind]
     # XLA counts the body of the loop once: these are one step's figures, on one device.

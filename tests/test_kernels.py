@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import synth
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moebius_jax.models import forms
 from moebius_jax.models.convolutions import DepthwiseConv
@@ -20,7 +20,7 @@ from moebius_jax.models.mixers.local_lambda import LocalLambda
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
-from moebius_jax.sharding import batch_sharding, make_mesh
+from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
 
 
 def local_lambda(order, *, heads=4, depth=24, dtype=jnp.float32):
@@ -68,7 +68,8 @@ class TestLocalLambda:
     def test_sharded_batch_stays_where_it_is(self):
         module, x = local_lambda("fused", heads=2, depth=16), maps(8, 6, 6, 32)
         mesh = make_mesh(jax.devices())
-        run = jax.jit(module).lower(jax.device_put(x, batch_sharding(mesh))).compile()
+        run = jax.jit(with_mesh(module.__call__, mesh))
+        run = run.lower(jax.device_put(x, batch_sharding(mesh))).compile()
         out = run(jax.device_put(x, batch_sharding(mesh)))
         assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
         assert "all-gather" not in run.as_text()
@@ -84,9 +85,12 @@ def test_split_kernel_gathers_what_is_not_the_batch():
     mesh = make_mesh(jax.devices())
     run = split_over_batch(lambda x, w: x * w.sum(), batched=(True, False))
     x, w = jnp.arange(16.0).reshape(8, 2), jnp.arange(8.0)
-    spread = jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-    out = jax.jit(run)(jax.device_put(x, spread), jax.device_put(w, spread))
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    run = jax.jit(with_mesh(run, mesh))
+    out = run(jax.device_put(x, spread), jax.device_put(w, spread))
     np.testing.assert_array_equal(out, x * 28)
+    few = jax.device_put(x[:3], NamedSharding(mesh, PartitionSpec()))  # which eight devices do not divide
+    np.testing.assert_array_equal(run(few, jax.device_put(w, spread)), x[:3] * 28)
 
 
 class TestProduct:
@@ -195,11 +199,12 @@ class TestDepthwiseGradient:
         monkeypatch.setattr(forms, "depthwise_gradient", lambda *_: form)
         conv = DepthwiseConv(16, use_bias=False, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         x, mesh = maps(8, 6, 5, 16), make_mesh(jax.devices())
-        gradient = jax.jit(jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x)))))
-        alone = gradient(conv, x).kernel[...]
-        program = gradient.lower(conv, jax.device_put(x, batch_sharding(mesh))).compile()
+        gradient = jax.grad(lambda conv, x: jnp.sum(jnp.sin(conv(x))))
+        alone = jax.jit(gradient)(conv, x).kernel[...]
+        spread = jax.device_put(x, batch_sharding(mesh))
+        program = jax.jit(with_mesh(gradient, mesh)).lower(conv, spread).compile()
         assert "all-gather" not in program.as_text()
-        shared = program(conv, jax.device_put(x, batch_sharding(mesh))).kernel[...]
+        shared = program(conv, spread).kernel[...]
         np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("form", ["kernel", "convolution", "scan"])

@@ -23,6 +23,7 @@ from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
 from moebius_jax.models import inference_copy
+from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.sharding import make_mesh
 
 
@@ -230,13 +231,21 @@ def test_nan_is_reported_per_item(sampler):
 
 
 @pytest.mark.slow
-def test_sharded_is_unsharded(tiny_pipeline):
+def test_sharded_is_unsharded(tiny_pipeline, monkeypatch):
     images, holes, seeds = batch(8)
     options = SamplingOptions(num_inference_steps=3)
     one = np.asarray(tiny_pipeline.sampler(images, holes, seeds, options)[0]).astype(int)
     sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, make_mesh(jax.devices("cpu")))
     assert sampler.batch_size(3) == 8
+    seen, call = set(), DepthwiseConv.__call__
+
+    def watched(self, x):
+        seen.add(jax.sharding.get_abstract_mesh().size)
+        return call(self, x)
+
+    monkeypatch.setattr(DepthwiseConv, "__call__", watched)
     result, _ = sampler(images, holes, seeds, options)
+    assert seen == {8}, "kernels would have the whole batch on every device"
     assert [shard.data.shape[0] for shard in result.addressable_shards] == [1] * 8
     assert np.abs(np.asarray(result) - one).max() <= 1
 

@@ -16,7 +16,7 @@ from moebius_jax.models.kernels.tpu.local_lambda import packed_window, packing
 from moebius_jax.models.mixers.local_lambda import LocalLambda
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
-from moebius_jax.sharding import batch_sharding, make_mesh
+from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
 
 
 def maps(*shape, scale=1.0):
@@ -115,7 +115,7 @@ class TestLocalLambda:
             make_mesh(jax.devices()),
         )
         spread = jax.device_put(x, batch_sharding(mesh))
-        program = jax.jit(value_and_gradients).lower(module, spread).compile()
+        program = jax.jit(with_mesh(value_and_gradients, mesh)).lower(module, spread).compile()
         assert "all-gather" not in program.as_text()
         y, (of_module, of_x) = program(module, spread)
         for a in (y, of_x):
@@ -160,7 +160,7 @@ class TestDepthwise:
         with_kernel(True)
         conv, x, mesh = depthwise(16), maps(8, 6, 8, 16), make_mesh(jax.devices())
         spread = jax.device_put(x, batch_sharding(mesh))
-        program = jax.jit(value_and_gradients).lower(conv, spread).compile()
+        program = jax.jit(with_mesh(value_and_gradients, mesh)).lower(conv, spread).compile()
         assert "all-gather" not in program.as_text()
         agree(program(conv, spread), run(conv, x), 1e-5)
 

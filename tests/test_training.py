@@ -22,6 +22,7 @@ from moebius_jax.distillation.perceptual import Perceptual
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import VAE, ELatentLPIPS, ELatentLPIPSConfig, UNet
+from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
@@ -479,3 +480,35 @@ def test_a_start_of_another_architecture_is_refused(tmp_path):
     save_unet(tmp_path / "other", UNet(config.student.replace(window=7), rngs=KeyStream(jax.random.key(0))))
     with pytest.raises(UserError, match="differs from the student in window"):
         load_initial_tensors(config.replace(init=str(tmp_path / "other")), make_mesh())
+
+
+def test_programs_are_traced_with_their_mesh(monkeypatch):
+    """Else kernels in them would have the whole batch on every device."""
+    seen, call = [], DepthwiseConv.__call__
+
+    def watched(self, x):
+        seen.append(jax.sharding.get_abstract_mesh().size)
+        return call(self, x)
+
+    monkeypatch.setattr(DepthwiseConv, "__call__", watched)
+    config = tiny_run.get_config()
+    config = config.replace(
+        loss=dataclasses.replace(config.loss, terms=("task",)),
+        log=dataclasses.replace(config.log, validation_samples=8, grid_images=2),
+    )
+    mesh = make_mesh()
+    dataset = SyntheticDataset(Source(latent_shape=config.student.latent_shape))
+    student, vae = bare_student(config, mesh), VAE(TINY_VAE, rngs=KeyStream(jax.random.key(8)))
+    optimizer = run_optimizer(config.optimizer, config.student, config.steps, mesh)
+    state, batch = abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)
+    update = make_update(config, mesh, load_frozen(config, mesh, abstract=True), optimizer)
+    validation, grids = (kind(config, mesh, student, vae, dataset) for kind in (Validation, SampleGrids))
+    weights = {**state.params, **state.statistics}
+    for program, arguments in (
+        (update, (state, {}, batch)),
+        (validation._task_loss, (weights, validation._batches[0], jnp.int32(0))),
+        (grids._inpaint, (weights, grids._batch, grids._steps)),
+    ):
+        seen.clear()
+        program.trace(*arguments)
+        assert set(seen) == {8}

@@ -19,7 +19,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
 from moebius_jax.schema import AtLeast0, checked
-from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated
+from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated, with_mesh
 
 # step index, timestep, latents → latents to go on with
 StepCallback = Callable[[int, int, Array], Array]
@@ -145,7 +145,7 @@ class Sampler:
             if noise is None:
                 noise = draw_noise(keys, self.config.latent_shape, jnp.float32(options.noise_offset))
             return self._step_by_step(conditions, noise, steps, callback, arguments)
-        return inpaint_latents(
+        return with_mesh(inpaint_latents, self.mesh)(
             self._graphdef,
             self._params,
             conditions.image_latents,
@@ -167,9 +167,9 @@ class Sampler:
         arguments: dict[str, Any],
     ) -> Float[Array, "B h w 4"]:
         latents = start_latents(conditions.image_latents, noise, steps)
-        before = jnp.zeros_like(latents)
+        before, step = jnp.zeros_like(latents), with_mesh(single_step, self.mesh)
         for i in range(len(steps.timesteps)):
-            latents, before = single_step(
+            latents, before = step(
                 self._graphdef,
                 self._params,
                 latents,

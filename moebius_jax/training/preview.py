@@ -18,7 +18,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.imaging.grid import side_by_side
 from moebius_jax.inpaint.latents import decode
 from moebius_jax.models import VAE, UNet
-from moebius_jax.sharding import plain_bools, replicated
+from moebius_jax.sharding import plain_bools, replicated, with_mesh
 from moebius_jax.training.batches import encoded
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.loading import first_batches
@@ -67,9 +67,8 @@ class SampleGrids:
         self._batch = encoded(jax.device_put(batch, place), vae)
         steps = config.log.grid_steps or config.sampling.num_inference_steps
         self._steps = solver_steps(config.sampling.scheduler, steps, config.sampling.strength)
-        self._inpaint = jax.jit(
-            functools.partial(_inpaint, student, config.noise_offset), out_shardings=place
-        )
+        inpaint = with_mesh(functools.partial(_inpaint, student, config.noise_offset), mesh)
+        self._inpaint = jax.jit(inpaint, out_shardings=place)
 
     def draw(self, tensors: Tensors) -> Image.Image:
         """Image, masked image and result of each sample, for these tensors of the student."""

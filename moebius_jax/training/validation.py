@@ -9,7 +9,7 @@ from moebius_jax.data.datasets import Dataset
 from moebius_jax.data.samples import Batch
 from moebius_jax.distillation.loss import mean_square
 from moebius_jax.models import VAE, UNet
-from moebius_jax.sharding import replicated
+from moebius_jax.sharding import replicated, with_mesh
 from moebius_jax.training.batches import encoded, to_devices
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.inputs import noised_inputs, step_keys
@@ -48,7 +48,7 @@ class Validation:
             predicted = unet(inputs.latents, inputs.timesteps, inputs.input_ids).sample
             return mean_square(predicted, noised.target)
 
-        self._task_loss = jax.jit(task_loss, out_shardings=replicated(mesh))
+        self._task_loss = jax.jit(with_mesh(task_loss, mesh), out_shardings=replicated(mesh))
 
     def __call__(self, tensors: Tensors) -> dict[str, float]:
         """The mean over all samples, for these tensors of the student."""

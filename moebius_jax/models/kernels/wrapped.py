@@ -1,11 +1,9 @@
 """What turns a kernel into a function like any other: differentiable, and split over a sharded batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 
@@ -37,39 +35,26 @@ def with_gradient(
 
 
 def split_over_batch(kernel: Callable[..., Array], *, batched: Sequence[bool]) -> Callable[..., Array]:
-    """`kernel` on each device's part of the batch.
+    """`kernel` on each device's part of the batch, in a program traced `sharding.with_mesh`.
 
-    XLA cannot look into a kernel, and would gather a sharded batch for it on every device.
+    XLA cannot look into a kernel: a GPU would gather a sharded batch for it on every device, a TPU's compiler
+    refuses. (`custom_partitioning` would need no mesh, but does not exist on TPUs: jax issue 38196.) A batch
+    that the devices do not divide is computed whole on every one of them.
 
     Args:
         kernel: a function of arrays that treats every item of the batch alone; returns an array or several.
         batched: of each argument, whether its first axis is the batch; the others are the same everywhere.
     """
 
-    def positional(*args: Array) -> Array:
-        return kernel(*args)  # whatever options are bound to it
+    def split(*args: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        # Within a shard_map each device has its own part already.
+        if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
+            return kernel(*args)
+        length = next(len(a) for a, is_batched in zip(args, batched, strict=True) if is_batched)
+        everywhere = PartitionSpec()
+        over = everywhere if length % mesh.size else PartitionSpec(mesh.axis_names)
+        places = tuple(over if is_batched else everywhere for is_batched in batched)
+        return jax.shard_map(kernel, in_specs=places, out_specs=over, check_vma=False)(*args)
 
-    split = custom_partitioning(positional)
-
-    def partition(mesh: Mesh, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
-        first = next(a for a, is_batched in zip(arguments, batched, strict=True) if is_batched)
-        spec = first.sharding.spec
-        here = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        results = jax.tree.map(lambda _: here, result)
-        return mesh, positional, results, tuple(here if is_batched else everywhere for is_batched in batched)
-
-    def rule(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> str:
-        del mesh
-        terms = [
-            " ".join(["b" if i == 0 and is_batched else f"a{n}i{i}" for i in range(len(a.shape))])
-            for n, (a, is_batched) in enumerate(zip(arguments, batched, strict=True))
-        ]
-        outs = [
-            " ".join(["b", *(f"z{n}i{i}" for i in range(1, len(result.shape)))])
-            for n, result in enumerate(results)
-        ]
-        return f"{', '.join(terms)} -> {', '.join(outs)}"
-
-    split.def_partition(partition, sharding_rule=rule)
     return split
