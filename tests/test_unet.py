@@ -307,17 +307,23 @@ def test_old_gpus_run_the_plain_forms(monkeypatch):
     assert [chosen(c) for c in ("7.5", "8.0", "9.0", "12.0", "gfx90a")] == [False, True, True, True, False]
 
 
-def test_frozen_upsampling_is_the_doubled_map():
+@pytest.mark.parametrize(
+    ("platform", "dtype", "off"), [("gpu", jnp.float32, 1e-6), ("tpu", jnp.bfloat16, 6e-3)]
+)
+def test_frozen_upsampling_is_the_doubled_map(platform, dtype, off, monkeypatch):
+    monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
     plain, frozen = (
-        Upsample(8, precision=Precision(platform=platform), rngs=KeyStream(jax.random.key(0)))
-        for platform in ("tpu", "gpu")
+        Upsample(8, precision=Precision(**options), rngs=KeyStream(jax.random.key(0)))
+        for options in ({"platform": "tpu"}, {"platform": platform, "dtype": dtype, "stream_dtype": dtype})
     )
     frozen.freeze()
     plain.freeze()
     assert frozen.phases is not None
     assert plain.phases is None
     x = jnp.asarray(synth.inputs("x", (2, 5, 6, 8)))
-    assert synth.relative_error(frozen(x), np.asarray(plain(x))) < 1e-6
+    out = frozen(x.astype(dtype))
+    assert out.dtype == dtype
+    assert synth.relative_error(out, np.asarray(plain(x.astype(dtype)))) < off
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What the U-Net's levels are built from: residual block, transformer, down- and upsampling."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 from moebius_jax.models import forms
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import Conv3x3, Padding
+from moebius_jax.models.kernels.tpu.upsample import interleave
+from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, PointwiseConv, Product
 from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.precision import Precision
@@ -179,11 +182,13 @@ class Upsample(nnx.Module):
 
     def freeze(self) -> None:
         """For inference: the phases' kernels."""
-        if forms.upsampling_in_phases(self.platform) and self.phases is None:
+        if forms.upsampling_in_phases(self.conv.dtype, self.platform) and self.phases is None:
             self.phases = nnx.data(nnx.Param(_phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)))
             self.conv.kernel = None
 
     def __call__(self, x: Map) -> Map:
+        if self.phases is not None and forms.tpu_kernels(self.platform):
+            return self._in_phases_on_tpu(x)
         if self.phases is not None:
             return self._in_phases(x)
         B, H, W, C = x.shape
@@ -205,6 +210,22 @@ class Upsample(nnx.Module):
         rows = [jnp.stack([y[:, i : i + H, j : j + W, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
         doubled = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)
         return (doubled + self.conv.bias[...].astype(doubled.dtype)).astype(self.conv.stream_dtype)
+
+    def _in_phases_on_tpu(self, x: Map) -> Map:
+        phases = [
+            jax.lax.conv_general_dilated(
+                x.astype(self.conv.dtype),
+                kernel,
+                window_strides=(1, 1),
+                # Of even rows the window lies one up, of odd ones one down; columns likewise.
+                padding=((1 - number // 2, number // 2), (1 - number % 2, number % 2)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            for number, kernel in enumerate(jnp.split(self.phases[...], 4, axis=-1))
+        ]
+        run = functools.partial(interleave, interpret=forms.kernels_interpreted(self.platform))
+        run = split_over_batch(run, batched=(*(True for _ in phases), False))
+        return run(*phases, self.conv.bias[...]).astype(self.conv.stream_dtype)
 
 
 def _phase_kernels(kernel: Float[Array, "3 3 C D"]) -> Float[Array, "2 2 C 4D"]:

@@ -115,10 +115,13 @@ def depthwise_gradient(dtype: Dtype, platform: str | None) -> DepthwiseGradient:
     return "autodiff"
 
 
-def upsampling_in_phases(platform: str | None) -> bool:
+def upsampling_in_phases(dtype: Dtype, platform: str | None) -> bool:
     """Whether a doubled map's 3x3 convolution is done as four 2x2 convolutions of the map itself."""
-    # 4/9 of the multiplications; on TPUs interleaving the results costs more than that.
-    return _or_running(platform) != "tpu"
+    # 4/9 of the multiplications. On a TPU XLA takes longer than that to interleave the results; our kernel,
+    # which is for bfloat16, does not.
+    if _or_running(platform) != "tpu":
+        return True
+    return jnp.dtype(dtype) == jnp.bfloat16 and _has_tpu_kernels(dtype, platform)
 
 
 def spare_positions(side: int, platform: str | None) -> int:
