@@ -37,7 +37,7 @@ def write_schedules(folder: Path) -> None:
 
 
 def scheduled(kernels: list[Kernel], schedules: Path, target: str) -> list[Kernel]:
-    """Kernels with cycles for ours too.
+    """Kernels with cycles for ours too. The schedules are taken away: the next program's are others.
 
     Args:
         kernels: of a compiled program, ours with no cycles.
@@ -49,6 +49,8 @@ def scheduled(kernels: list[Kernel], schedules: Path, target: str) -> list[Kerne
         KeyError: there is none of a kernel.
     """
     found = cycles(schedules, {own_kernel(kernel.instruction) for kernel in kernels} - {None})
+    for path in schedules.iterdir():
+        path.unlink()
 
     def priced(kernel: Kernel) -> Kernel:
         if not own_kernel(kernel.instruction):
@@ -73,11 +75,12 @@ def cycles(folder: Path, names: Collection[str]) -> dict[Shapes, int]:
 
 
 def cycles_of(text: str) -> int:
-    """Of one schedule: of a grid of programs, with one loop in each or none.
+    """Of one schedule: of one program or a grid of them, with one loop in each or none.
 
     Raises:
         ValueError: it is built otherwise.
     """
+    grid = "iteration index" in text  # which a single program has none of
     by_depth: dict[int, int] = collections.Counter()
     loops: dict[int, int] = collections.Counter()
     for line in text.splitlines():
@@ -85,11 +88,12 @@ def cycles_of(text: str) -> int:
             depth = len(found[2])
             by_depth[depth] += 1
             loops[depth] += bool(found[1])
-    if max(by_depth) > 2 or loops[1] != 1 or loops[2] > 1:
+    if max(by_depth) > 1 + grid or (loops[1] != 1 and grid) or max(loops[1], loops[2]) > 1:
         raise ValueError(f"no grid of programs with one loop each: loops {dict(loops)}")
-    programs = _turns(text, 1) - STAGES
-    inner = _turns(text, 2) * by_depth[2] if loops[2] else 0
-    return by_depth[0] + programs * (by_depth[1] + inner)
+    inner = sum(_turns(text, depth) * by_depth[depth] for depth in (1 + grid,) if loops[depth])
+    if not grid:
+        return by_depth[0] + inner
+    return by_depth[0] + (_turns(text, 1) - STAGES) * (by_depth[1] + inner)
 
 
 def shapes_of(arrays: Iterable[Array]) -> Shapes:

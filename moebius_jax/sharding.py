@@ -52,7 +52,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function`, traced for these devices: its kernels take each device's share of a batch."""
+    """`function`, traced for these devices: its kernels take each device's share of a batch.
+
+    What it is called with must lie on all of them. On TPUs a program for several devices that is not traced
+    so is an error of the compiler's where it has kernels, on GPUs slow.
+    """
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:

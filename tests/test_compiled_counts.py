@@ -193,7 +193,7 @@ class TestCollectives:
 SCHEDULE = """
      0   :  { %s1_s0 = inlined_call_operand.vmem [shape: bf16[2,64,64,320], index: 0, kind: input] }
    0x1   :  { %s1_s1 = inlined_call_operand.hbm [shape: bf16[2,64,64,320], index: 1, kind: output] }
-   0x2 LB: > { %s9 = sphi 0 }
+   0x2 LB: > { %s9 = sphi 0 /* iteration index, stage = 0 */ }
    0x3   : > { %s2 = sadd.s32 1, %s9 }
    0x4 LB: >> { %s7 = sphi 0 }
    0x5   : >> { %s3_s4 = sadd.s32 4, %s7 ;; %v1 = vld [vmem:[%s1]] }
@@ -218,6 +218,30 @@ class TestSchedules:
         )
         with pytest.raises(ValueError, match="no grid of programs with one loop each"):
             mosaic.cycles_of(twice)
+
+    def test_one_program(self):
+        """Of a grid of one there is no loop, and nothing is counted off the loop in it."""
+        alone = [line.replace(">>", ">") for line in SCHEDULE.splitlines() if ": >> " in line]
+        assert mosaic.cycles_of("\n".join(["     0   :  { }", *alone])) == 1 + 16 * 3
+
+    def test_kernels_of_ours_are_priced(self, tmp_path):
+        """By the longer of two schedules, and by main memory where that takes longer still."""
+        shape = "bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)%s}"
+        call = (
+            'custom-call(%%x), custom_call_target="tpu_custom_call", '
+            'metadata={op_name="jit(f)/Block/depthwise/pallas_call"}'
+        )
+        program = "ENTRY %%main (x: bf16[2,64,64,320]) -> bf16[2,64,64,320] {\n  %%x = {0} parameter(0)\n"
+        program = (program + "  ROOT %%depthwise.3 = {0} " + call + "\n}").replace("%%", "%")
+        near, far = (hlo.kernels(program.replace("{0}", shape % place)) for place in ("S(1)", ""))
+        schedules = SCHEDULE, SCHEDULE.replace("28 /* loop", "102 /* loop")
+        moved = 2 * 2 * 64 * 64 * 320 * 2  # bytes, in and out
+        for kernels, expected in ((near, 3 + 100 * 51), (far, round(moved / 819e9 * 1.5e9))):
+            for number, text in enumerate(schedules):
+                (tmp_path / f"{number}-depthwise.3-01-final_bundles.txt").write_text(text)
+            (kernel,) = mosaic.scheduled(kernels, tmp_path, "v5e")
+            assert kernel.cycles == expected
+            assert not list(tmp_path.iterdir()), "the next program's are others"
 
     def test_are_found_by_name_and_shapes(self, tmp_path):
         (tmp_path / "17-depthwise.3-01-final_bundles.txt").write_text(SCHEDULE)

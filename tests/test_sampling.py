@@ -1,5 +1,7 @@
 """The sampling core: the release's trajectory, guidance, keys, compilation."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
 from moebius_jax.models import inference_copy
-from moebius_jax.models.convolutions import DepthwiseConv
+from moebius_jax.models.convolutions import Conv3x3, DepthwiseConv
 from moebius_jax.sharding import make_mesh
 
 
@@ -237,15 +239,25 @@ def test_sharded_is_unsharded(tiny_pipeline, monkeypatch):
     one = np.asarray(tiny_pipeline.sampler(images, holes, seeds, options)[0]).astype(int)
     sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, make_mesh(jax.devices("cpu")))
     assert sampler.batch_size(3) == 8
-    seen, call = set(), DepthwiseConv.__call__
+    seen = collections.defaultdict(set)
 
-    def watched(self, x):
-        seen.add(jax.sharding.get_abstract_mesh().size)
-        return call(self, x)
+    def watch(layer):
+        call = layer.__call__
 
-    monkeypatch.setattr(DepthwiseConv, "__call__", watched)
+        def watched(self, *args, **kwargs):
+            seen[layer].add(jax.sharding.get_abstract_mesh().size)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(layer, "__call__", watched)
+
+    watch(DepthwiseConv)  # of the U-Net
+    watch(Conv3x3)  # of both networks
     result, _ = sampler(images, holes, seeds, options)
-    assert seen == {8}, "kernels would have the whole batch on every device"
+    once_each = {DepthwiseConv: {8}, Conv3x3: {8}}
+    assert seen == once_each, "kernels would have the whole batch on every device"
+    seen.clear()
+    sampler(images, holes, seeds, SamplingOptions(num_inference_steps=2), lambda *step: step[-1])
+    assert seen[DepthwiseConv] == {8}
     assert [shard.data.shape[0] for shard in result.addressable_shards] == [1] * 8
     assert np.abs(np.asarray(result) - one).max() <= 1
 

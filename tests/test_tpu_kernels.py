@@ -171,9 +171,11 @@ class TestChoice:
             return forms.position_order(shape, heads, 40, 15, dtype, "tpu")
 
         assert order((64, 64)) == order((9, 250)) == order((64, 64), heads=6) == "fused"
-        assert order((64, 64), jnp.float32) == "toeplitz"
+        assert order((64, 64), jnp.float32) == order((64, 64), jnp.float16) == "toeplitz"
+        assert forms.position_order((64, 64), 8, 1, 15, jnp.bfloat16, "tpu") == "toeplitz"
         assert forms.position_order((64, 64), 8, 40, 15, jnp.bfloat16, "tpu-v4") == "toeplitz"
-        assert order((512, 512)) == "toeplitz"  # its values are more than a core's memory
+        assert order((512, 512)) == "toeplitz"  # its values are more than a core's memory,
+        assert order((64, 64), heads=512) == "toeplitz"  # as are its rows at work
 
     def test_of_depthwise_convolutions(self):
         def chosen(H, W, dtype=jnp.bfloat16, platform="tpu"):
@@ -184,7 +186,20 @@ class TestChoice:
         assert not chosen(64, 60)  # no whole registers
         assert not chosen(512, 512)
         assert not chosen(64, 64, jnp.float32)
+        assert not chosen(64, 64, jnp.float16)  # which a TPU does not load
         assert not any(chosen(64, 64, platform=name) for name in ("cpu", "gpu", "tpu-v4"))
+
+
+def test_a_kernel_asked_for_where_there_is_none():
+    sizes = BlockSizes(channels=32, map_size=8, num_heads=2, position_order="fused")
+    with pytest.raises(ValueError, match="a TPU of v5 or later"):
+        LocalLambda(sizes, precision=Precision(platform="tpu-v4"), rngs=KeyStream(jax.random.key(0))).freeze()
+
+
+def test_upsampling_in_phases_wants_the_kernel_on_a_tpu():
+    chosen = [forms.upsampling_in_phases(dtype, "tpu") for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)]
+    assert chosen == [True, False, False]
+    assert not forms.upsampling_in_phases(jnp.bfloat16, "tpu-v4")
 
 
 def test_old_tpus_are_told_from_recent_ones():

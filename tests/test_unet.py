@@ -21,7 +21,7 @@ from moebius_jax.models import forms, inference_copy
 from moebius_jax.models.blocks import Upsample
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.parts import PositionOrder
-from moebius_jax.models.precision import Precision
+from moebius_jax.models.precision import Precision, auto_dtype
 from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
 TOLERANCE = 1e-4
@@ -284,7 +284,8 @@ def test_wrong_maps_are_refused(shape, message):
 def test_freezing_twice_changes_nothing(platform, monkeypatch):
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
     config = TINY_UNET.replace(platform=platform, channels=(32, 64), layers_per_block=1)
-    half = {"dtype": jnp.float16, "stream_dtype": jnp.float16}
+    dtype = auto_dtype(platform)
+    half = {"dtype": dtype, "stream_dtype": dtype}
     once = inference_copy(UNet(config, rngs=KeyStream(jax.random.key(0)), **half))
     twice = inference_copy(once)
     ours, theirs = (jax.tree.leaves(nnx.split(network)[1]) for network in (twice, once))
@@ -308,13 +309,18 @@ def test_old_gpus_run_the_plain_forms(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "off"), [("gpu", jnp.float32, 1e-6), ("tpu", jnp.bfloat16, 6e-3)]
+    ("platform", "dtype", "stream", "off"),
+    [
+        ("gpu", jnp.float32, jnp.float32, 1e-6),
+        ("tpu", jnp.bfloat16, jnp.bfloat16, 6e-3),
+        ("tpu", jnp.bfloat16, jnp.float32, 6e-3),
+    ],
 )
-def test_frozen_upsampling_is_the_doubled_map(platform, dtype, off, monkeypatch):
+def test_frozen_upsampling_is_the_doubled_map(platform, dtype, stream, off, monkeypatch):
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
     plain, frozen = (
         Upsample(8, precision=Precision(**options), rngs=KeyStream(jax.random.key(0)))
-        for options in ({"platform": "tpu"}, {"platform": platform, "dtype": dtype, "stream_dtype": dtype})
+        for options in ({"platform": "tpu"}, {"platform": platform, "dtype": dtype, "stream_dtype": stream})
     )
     frozen.freeze()
     plain.freeze()
@@ -322,7 +328,7 @@ def test_frozen_upsampling_is_the_doubled_map(platform, dtype, off, monkeypatch)
     assert plain.phases is None
     x = jnp.asarray(synth.inputs("x", (2, 5, 6, 8)))
     out = frozen(x.astype(dtype))
-    assert out.dtype == dtype
+    assert out.dtype == stream
     assert synth.relative_error(out, np.asarray(plain(x.astype(dtype)))) < off
 
 

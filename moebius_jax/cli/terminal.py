@@ -117,9 +117,6 @@ def enable_compilation_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    # Our kernels' sharding rules depend on nothing but the package: without this their addresses, which are
-    # others in every process, would make every program on several devices a new one.
-    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
 def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

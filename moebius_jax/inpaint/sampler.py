@@ -115,7 +115,7 @@ class Sampler:
         )
         keys = sample_keys(seeds)
         shape = self.config.latent_shape
-        conditions = encode(
+        conditions = with_mesh(encode, self.mesh)(
             self._vae,
             images,
             holes,
@@ -125,7 +125,7 @@ class Sampler:
         if noise is not None:
             noise = jax.device_put(noise.astype(np.float32), batch_sharding(self.mesh))
         latents = self.denoise(conditions, keys, options, callback, noise)
-        return decode(self._vae, latents, truncate=options.truncate)
+        return with_mesh(decode, self.mesh)(self._vae, latents, truncate=options.truncate)
 
     def denoise(
         self,

@@ -30,8 +30,15 @@ def kernels_interpreted(platform: str | None) -> bool:
 
 
 def tpu_kernels(platform: str | None) -> bool:
-    """Whether a computation with a kernel for GPUs and one for TPUs takes the latter."""
-    return _or_running(platform) == "tpu"
+    """Whether a computation with a kernel for GPUs and one for TPUs takes the latter.
+
+    Raises:
+        ValueError: it is a TPU without.
+    """
+    is_tpu = _or_running(platform) == "tpu"
+    if is_tpu and not _is_recent_tpu(platform):
+        raise ValueError("kernels need a TPU of v5 or later; leave position_order on auto")
+    return is_tpu
 
 
 def position_order(
@@ -42,7 +49,7 @@ def position_order(
     # values at hand.
     if _has_kernels(dtype, platform) and power_of_two(heads) == heads:
         return "fused"
-    if _has_tpu_kernels(dtype, platform) and local_lambda.fits(*shape, depth, window, dtype):
+    if _has_tpu_kernels(dtype, platform) and local_lambda.fits(*shape, heads, depth, window):
         return "fused"
     return unfused_position_order(shape[1], heads, depth, window, platform)
 
@@ -94,7 +101,8 @@ def depthwise_kernel(shape: tuple[int, ...], stream_dtype: Dtype, dtype: Dtype, 
     `stream_dtype` is the map's, `dtype` the result's.
     """
     # By the compiler's schedule a quarter of the time that nine shifted multiply-adds take in XLA's hands.
-    return _has_tpu_kernels(dtype, platform) and depthwise.fits(shape, stream_dtype)
+    is_read = jnp.dtype(stream_dtype) in (jnp.bfloat16, jnp.float32)
+    return is_read and _has_tpu_kernels(dtype, platform) and depthwise.fits(shape, stream_dtype)
 
 
 DepthwiseGradient = Literal["autodiff", "scan", "kernel", "convolution"]
@@ -117,11 +125,11 @@ def depthwise_gradient(dtype: Dtype, platform: str | None) -> DepthwiseGradient:
 
 def upsampling_in_phases(dtype: Dtype, platform: str | None) -> bool:
     """Whether a doubled map's 3x3 convolution is done as four 2x2 convolutions of the map itself."""
-    # 4/9 of the multiplications. On a TPU XLA takes longer than that to interleave the results; our kernel,
-    # which is for bfloat16, does not.
+    # 4/9 of the multiplications. On a TPU XLA takes longer than that to interleave the results; our kernel
+    # does not.
     if _or_running(platform) != "tpu":
         return True
-    return jnp.dtype(dtype) == jnp.bfloat16 and _has_tpu_kernels(dtype, platform)
+    return _has_tpu_kernels(dtype, platform)
 
 
 def spare_positions(side: int, platform: str | None) -> int:
@@ -137,7 +145,12 @@ def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
 
 
 def _has_tpu_kernels(dtype: Dtype, platform: str | None) -> bool:
-    return jnp.dtype(dtype).itemsize == 2 and (platform or platform_of(jax.local_devices()[0])) == "tpu"
+    """They are for bfloat16: a TPU loads no float16, and would multiply fp32 in fewer bits than asked for."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and _is_recent_tpu(platform)
+
+
+def _is_recent_tpu(platform: str | None) -> bool:
+    return (platform or platform_of(jax.local_devices()[0])) == "tpu"
 
 
 def _is_recent_gpu(platform: str | None) -> bool:

@@ -25,7 +25,7 @@ class Sizes:
         ffn_ratio: Mix-FFN's hidden width is int(ffn_ratio · C).
         position_order: evaluation order of Local-λ's position term; "auto" picks by map size, dtype and
             platform. Never changes the function. "fused", content and position term in one kernel, is for
-            GPUs and TPUs; elsewhere it is interpreted, very slowly.
+            GPUs, and TPUs from v5 on; on CPUs it is interpreted, very slowly.
         platform: the platform "auto" picks for; None is the running one. Needed only when compiling for
             another machine.
     """

@@ -43,7 +43,7 @@ def position_term(
         kernel: window weights w [p, p, k], first axis rows; cross-correlation, p odd.
         bias: b [k].
         order: one of the names in the module's docstring (not "auto", see `forms.position_order`, nor
-            "fused", which is all of Local-λ: `kernels.local_lambda`).
+            "fused", which is all of Local-λ: `kernels.gpu.local_lambda`, or `tpu`).
         band: what `banded_kernel` makes of `kernel` for this width, where it is there already.
 
     Returns:

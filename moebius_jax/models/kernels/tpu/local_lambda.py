@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moebius_jax.models.kernels.common import power_of_two
-from moebius_jax.models.kernels.tpu.memory import MOST, SPARE, block_bytes, compiler_params
+from moebius_jax.models.kernels.tpu.memory import MOST, block_bytes, compiler_params
 
 Query = Float[Array, "B H W hk"]
 Value = Float[Array, "B H W v"]
@@ -94,17 +94,18 @@ def local_lambda(
         interpret: run the kernel as Python would, on any machine.
     """
     H, W = q.shape[1:3]
+    pack = packing(side)
     q, values = _in_strips(q), _padded_values(val, side)
-    blocks = _Blocks(q, values)
+    blocks = _Blocks(q, values, heads, pack)
     row, whole = blocks.row, blocks.whole
     out = heads * val.shape[-1]
     y = pl.pallas_call(
-        functools.partial(_apply, pack=packing(side), heads=heads),
+        functools.partial(_apply, pack=pack, heads=heads),
         grid=blocks.grid,
         in_specs=[row(q.shape[-1]), whole(values), blocks.shared(window), whole(content)],
         out_specs=row(out),
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], out), dtype),
-        compiler_params=blocks.room(values.dtype),
+        compiler_params=blocks.room,
         interpret=interpret,
         name="local_lambda",
     )(q, values, window, content)
@@ -126,7 +127,7 @@ def local_lambda_gradient(
     H, W = q.shape[1:3]
     pack, float32 = packing(side), jnp.float32
     q, cotangent, values = _in_strips(q), _in_strips(cotangent), _padded_values(val, side)
-    blocks = _Blocks(q, values)
+    blocks = _Blocks(q, values, heads, pack)
     row, whole = blocks.row, blocks.whole
     sums = jax.ShapeDtypeStruct(values.shape, float32)
     by_item = jax.ShapeDtypeStruct((len(q), *window.T.shape), float32)
@@ -147,7 +148,7 @@ def local_lambda_gradient(
             by_item,
             jax.ShapeDtypeStruct(content.shape, float32),
         ],
-        compiler_params=blocks.room(values.dtype, float32),
+        compiler_params=blocks.room,
         interpret=interpret,
         name="local_lambda_gradient",
     )(q, values[:, :, ::-1], window, _flipped(window, pack), content, cotangent)
@@ -161,12 +162,25 @@ def local_lambda_gradient(
     )
 
 
-def fits(height: int, width: int, depth: int, side: int, dtype: Dtype) -> bool:
-    """Whether the gradient of a map of this size has room."""
+def fits(height: int, width: int, heads: int, depth: int, side: int) -> bool:
+    """Whether a map of this size has room, its gradient too; the compiler knows no products of depth 1."""
     pack = packing(side)
-    shape = height + pack.products * pack.rows, width + STRIP + pack.span, depth
-    needed = block_bytes(shape, dtype) + block_bytes(shape, jnp.float32)
-    return needed + 2 * SPARE <= MOST
+    values = height + pack.products * pack.rows, width + STRIP + pack.span, depth
+    columns = width + -width % STRIP
+    return depth > 1 and _bytes(values, 1, columns, heads, depth, pack) <= MOST
+
+
+def _bytes(values: tuple[int, ...], rows: int, columns: int, heads: int, depth: int, pack: Packing) -> int:
+    """What a program of the gradient takes, at most, in vector memory."""
+    whole = block_bytes(values, jnp.bfloat16) + block_bytes(values, jnp.float32)
+    # Of the maps q, its gradient, and the cotangent, which may be in fp32, as forwards the result.
+    line = rows, columns, heads * depth
+    maps = 2 * block_bytes(line, jnp.bfloat16) + block_bytes(line, jnp.float32)
+    # Of one row at work: A and G, before and after they are rolled, and sums over the depth.
+    work = 2 * block_bytes((columns * heads, pack.lanes), jnp.float32)
+    sums = 2 * block_bytes((columns * heads, depth), jnp.float32)
+    weights = 4 * block_bytes((depth, pack.products * pack.lanes), jnp.float32)
+    return whole + maps + work + sums + weights
 
 
 def _in_strips(a: Query) -> Query:
@@ -191,11 +205,20 @@ def _flipped(window: Float[Array, "*b k lanes"], pack: Packing) -> Float[Array, 
 class _Blocks:
     """What one program has of each array: some rows of the maps q is one of, all of the others."""
 
-    def __init__(self, q: Query, values: Array) -> None:
-        self.q, self.values = q, values
-        H = q.shape[1]
-        self.rows = math.gcd(H, ROWS)
-        self.grid = len(q), H // self.rows
+    def __init__(self, q: Query, values: Array, heads: int, pack: Packing) -> None:
+        self.q = q
+        B, H, W, channels = q.shape
+        depth = channels // heads
+
+        def needed(rows: int) -> int:
+            return _bytes(values.shape[1:], rows, W, heads, depth, pack)
+
+        # As many as divide the map, and fewer where it is wide.
+        rows = math.gcd(H, ROWS)
+        while rows > 1 and needed(rows) > MOST:
+            rows //= 2
+        self.rows, self.grid = rows, (B, H // rows)
+        self.room = compiler_params(needed(rows), dimension_semantics=("parallel", "arbitrary"))
 
     def row(self, channels: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, self.rows, self.q.shape[2], channels), lambda b, y: (b, y, 0, 0))
@@ -206,11 +229,6 @@ class _Blocks:
 
     def shared(self, a: Array) -> pl.BlockSpec:
         return pl.BlockSpec(a.shape, lambda *_: (0, 0))
-
-    def room(self, *dtypes: Dtype) -> pltpu.CompilerParams:
-        """For values of each dtype, besides what does not grow with the map."""
-        needed = sum(block_bytes(self.values.shape[1:], dtype) for dtype in dtypes)
-        return compiler_params(needed + SPARE, dimension_semantics=("parallel", "arbitrary"))
 
 
 class _Row:
