@@ -4,7 +4,8 @@
     python train.py configs/tiny.py:crops …        # the first: crops of 64 px, a quarter of the work a sample
     python train.py configs/tiny.py:whole …        # the second: from the first one's weights, grown
 
-The third is examples/tiny/sharpen.py. Hardware and time: two CPU cores, three hours.
+The third and fourth are examples/tiny/sharpen.py and one_step.py. Hardware and time: two CPU cores, four
+hours.
 """
 
 from moebius_jax.data.augment import AugmentConfig
@@ -54,7 +55,7 @@ def get_config(stage: str = "whole") -> TrainConfig:
         vae_dtype="float32",
         # The photographs have no foreground samples; and what predicts the velocity can begin at pure noise.
         sampling=SamplingOptions(
-            guidance_scale=1.0, num_inference_steps=2, strength=1.0, scheduler="ddim_trailing"
+            guidance_scale=1.0, num_inference_steps=1, strength=1.0, scheduler="ddim_trailing"
         ),
         checkpoint=CheckpointConfig(every=100, keep=2, keep_every=None),
         log=LogConfig(every=25, grid_every=400, grid_images=8, validate_every=200, validation_samples=128),

@@ -1,17 +1,23 @@
 """The loss of `tiny`'s last stage: where it is zero, and what it can move."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_VAE
 
+from examples.tiny import average
 from examples.tiny.sharpen import Pixels
+from moebius_jax import MoebiusInpaintPipeline
 from moebius_jax.diffusion.noising import noise_batch
+from moebius_jax.diffusion.solvers import solver_steps
 from moebius_jax.distillation.loss import Context
 from moebius_jax.models import VAE
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.training.config_file import load_config
+from moebius_jax.weights.folder import load_numpy, read_config, save
 
 B, SIDE, CROP = 2, 8, 4
 
@@ -65,3 +71,25 @@ def test_the_recipe_names_one_autoencoder():
     """As examples/train_tiny.sh calls it: the loss decodes with the run's own."""
     config = load_config("examples/tiny/sharpen.py:work/vae", ["init=work/run/model"])
     assert config.vae == config.loss.losses[1].network == "work/vae"
+
+
+def test_the_last_stage_is_pure_noise_as_it_is_sampled():
+    config = load_config("examples/tiny/one_step.py:work/vae", ["init=work/run/model"])
+    assert config.vae == config.loss.losses[1].network == "work/vae"
+    steps = solver_steps(config.sampling.scheduler, config.sampling.num_inference_steps, 1.0)
+    assert tuple(steps.timesteps) == config.timestep_sampling == (999,)
+
+
+def test_the_mean_of_two_models(tiny_folder, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder / "vae", other / "vae")
+    shutil.copy(tiny_folder / "pipeline.json", other)
+    weights = load_numpy(tiny_folder / "unet")
+    architecture = read_config(tiny_folder / "unet").architecture
+    save(other / "unet", architecture, {k: v + 1 for k, v in weights.items()}, dtype="float32", source={})
+    monkeypatch.setattr("sys.argv", ["average.py", *map(str, (tiny_folder, other, tmp_path / "mean"))])
+    assert average.main() == 0
+    mean = load_numpy(tmp_path / "mean/unet")
+    for key, value in weights.items():
+        np.testing.assert_allclose(mean[key], value + 0.5, rtol=1e-6, atol=1e-6, err_msg=key)
+    MoebiusInpaintPipeline.from_pretrained(tmp_path / "mean")

@@ -109,7 +109,9 @@ def test_a_run_is_born_where_it_lies():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fsdp", [1, pytest.param(8, marks=pytest.mark.long), 4], ids=["data 8", "fsdp 8", "data 2 x fsdp 4"]
+    "fsdp",
+    [pytest.param(1, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long), 4],
+    ids=["data 8", "fsdp 8", "data 2 x fsdp 4"],
 )
 def test_sharded_is_unsharded(fsdp, alone):
     """Losses, norms and weights of the global batch, and the parameters after the step."""
