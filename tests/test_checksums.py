@@ -36,6 +36,9 @@ def test_the_package_carries_sound_weights():
     for part in ("unet", "vae"):
         assert (TINY / part / FILE).is_file()
         verify_checksums(TINY / part)
+        listed = {line.split()[1] for line in (TINY / part / FILE).read_text().splitlines()}
+        there = {p.relative_to(TINY / part).as_posix() for p in (TINY / part).rglob("*") if p.is_file()}
+        assert there - {FILE, "weights/_CHECKPOINT_METADATA"} == listed  # nothing of former weights is left
 
 
 def test_no_byte_may_change(folder):
