@@ -10,11 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from moebius_jax.cli.terminal import run
 from moebius_jax.inpaint.model_folder import UNET, VAE, find_model, write_model_folder
 from moebius_jax.weights.folder import load_numpy, read_config, save
 
 
 def main() -> int:
+    return run(average)
+
+
+def average() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
