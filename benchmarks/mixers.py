@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
-from moebius_jax.models.forms import kernels_interpreted, position_order
+from moebius_jax.models.forms import position_order
 from moebius_jax.models.kernels.gpu.local_lambda import local_lambda, padded_window
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
 from moebius_jax.models.mixers.position_term import position_term
@@ -39,7 +39,8 @@ def main() -> int:
     options.add_argument("--batch", type=int, default=2)
     options.add_argument("--dtype", default="float32")
     # Interpreted, where there is no GPU, the kernel takes minutes; a TPU's is another one.
-    left_out = {"auto"} if jax.default_backend() == "gpu" else {"auto", FUSED}
+    interpret = jax.default_backend() != "gpu"
+    left_out = {"auto", FUSED} if interpret else {"auto"}
     orders = [order for order in get_args(PositionOrder) if order not in left_out]
     options.add_argument("--orders", nargs="+", default=[*orders, GLA], choices=[*orders, FUSED, GLA])
     args = options.parse_args()
@@ -56,17 +57,12 @@ def main() -> int:
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
         if name == FUSED:
             q, val = arrays[:2]
-            call = jax.jit(
-                functools.partial(local_lambda, dtype=q.dtype, interpret=kernels_interpreted(None))
-            )
+            call = jax.jit(functools.partial(local_lambda, dtype=q.dtype, interpret=interpret))
             arrays = [q, draw(4, side, side, v), val, padded_window(kernel), bias]
             return f"{1e3 * median_seconds(lambda: call(*arrays), args.repeats):.3g}"
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
-        return (
-            f"**{found}**"
-            if position_order((side, side), HEADS, v, WINDOW, args.dtype, None) == name
-            else found
-        )
+        picked = position_order((side, side), HEADS, v, WINDOW, args.dtype, None)
+        return f"**{found}**" if name == picked else found
 
     titles = [f"{side}², k={v}, ms" for side, v in LEVELS]
     rows = ({"": name} | {t: cell(name, *level) for t, level in zip(titles, LEVELS, strict=True)}

@@ -1,7 +1,7 @@
 """How long a TPU kernel of ours takes by the schedule its compiler makes of it: XLA estimates its own alone.
 
-libtpu writes down the bundles of instructions that a kernel's core goes through, one a cycle. A program's
-programs and the loop in each of them are told by their exit tests; that many times the bundles are counted.
+libtpu writes down the bundles of instructions that a kernel's core goes through, one a cycle. How many
+programs the grid has, and how often the loop in each turns, is told by exit tests: so often they count.
 What main memory takes is held against the sum; waiting for it piece by piece is not in there.
 """
 

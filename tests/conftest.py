@@ -130,6 +130,23 @@ def draw_photos(folder: pathlib.Path, count: int) -> pathlib.Path:
 
 
 @pytest.fixture
+def meshes_of(monkeypatch):
+    """Called with a kind of layer: the sizes of the meshes it is called under from then on, a set."""
+
+    def watch(layer: type) -> set[int]:
+        seen, call = set(), layer.__call__
+
+        def watched(self, *args, **kwargs):
+            seen.add(jax.sharding.get_abstract_mesh().size)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(layer, "__call__", watched)
+        return seen
+
+    return watch
+
+
+@pytest.fixture
 def photo() -> np.ndarray:
     """A picture-like uint8 image, 80 x 112."""
     y, x = np.mgrid[:80, :112]

@@ -1,7 +1,5 @@
 """The sampling core: the release's trajectory, guidance, keys, compilation."""
 
-import collections
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,31 +231,18 @@ def test_nan_is_reported_per_item(sampler):
 
 
 @pytest.mark.slow
-def test_sharded_is_unsharded(tiny_pipeline, monkeypatch):
+def test_sharded_is_unsharded(tiny_pipeline, meshes_of):
     images, holes, seeds = batch(8)
     options = SamplingOptions(num_inference_steps=3)
     one = np.asarray(tiny_pipeline.sampler(images, holes, seeds, options)[0]).astype(int)
     sampler = Sampler(tiny_pipeline.unet, tiny_pipeline.vae, make_mesh(jax.devices("cpu")))
     assert sampler.batch_size(3) == 8
-    seen = collections.defaultdict(set)
-
-    def watch(layer):
-        call = layer.__call__
-
-        def watched(self, *args, **kwargs):
-            seen[layer].add(jax.sharding.get_abstract_mesh().size)
-            return call(self, *args, **kwargs)
-
-        monkeypatch.setattr(layer, "__call__", watched)
-
-    watch(DepthwiseConv)  # of the U-Net
-    watch(Conv3x3)  # of both networks
+    of_unet, of_both = meshes_of(DepthwiseConv), meshes_of(Conv3x3)
     result, _ = sampler(images, holes, seeds, options)
-    once_each = {DepthwiseConv: {8}, Conv3x3: {8}}
-    assert seen == once_each, "kernels would have the whole batch on every device"
-    seen.clear()
+    assert of_unet == of_both == {8}, "kernels would have the whole batch on every device"
+    of_unet.clear()
     sampler(images, holes, seeds, SamplingOptions(num_inference_steps=2), lambda *step: step[-1])
-    assert seen[DepthwiseConv] == {8}
+    assert of_unet == {8}
     assert [shard.data.shape[0] for shard in result.addressable_shards] == [1] * 8
     assert np.abs(np.asarray(result) - one).max() <= 1
 

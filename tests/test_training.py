@@ -484,15 +484,9 @@ def test_a_start_of_another_architecture_is_refused(tmp_path):
         load_initial_tensors(config.replace(init=str(tmp_path / "other")), make_mesh())
 
 
-def test_programs_are_traced_with_their_mesh(monkeypatch):
+def test_programs_are_traced_with_their_mesh(meshes_of):
     """Else kernels in them would have the whole batch on every device."""
-    seen, call = [], DepthwiseConv.__call__
-
-    def watched(self, x):
-        seen.append(jax.sharding.get_abstract_mesh().size)
-        return call(self, x)
-
-    monkeypatch.setattr(DepthwiseConv, "__call__", watched)
+    seen = meshes_of(DepthwiseConv)
     config = tiny_run.get_config()
     config = config.replace(
         loss=dataclasses.replace(config.loss, terms=("task",)),
@@ -513,4 +507,4 @@ def test_programs_are_traced_with_their_mesh(monkeypatch):
     ):
         seen.clear()
         program.trace(*arguments)
-        assert set(seen) == {8}
+        assert seen == {8}

@@ -26,10 +26,7 @@ def average() -> int:
     parser.add_argument("models", type=Path, nargs=2, help="what train.py left, of one architecture")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    first, second = (
-        find_model(model, variant=None, vae=None, cache_dir=None, track=lambda items, **_: items)
-        for model in args.models
-    )
+    first, second = map(find_model, args.models)
     weights = [load_numpy(model.unet) for model in (first, second)]
     mean = {key: np.mean([w[key] for w in weights], axis=0, dtype=np.float32) for key in weights[0]}
     with write_model_folder(args.folder, sampling=second.sampling, overwrite=False) as partial:

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="what train.py left")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    found = find_model(args.model, variant=None, vae=None, cache_dir=None, track=lambda items, **_: items)
+    found = find_model(args.model)
     with write_model_folder(args.folder, sampling=found.sampling, overwrite=True, license=LICENSE) as partial:
         for name, part in ((UNET, found.unet), (VAE, found.vae)):
             config = read_config(part)

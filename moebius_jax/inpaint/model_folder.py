@@ -162,10 +162,10 @@ def _folder(path_or_hub_id: str | Path) -> Path:
 def find_model(
     path_or_hub_id: str | Path,
     *,
-    variant: str | None,
-    vae: str | Path | None,
-    cache_dir: str | Path | None,
-    track: hub.Track,
+    variant: str | None = None,
+    vae: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    track: hub.Track = lambda items, **_: items,
 ) -> ModelFolders:
     """Folders of a model's parts, fetched and converted where need be.
 

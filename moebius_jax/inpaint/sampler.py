@@ -82,6 +82,9 @@ class Sampler:
         self._graphdef, params = nnx.split(inference_copy(unet))
         self._params = jax.device_put(params, replicated(self.mesh))
         self._vae = jax.device_put(inference_copy(vae), replicated(self.mesh))
+        self._encode, self._inpaint, self._step, self._decode = (
+            with_mesh(program, self.mesh) for program in (encode, inpaint_latents, single_step, decode)
+        )
         self.config = unet.config
         self.image_size = unet.config.latent_size * vae.config.factor
 
@@ -115,7 +118,7 @@ class Sampler:
         )
         keys = sample_keys(seeds)
         shape = self.config.latent_shape
-        conditions = with_mesh(encode, self.mesh)(
+        conditions = self._encode(
             self._vae,
             images,
             holes,
@@ -125,7 +128,7 @@ class Sampler:
         if noise is not None:
             noise = jax.device_put(noise.astype(np.float32), batch_sharding(self.mesh))
         latents = self.denoise(conditions, keys, options, callback, noise)
-        return with_mesh(decode, self.mesh)(self._vae, latents, truncate=options.truncate)
+        return self._decode(self._vae, latents, truncate=options.truncate)
 
     def denoise(
         self,
@@ -145,7 +148,7 @@ class Sampler:
             if noise is None:
                 noise = draw_noise(keys, self.config.latent_shape, jnp.float32(options.noise_offset))
             return self._step_by_step(conditions, noise, steps, callback, arguments)
-        return with_mesh(inpaint_latents, self.mesh)(
+        return self._inpaint(
             self._graphdef,
             self._params,
             conditions.image_latents,
@@ -167,9 +170,9 @@ class Sampler:
         arguments: dict[str, Any],
     ) -> Float[Array, "B h w 4"]:
         latents = start_latents(conditions.image_latents, noise, steps)
-        before, step = jnp.zeros_like(latents), with_mesh(single_step, self.mesh)
+        before = jnp.zeros_like(latents)
         for i in range(len(steps.timesteps)):
-            latents, before = step(
+            latents, before = self._step(
                 self._graphdef,
                 self._params,
                 latents,
