@@ -139,14 +139,17 @@ def make_update(
         gradients_of = of_each_device(gradients_of, mesh, sharded=3)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        # Whole weights for the products and cut ones for keeping: the compiler gathers each when it is
-        # needed, and adds the devices' gradients up straight into pieces.
-        params = lax.with_sharding_constraint(state.params, replicated(mesh))
+        # What is not trained is read once a step: the compiler gathers each when it is needed.
         frozen = lax.with_sharding_constraint(frozen, replicated(mesh))
 
+        def in_pieces(tensors: Tensors) -> Tensors:
+            return lax.with_sharding_constraint(tensors, tree_shardings(mesh, tensors))
+
         def part_of(statistics: Tensors, part: Batch) -> tuple[Tensors, Tensors, Metrics]:
-            gradients, statistics, balanced = gradients_of(params, statistics, frozen, part, state.step)
-            return gradients, statistics, balance_metrics(balanced, config.loss.losses)
+            gradients, statistics, balanced = gradients_of(
+                state.params, statistics, frozen, part, state.step
+            )
+            return in_pieces(gradients), statistics, balance_metrics(balanced, config.loss.losses)
 
         def add_part(carry: tuple[Tensors, Tensors], part: Batch) -> tuple[tuple[Tensors, Tensors], Metrics]:
             gradients, statistics, metrics = part_of(carry[1], part)
@@ -159,12 +162,11 @@ def make_update(
             parts = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, config.accumulation, *x.shape[1:]), 1, 0), batch
             )
-            zeros = jax.tree.map(jnp.zeros_like, params)
+            zeros = in_pieces(jax.tree.map(jnp.zeros_like, state.params))
             (total, statistics), each = lax.scan(add_part, (zeros, state.statistics), parts)
             gradients = jax.tree.map(lambda g: g / config.accumulation, total)
             metrics = jax.tree.map(jnp.mean, each)
 
-        gradients = lax.with_sharding_constraint(gradients, tree_shardings(mesh, gradients))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         new_params = optax.apply_updates(state.params, updates)
         done, ema = state.step + 1, state.ema

@@ -46,9 +46,19 @@ class ResidualBlock(nnx.Module):
             if in_channels != out_channels
             else None
         )
+        self.remat = config.remat
 
-    def __call__(self, x: Map, shift: Float[Array, "B C"]) -> Map:
-        """`shift` comes from `shift()`; of length 1 it is that of all items."""
+    def __call__(self, x: Map, shift: Float[Array, "B C"], *, skip: Map | None = None) -> Map:
+        """Of `x`, and behind its channels those of `skip`.
+
+        `shift` comes from `shift()`; of length 1 it is that of all items.
+        """
+        call = nnx.remat(ResidualBlock._apply) if self.remat else ResidualBlock._apply
+        return call(self, x, shift, skip)
+
+    def _apply(self, x: Map, shift: Float[Array, "B C"], skip: Map | None) -> Map:
+        if skip is not None:
+            x = jnp.concatenate([x, skip], axis=-1)
         y = self.conv1(self.norm1(x, then=jax.nn.silu), add=(shift[:, None, None, :],))
         shortcut = x if self.conv_shortcut is None else Product(x, self.conv_shortcut)
         return self.conv2(self.norm2(y, then=jax.nn.silu), add=(shortcut,))

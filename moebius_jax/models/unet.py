@@ -112,9 +112,9 @@ class Level(nnx.Module):
         self.attentions = nnx.List(transformers)
         self.resample = None if is_last else self.RESAMPLE(widths[-1][1], **common)
 
-    def unit(self, index: int, x: Map, conditions: "_HandedOut") -> Map:
+    def unit(self, index: int, x: Map, conditions: "_HandedOut", *, skip: Map | None = None) -> Map:
         """Residual block `index` and its transformer."""
-        x = self.resnets[index](x, next(conditions.shifts))
+        x = self.resnets[index](x, next(conditions.shifts), skip=skip)
         return self.attentions[index](x, next(conditions.contexts)) if self.attentions else x
 
 
@@ -335,7 +335,7 @@ class UNet(nnx.Module):
             features.append(x)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.unit(i, jnp.concatenate([x, skips.pop()], axis=-1), handed)
+                x = level.unit(i, x, handed, skip=skips.pop())
             if level.resample is not None:
                 x = level.resample(x)
             features.append(x)

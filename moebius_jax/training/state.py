@@ -15,6 +15,7 @@ from moebius_jax.models.norms import BatchNorm
 from moebius_jax.sharding import tree_shardings
 from moebius_jax.training.config import TrainConfig
 from moebius_jax.training.networks import load_initial_tensors
+from moebius_jax.training.pieces import read_whole
 from moebius_jax.weights.tensors import (
     Bare,
     Tensors,
@@ -58,6 +59,8 @@ def bare_student(config: TrainConfig, mesh: Mesh) -> Bare[UNet]:
     for _, module in nnx.iter_modules(unet):
         if isinstance(module, BatchNorm):
             module.groups = mesh.size if is_split else 1
+    if config.fsdp > 1 and config.loss.balance_over == "global":  # else every device is handed whole weights
+        read_whole(unet)
     return Bare(unet)
 
 
