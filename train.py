@@ -146,9 +146,7 @@ def make_update(
             return lax.with_sharding_constraint(tensors, tree_shardings(mesh, tensors))
 
         def part_of(statistics: Tensors, part: Batch) -> tuple[Tensors, Tensors, Metrics]:
-            gradients, statistics, balanced = gradients_of(
-                state.params, statistics, frozen, part, state.step
-            )
+            gradients, statistics, balanced = gradients_of(state.params, statistics, frozen, part, state.step)
             return in_pieces(gradients), statistics, balance_metrics(balanced, config.loss.losses)
 
         def add_part(carry: tuple[Tensors, Tensors], part: Batch) -> tuple[tuple[Tensors, Tensors], Metrics]:

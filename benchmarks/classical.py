@@ -84,6 +84,7 @@ def main() -> int:
     options.add_argument("--squares", type=int, default=8, help="of each photograph")
     options.add_argument("--steps", type=int, help="default: the model's")
     options.add_argument("--scheduler", help="default: the model's")
+    options.add_argument("--refine", type=float, help="as sample.py's; default: the model's")
     options.add_argument("--match-color", action="store_true", help="as sample.py's")
     options.add_argument("--picture", type=Path, help="original, hole, all methods: best, median, worst case")
     add = options.add_argument
@@ -97,6 +98,7 @@ def main() -> int:
         "num_inference_steps": args.steps,
         "scheduler": args.scheduler,
         "match_color": args.match_color,
+        "refine": args.refine,
     }
     for name, method in methods(args.model, settings).items():
         if name not in (args.model, *args.against):

@@ -55,7 +55,7 @@ def get_config(stage: str = "whole") -> TrainConfig:
         vae_dtype="float32",
         # The photographs have no foreground samples; and what predicts the velocity can begin at pure noise.
         sampling=SamplingOptions(
-            guidance_scale=1.0, num_inference_steps=1, strength=1.0, scheduler="ddim_trailing"
+            guidance_scale=1.0, num_inference_steps=1, strength=1.0, scheduler="ddim_trailing", refine=0.5
         ),
         checkpoint=CheckpointConfig(every=100, keep=2, keep_every=None),
         log=LogConfig(every=25, grid_every=400, grid_images=8, validate_every=200, validation_samples=128),

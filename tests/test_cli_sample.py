@@ -187,7 +187,16 @@ def test_without_the_hub_the_packaged_model_paints(files, monkeypatch, capsys):
     assert main(arguments) == 0
     assert "painting with tiny, the small network that comes along" in capsys.readouterr().err
     arguments[arguments.index(str(files / "o.png"))] = str(files / "told.png")
-    told = ["--scheduler", "ddim_trailing", "--num-inference-steps", "1", "--strength", "1"]
+    told = [
+        "--scheduler",
+        "ddim_trailing",
+        "--num-inference-steps",
+        "1",
+        "--strength",
+        "1",
+        "--refine",
+        "0.5",
+    ]
     assert main([*arguments, *told]) == 0
     ours, theirs = (np.asarray(Image.open(files / name)) for name in ("o.png", "told.png"))
     np.testing.assert_array_equal(ours, theirs)  # tiny's own way of being sampled
@@ -322,7 +331,7 @@ def test_what_no_model_can_do_is_said_before_one_is_loaded(sample, monkeypatch, 
 
 
 def test_a_share_may_be_small_where_the_model_decides_of_how_many():
-    asked = dict.fromkeys(("num_inference_steps", "guidance_scale", "scheduler"))
+    asked = dict.fromkeys(("num_inference_steps", "guidance_scale", "scheduler", "refine"))
     _require_possible({**asked, "strength": 0.02})
     with pytest.raises(UserError, match=r"strength 0\.02 of 20 steps leaves none"):
         _require_possible({**asked, "strength": 0.02, "num_inference_steps": 20})

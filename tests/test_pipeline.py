@@ -355,6 +355,7 @@ class TestLoading:
         pipe = MoebiusInpaintPipeline(tiny_pipeline.unet, tiny_pipeline.vae, mesh=mesh)
         assert pipe.defaults == SamplingOptions()
         own = {"num_inference_steps": 3, "strength": 1.0, "scheduler": "ddim_trailing", "noise_offset": 0.1}
+        own |= {"refine": 0.4}
         pipe.defaults = pipe.defaults.changed(**own)
         pipe.save_pretrained(tmp_path / "p")
         said = json.loads((tmp_path / "p/pipeline.json").read_text())
@@ -367,6 +368,7 @@ class TestLoading:
         loaded(*grey)
         assert seen.pop() == SamplingOptions(**own)
         asked = {"num_inference_steps": 9, "strength": 0.5, "scheduler": "ddim", "noise_offset": 0.0}
+        asked |= {"refine": 0.0}
         loaded(*grey, guidance_scale=1.0, **asked)
         assert seen.pop() == SamplingOptions(guidance_scale=1.0, **asked)
 

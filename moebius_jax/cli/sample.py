@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, default=f"{DEFAULT_MODEL}, or {TINY} where the Hub cannot be reached")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--num-inference-steps", type=int, metavar="N", help="default: the model's, 20; tiny's is 2")
+    add("--num-inference-steps", type=int, metavar="N", help="default: the model's, 20; tiny's is 1")
     add(
         "--guidance-scale",
         type=float,
@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler",
         help="default: the model's, ddim; dpmpp_2m is meant for few steps, ddim_trailing for very few of a "
         "network that predicts the velocity (tiny's, with --strength 1)",
+    )
+    add(
+        "--refine",
+        type=float,
+        metavar="STRENGTH",
+        help="paint what was painted smaller than it is in the picture again, in tiles at its own size: "
+        "sharp instead of enlarged, and slower (default: the model's, 0 for not at all; tiny's is 0.5)",
     )
     add(
         "--seed",
@@ -218,5 +225,5 @@ def _require_possible(asked: dict[str, Any]) -> None:
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What of `SamplingOptions` is asked for; None where it is left to the model."""
-    names = ("num_inference_steps", "strength", "guidance_scale", "scheduler")
+    names = ("num_inference_steps", "strength", "guidance_scale", "scheduler", "refine")
     return {name: getattr(args, name) for name in names} | {"truncate": args.mode == "release"}

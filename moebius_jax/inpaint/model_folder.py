@@ -38,6 +38,7 @@ class _PipelineFile:
     strength: float = SamplingOptions().strength
     scheduler: Annotated[str, one_of(SOLVERS)] = SamplingOptions().scheduler
     noise_offset: float = SamplingOptions().noise_offset
+    refine: float = SamplingOptions().refine
 
     def __post_init__(self) -> None:
         _ = self.sampling

@@ -202,6 +202,7 @@ class MoebiusInpaintPipeline:
         latents: ArrayLike | None = None,
         scheduler: str | Solver | None = None,
         noise_offset: float | None = None,
+        refine: float | None = None,
         mode: Mode = "crop",
         invert_mask: bool = False,
         mask_dilation: int = 0,
@@ -218,8 +219,8 @@ class MoebiusInpaintPipeline:
         Args:
             image: PIL images, or arrays [H, W], [H, W, 3] or [H, W, 4], uint8 or float in [0, 1]; any sizes.
             mask_image: white = repaint, of its image's size; one may serve all images.
-            num_inference_steps, guidance_scale, strength, scheduler, noise_offset: see `SamplingOptions`;
-                what is None is as the model's `defaults` have it.
+            num_inference_steps, guidance_scale, strength, scheduler, noise_offset, refine: see
+                `SamplingOptions`; what is None is as the model's `defaults` have it.
             seed: one for all images, or one each. An image's random numbers depend on its seed and index
                 only, not on what else is in the batch. At equal `batch_size` the result is equal to the bit;
                 another may round differently by one grey level.
@@ -261,6 +262,7 @@ class MoebiusInpaintPipeline:
             strength=strength,
             scheduler=scheduler,
             noise_offset=noise_offset,
+            refine=refine,
             truncate=mode == "release",
         )
         items = make_items(image, mask_image, seed, image_indices)

@@ -1,6 +1,7 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,11 @@ from pydantic import InstanceOf
 
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step, start_latents
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal, sample_keys
-from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, timesteps
+from moebius_jax.diffusion.solvers import Solver, SolverSteps, find_solver, solver_steps, timesteps
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
-from moebius_jax.schema import AtLeast0, checked
+from moebius_jax.schema import AtLeast0, Below1, checked
 from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated, with_mesh
 
 # step index, timestep, latents → latents to go on with
@@ -37,6 +38,8 @@ class SamplingOptions:
             velocity that is predicted); or a `Solver` of one's own.
         noise_offset: weight of the per-channel constant in the noise.
         truncate: cut grey levels as the release does instead of rounding.
+        refine: strength at which what was painted smaller than it is in the picture is painted again, in
+            tiles at twice the size, until it is as large; 0 leaves it enlarged. See `refining`.
 
     Raises:
         UserError: a value is out of range.
@@ -48,9 +51,23 @@ class SamplingOptions:
     scheduler: str | InstanceOf[Solver] = "ddim"
     noise_offset: float = 0.0357
     truncate: bool = False
+    refine: Below1 = 0.0
 
     def __post_init__(self) -> None:
         timesteps(self.scheduler, self.num_inference_steps, self.strength)
+        if self.refine:
+            _ = self.refining
+
+    @property
+    def refining(self) -> "SamplingOptions":
+        """The same for tiles of a picture that is painted again: `strength` is `refine`, or less if it was.
+
+        The schedule is as long as it was, or as long as it takes for one step to be left of it.
+        """
+        strength = min(self.refine, self.strength)
+        enough = min(math.ceil(1 / strength), find_solver(self.scheduler).most_steps)
+        steps = max(self.num_inference_steps, enough)
+        return self.changed(num_inference_steps=steps, strength=strength, refine=0.0)
 
     def changed(self, **values: Any) -> "SamplingOptions":
         """These options with some values changed; None changes nothing.

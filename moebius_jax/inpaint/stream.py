@@ -1,4 +1,7 @@
-"""Images of any size through a sampler that works on one square: cut, batch, run, paste."""
+"""Images of any size through a sampler that works on one square: cut, batch, run, paste.
+
+With `SamplingOptions.refine`, a window that was shrunk to the square is then painted again in tiles.
+"""
 
 import collections
 import dataclasses
@@ -12,6 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from moebius_jax.errors import UserError
 from moebius_jax.hardware import memory_errors
 from moebius_jax.imaging import crop, masks, release
+from moebius_jax.imaging.enlarge import Enlargement, Tile
 from moebius_jax.imaging.regions import Window, plan_windows
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions, StepCallback
 from moebius_jax.schema import AtLeast0, AtLeastZero, checked
@@ -19,6 +23,7 @@ from moebius_jax.schema import AtLeast0, AtLeastZero, checked
 Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
 LARGEST_WINDOW = 2**14  # pixels a side: 6 GB while it is pasted
+_TILES = 2**12  # what the numbers of a window's tiles are apart, so that every square has its own draws
 
 
 @checked
@@ -89,13 +94,15 @@ class Result:
 
 @dataclasses.dataclass(kw_only=True)
 class _Row:
-    """One square of one item on its way through the sampler."""
+    """One square of one item on its way through the sampler; of a window that is painted again, a tile."""
 
     image: Rgb
     hole: Bool[np.ndarray, "S S"]
     window: Window | None
     number: int
     job: "_Job"
+    enlargement: Enlargement | None = None
+    tile: Tile | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -137,12 +144,13 @@ def inpaint_stream(
         callback: see `Sampler`.
     """
     rows: collections.deque[_Row] = collections.deque()
+    tiles: collections.deque[_Row] = collections.deque()
     jobs: collections.deque[_Job] = collections.deque()
     running: _Batch | None = None
     source = iter(items)
     exhausted = False
-    while not exhausted or rows or running:
-        while len(rows) < batch_size and not exhausted:
+    while not exhausted or rows or tiles or running:
+        while len(rows) < batch_size and len(tiles) < batch_size and not exhausted:
             item = next(source, None)
             if item is None:
                 exhausted = True
@@ -151,9 +159,14 @@ def inpaint_stream(
                 jobs.append(job)
                 while jobs and jobs[0].is_done:
                     yield jobs.popleft().result()
-        started = _start(sampler, rows, sampling, batch_size, callback) if rows else None
+        started = None
+        # Tiles first, so that pictures are finished in their order; but no batch that is not full.
+        if len(tiles) >= batch_size or (tiles and not rows):
+            started = _start(sampler, tiles, sampling.refining, batch_size, callback)
+        elif rows:
+            started = _start(sampler, rows, sampling, batch_size, callback)
         if running:
-            _finish(running, options)
+            tiles.extend(_finish(running, options, sampling))
         running = started
         while jobs and jobs[0].is_done:
             yield jobs.popleft().result()
@@ -239,15 +252,23 @@ def _start(
             seeds,
             sampling,
             callback,
-            None if filled[0].job.item.noise is None else np.stack([r.job.item.noise for r in filled]),
+            _given_noise(filled),
         )
     return _Batch(rows=taken, images=images, finite=finite)
 
 
-def _finish(batch: _Batch, options: InpaintOptions) -> None:
+def _given_noise(rows: list[_Row]) -> Float[np.ndarray, "B h w c"] | None:
+    if rows[0].job.item.noise is None or rows[0].tile is not None:
+        return None
+    return np.stack([row.job.item.noise for row in rows])
+
+
+def _finish(batch: _Batch, options: InpaintOptions, sampling: SamplingOptions) -> list[_Row]:
+    """Takes a batch's squares back; returns what is to be painted again of them."""
     # Dispatch is asynchronous: the devices' errors come here.
     with memory_errors(f"a batch of {len(batch.images)} squares"):
         images, finite = np.asarray(batch.images), np.asarray(batch.finite)
+    again = []
     for row, image, is_finite in zip(batch.rows, images, finite, strict=False):
         job = row.job
         job.left -= 1
@@ -257,10 +278,39 @@ def _finish(batch: _Batch, options: InpaintOptions) -> None:
                 "they may have left its range: use bfloat16 or float32 (dtype, vae_dtype)"
             )
         elif row.window is not None:
-            job.rgb = crop.paste(
-                job.rgb, image, row.window, blur=options.mask_blur, match_color=options.match_color
-            )
+            again += _put(row, image, options, sampling)
         elif options.paste:
             job.rgb = release.paste(row.image, image, row.hole, compensate=options.match_color)
         else:
             job.rgb = image
+    return again
+
+
+def _put(row: _Row, image: Rgb, options: InpaintOptions, sampling: SamplingOptions) -> list[_Row]:
+    """Pastes a window that is large enough; else returns the tiles it is to be painted again in, if any."""
+    job, enlargement, tiles = row.job, row.enlargement, []
+    if row.tile is not None:
+        if not enlargement.put(row.tile, image):
+            return []  # others of its size are on their way
+    elif sampling.refine:
+        seen = Tile(number=0, top=0, left=0, image=row.image, hole=row.hole)
+        enlargement = Enlargement(job.item.rgb, row.window, seen, image)
+    if enlargement is not None:
+        image, tiles = enlargement.painted, enlargement.tiles()
+    if not tiles:
+        job.rgb = crop.paste(
+            job.rgb, image, row.window, blur=options.mask_blur, match_color=options.match_color
+        )
+    job.left += len(tiles)
+    return [
+        _Row(
+            image=tile.image,
+            hole=tile.hole,
+            window=row.window,
+            number=row.number % _TILES + _TILES * tile.number,
+            job=job,
+            enlargement=enlargement,
+            tile=tile,
+        )
+        for tile in tiles
+    ]

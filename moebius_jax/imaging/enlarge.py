@@ -1,0 +1,123 @@
+"""A window that was painted smaller than it is, painted again in tiles: at twice the size, until it is there.
+
+Each size starts from the one before, enlarged. Its tiles overlap by a quarter or more, fade into each other
+and keep the mean colour they started from: from tile to tile it would drift.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+
+from moebius_jax.imaging.color import color_shift
+from moebius_jax.imaging.crop import cut
+from moebius_jax.imaging.regions import Window
+
+Rgb = UInt8[np.ndarray, "H W 3"]
+Square = UInt8[np.ndarray, "S S 3"]
+
+LEAST_FACTOR = 1.25  # a picture that is enlarged by less is sharp enough
+STRIDE = 0.75  # of a tile: from one to the next
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A square of the model's size in a picture of the window; `image` has the hole painted already.
+
+    `number` counts all tiles of the window, of whatever size, from 1.
+    """
+
+    number: int
+    top: int
+    left: int
+    image: Square
+    hole: Bool[np.ndarray, "S S"]
+
+
+class Enlargement:
+    """One window on its way to its full size.
+
+    Args:
+        rgb: the image.
+        window: in it.
+        first: the window as the model saw it.
+        painted: the same as it painted it.
+
+    Attributes:
+        painted: the window at the size that was painted last.
+    """
+
+    def __init__(self, rgb: Rgb, window: Window, first: Tile, painted: Square) -> None:
+        self._rgb, self._window, self._size = rgb, window, painted.shape[0]
+        self._sides = sides(window.side, self._size)
+        self._number = first.number
+        shift = color_shift(first.image.astype(np.float64), painted.astype(np.float64), first.hole)
+        self.painted = _rounded(painted + shift)
+
+    def tiles(self) -> list[Tile]:
+        """Those of the next size; none when the picture is as large as the window."""
+        if not self._sides:
+            return []
+        side = self._sides.pop(0)
+        known, hole = cut(self._rgb, self._window.labels > 0, self._window, side)
+        enlarged = np.asarray(Image.fromarray(self.painted).resize((side, side), Image.Resampling.LANCZOS))
+        self.painted = np.where(hole[..., None], enlarged, known)
+        self._sum = np.zeros((side, side, 3), np.float32)
+        self._weight = np.zeros((side, side, 1), np.float32)
+        own, tiles = _own_hole(self._window, side), []
+        for top, left in itertools.product(starts(side, self._size), repeat=2):
+            here = slice(top, top + self._size), slice(left, left + self._size)
+            if own[here].any():
+                self._number += 1
+                tiles.append(
+                    Tile(number=self._number, top=top, left=left, image=self.painted[here], hole=hole[here])
+                )
+        self._missing = len(tiles)
+        return tiles
+
+    def put(self, tile: Tile, painted: Square) -> bool:
+        """Takes a tile back; True when it was the last of its size, which is then in `self.painted`."""
+        size = self._size
+        here = slice(tile.top, tile.top + size), slice(tile.left, tile.left + size)
+        ramp = np.minimum(np.arange(size) + 1, size - np.arange(size))
+        weight = np.minimum.outer(ramp, ramp)[..., None] / size
+        self._sum[here] += weight * (painted + (tile.image.mean((0, 1)) - painted.mean((0, 1))))
+        self._weight[here] += weight
+        self._missing -= 1
+        if self._missing:
+            return False
+        mean = _rounded(self._sum / np.maximum(self._weight, np.finfo(np.float32).tiny))
+        self.painted = np.where(self._weight > 0, mean, self.painted)
+        return True
+
+
+def sides(side: int, size: int) -> list[int]:
+    """Sizes to paint a window of `side` pixels at, after `size`, growing evenly by a factor of 2 or less."""
+    if side < LEAST_FACTOR * size:
+        return []
+    steps = math.ceil(math.log2(side / size) - 1e-6)
+    return [round(size * (side / size) ** (k / steps)) for k in range(1, steps + 1)]
+
+
+def starts(side: int, size: int) -> list[int]:
+    """Where tiles begin along one side, evenly spread."""
+    number = math.ceil((side - size) / (STRIDE * size)) + 1
+    return [round(start) for start in np.linspace(0, side - size, number)]
+
+
+def _rounded(levels: Float[np.ndarray, "H W 3"]) -> Rgb:
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def _own_hole(window: Window, side: int) -> Bool[np.ndarray, "side side"]:
+    """The part of the hole that the window fills, over all of it."""
+    own = np.zeros((window.side, window.side), np.uint8)
+    rows, columns = (
+        slice(part.start - start, part.stop - start)
+        for part, start in zip(window.inside, (window.top, window.left), strict=True)
+    )
+    own[rows, columns] = 255 * window.hole
+    return np.asarray(Image.fromarray(own).resize((side, side), Image.Resampling.BOX)) > 0
