@@ -179,9 +179,12 @@ class TestPipeline:
     def test_small_holes_and_the_releases_way_are_not(self, tiny_pipeline, large, monkeypatch):
         rgb, mask = large
         seen = self.watched(monkeypatch)
-        tiny_pipeline(rgb[:70, :70], mask[:70, :70], **TWICE)
-        tiny_pipeline(rgb, mask, mode="release", **TWICE)
-        assert [options.strength for options, *_ in seen] == [0.99] * 2
+        for part in ((rgb[:70, :70], mask[:70, :70]), (rgb, mask, "release")):
+            mode = {"mode": part[2]} if len(part) > 2 else {}
+            (out,) = tiny_pipeline(*part[:2], **TWICE, **mode).images
+            (usual,) = tiny_pipeline(*part[:2], **TWICE | {"refine": 0}, **mode).images
+            np.testing.assert_array_equal(out, usual)
+        assert [options.strength for options, *_ in seen] == [0.99] * 4
 
 
 class TestOptions:

@@ -129,8 +129,8 @@ class TestBatches:
         stepped = tiny_pipeline(
             [photo, photo], mask, seed=7, latents=noise, callback_on_step_end=lambda *_: {}, **STEPS
         ).images
-        np.testing.assert_array_equal(drawn, given)
-        assert np.abs(np.int32(stepped) - np.int32(given)).max() <= 1
+        for other in (drawn, stepped):  # the draws here and in the sampler are two programs
+            assert np.abs(np.int32(other) - np.int32(given)).max() <= 1
         options = {"seed": [7, 7], "image_indices": [0, 0]}
         a, b = tiny_pipeline([photo, photo], mask, latents=noise[1], **options, **STEPS).images
         np.testing.assert_array_equal(a, b)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
 from conftest import TINY_VAE, network_from_synth
 from flax import nnx
+from jax.sharding import PartitionSpec
 from logged import RELEASED_NAMES
 
 from moebius_jax import save_unet, sharding
@@ -26,7 +29,7 @@ from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.precision import Precision
-from moebius_jax.sharding import make_mesh, tensor_sharding, tree_shardings
+from moebius_jax.sharding import make_mesh, tensor_sharding, tree_shardings, with_mesh
 from moebius_jax.training import preview
 from moebius_jax.training.batches import (
     abstract_batch,
@@ -132,6 +135,44 @@ def test_sharded_is_unsharded(fsdp, alone):
     assert bool(is_cut) == (fsdp > 1)
     for name, value in state.params.items():
         assert value.sharding.spec == places[name], "a step moved a tensor"
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_weights_in_pieces_are_gathered_where_they_are_read(remat):
+    """Inside of what is computed again in the backward pass, so once more there; nothing else reads them."""
+    config = tiny_run.get_config()
+    config = config.replace(fsdp=8, student=config.student.replace(remat=remat))
+    mesh = make_mesh(fsdp=8)
+    student = bare_student(config, mesh)
+    params, statistics = ({}, {})
+    for name, shape in student.shapes.items():
+        (statistics if name in student.statistics else params)[name] = shape
+    side = config.student.latent_size
+    latents = jax.ShapeDtypeStruct((8, side, side, config.student.in_channels), jnp.float32)
+
+    def loss(params, statistics, latents):
+        times, ids = jnp.zeros(8, jnp.int32), jnp.zeros((8, 10), jnp.int32)
+        return student({**params, **statistics})(latents, times, ids).sample.sum()
+
+    program = jax.make_jaxpr(with_mesh(jax.grad(loss), mesh))(params, statistics, latents)
+    inside, outside = [], []
+
+    def walk(jaxpr, into):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "sharding_constraint":
+                assert equation.params["sharding"].spec == PartitionSpec()
+                into.append(equation)
+            deeper = inside if equation.primitive.name in ("checkpoint", "remat2", "remat") else into
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                walk(inner, deeper)
+
+    walk(program.jaxpr, outside)
+    once = [name for name in params if not re.search(r"resnets\.\d+\.(norm|conv)|attentions\.", name)]
+    prepared = [name for name in params if "cross_mixer" in name]  # of the context, or of a timestep
+    assert len(inside) + len(outside) >= len(params)
+    # Each is gathered there, and its gradient laid out.
+    again = 2 * (len(params) - len(once) - len(prepared)) if remat else 0
+    assert again <= len(inside) <= 1.2 * again
 
 
 def test_optimizer_state_lies_as_its_parameters():

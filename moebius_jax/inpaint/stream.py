@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from moebius_jax.errors import UserError
 from moebius_jax.hardware import memory_errors
 from moebius_jax.imaging import crop, masks, release
-from moebius_jax.imaging.enlarge import Enlargement, Tile
+from moebius_jax.imaging.enlarge import Enlargement, Tile, sides
 from moebius_jax.imaging.regions import Window, plan_windows
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions, StepCallback
 from moebius_jax.schema import AtLeast0, AtLeastZero, checked
@@ -292,7 +292,7 @@ def _put(row: _Row, image: Rgb, options: InpaintOptions, sampling: SamplingOptio
     if row.tile is not None:
         if not enlargement.put(row.tile, image):
             return []  # others of its size are on their way
-    elif sampling.refine:
+    elif sampling.refine and sides(row.window.side, len(image)):
         seen = Tile(number=0, top=0, left=0, image=row.image, hole=row.hole)
         enlargement = Enlargement(job.item.rgb, row.window, seen, image)
     if enlargement is not None:

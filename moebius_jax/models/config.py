@@ -36,7 +36,7 @@ class UNetConfig(Architecture, Sizes):
         vocab_size, embedding_dim: the table of category embeddings.
         prediction_type: what the output is, see `diffusion.prediction`; the released networks predict the
             noise, "epsilon".
-        remat: recompute each transformer in the backward pass instead of storing it.
+        remat: recompute each residual block and transformer in the backward pass instead of storing it.
 
     Raises:
         ValueError: a field is out of range or two fields contradict each other.

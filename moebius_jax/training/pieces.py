@@ -17,7 +17,10 @@ class Piecewise(nnx.Param):
     """A parameter that is whole on every device of the context's mesh once it is read."""
 
     def get_value(self, **options: Any) -> jax.Array:
-        return lax.with_sharding_constraint(super().get_value(**options), PartitionSpec())
+        value = super().get_value(**options)
+        if not isinstance(value, jax.Array):  # but a shape
+            return value
+        return lax.with_sharding_constraint(value, PartitionSpec())
 
 
 def read_whole(network: nnx.Module) -> None:
