@@ -97,6 +97,18 @@ class TestPainter:
         list(painter.paint(picture, mask, Wishes(), lambda *step: seen.append(step)))
         assert seen == [(1, 1)]  # tiny's own step
 
+    def test_large_holes_are_refined_as_wished(self, painter, photo, file):
+        picture = painter.open(file)
+        large = np.zeros(photo.shape[:2], np.uint8)
+        large[20:130, 20:180] = 255
+        passes = {}
+        for refine in (0, 0.5, None):
+            seen = []
+            wishes = Wishes(refine=refine)
+            list(painter.paint(picture, large, wishes, lambda *step, seen=seen: seen.append(step)))
+            passes[refine] = len(seen)
+        assert passes[0] == 1 < passes[0.5] == passes[None]
+
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [

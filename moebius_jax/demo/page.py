@@ -127,6 +127,14 @@ def _settings(painter: Painter) -> list[gr.components.Component]:
                 info="an object leaves a ghost where the mask stops at its edge",
             ),
             gr.Slider(0, 32, default.mask_blur, step=0.5, label="Soft edge (pixels of the model's square)"),
+            gr.Slider(
+                0,
+                0.95,
+                usual.refine,
+                step=0.05,
+                label="Refine large holes",
+                info="paint them again at the photo's own size, at this strength; 0 is faster, and softer",
+            ),
         ]
 
 
@@ -159,12 +167,13 @@ class Actions:
         results: int,
         mask_dilation: int,
         mask_blur: float,
+        refine: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how gradio is told that a function reports)
     ) -> Iterator[list[Any]]:
         """Inpaints `photo` where the editor's layers or `mask` are white; yields the results so far."""
         if photo is None:
             raise _notice("upload a photo first")
-        if None in (guidance_scale, steps, seed, results, mask_dilation, mask_blur):
+        if None in (guidance_scale, steps, seed, results, mask_dilation, mask_blur, refine):
             raise _notice("a number is missing")
         wishes = Wishes(
             guidance_scale=guidance_scale,
@@ -173,6 +182,7 @@ class Actions:
             results=int(results),
             mask_dilation=int(mask_dilation),
             mask_blur=mask_blur,
+            refine=refine,
         )
         progress(0, desc="reading the photo")
         with _notices():

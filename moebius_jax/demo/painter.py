@@ -27,7 +27,7 @@ class Wishes:
     """What a visitor can set; see `MoebiusInpaintPipeline.__call__`.
 
     Attributes:
-        guidance_scale, steps: None is the model's own.
+        guidance_scale, steps, refine: None is the model's own.
         seed, mask_dilation, mask_blur: as there.
         results: pictures to choose from, with seeds `seed`, `seed + 1`, …
     """
@@ -38,6 +38,7 @@ class Wishes:
     results: int = 1
     mask_dilation: int = 0
     mask_blur: float = 4.0
+    refine: float | None = None
 
 
 class Painter:
@@ -133,6 +134,7 @@ class Painter:
                 seed=seed,
                 mask_dilation=wishes.mask_dilation,
                 mask_blur=wishes.mask_blur,
+                refine=wishes.refine,
                 callback_on_step_end=count,
             ).images
             with tempfile.TemporaryDirectory(prefix="moebius-") as folder:
