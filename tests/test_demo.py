@@ -106,8 +106,11 @@ class TestPainter:
             seen = []
             wishes = Wishes(refine=refine)
             list(painter.paint(picture, large, wishes, lambda *step, seen=seen: seen.append(step)))
-            passes[refine] = len(seen)
-        assert passes[0] == 1 < passes[0.5] == passes[None]
+            passes[refine] = seen
+        tiles = len(passes[None]) - 1
+        assert passes[0] == [(1, 1)]
+        assert passes[0.5] == passes[None] == [(1, 1), *((k, None) for k in range(1, tiles + 1))]
+        assert tiles > 1
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

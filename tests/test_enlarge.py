@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from moebius_jax.imaging.crop import cut
 from moebius_jax.imaging.enlarge import Enlargement, Tile, sides, starts
 from moebius_jax.imaging.regions import plan_windows
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
+from moebius_jax.inpaint.stream import AHEAD, InpaintOptions, Item, inpaint_stream
 
+pytestmark = pytest.mark.filterwarnings("ignore::moebius_jax.imaging.masks.MaskWarning")
 S = 32
 TWICE = {"num_inference_steps": 2, "refine": 0.5, "output_type": "np", "mask_blur": 0}
 
@@ -49,9 +52,9 @@ def scene():
 def enlarged(scene, model):
     """The window at its full size, and every tile on the way there."""
     rgb, _, window, first = scene
-    enlargement = Enlargement(rgb, window, first, model(first, S))
+    enlargement = Enlargement(rgb, window, first.image, first.hole, model(first, S))
     seen = []
-    while tiles := enlargement.tiles():
+    while tiles := enlargement.next_tiles():
         seen.append(tiles)
         side = max(max(tile.top, tile.left) for tile in tiles) + S
         done = [enlargement.put(tile, model(tile, side)) for tile in reversed(tiles)]
@@ -94,8 +97,8 @@ def test_tiles_hold_what_is_known_and_what_was_painted(scene):
             np.testing.assert_array_equal(tile.hole, hole[here])
             np.testing.assert_array_equal(tile.image[~tile.hole], picture[here][~tile.hole])
         assert inside[hole].all(), "a part of the hole is in no tile"
-        middle = seen[0][len(seen[0]) // 2]
-        assert abs(int(np.median(middle.image[middle.hole])) - 100) <= 2
+    middle = seen[0][len(seen[0]) // 2]
+    assert abs(int(np.median(middle.image[middle.hole])) - 100) <= 2
 
 
 def test_colours_do_not_drift(scene):
@@ -120,12 +123,130 @@ def test_windows_of_another_region_are_left_alone():
     first, second = plan_windows(hole, S)
     wide = dataclasses.replace(first, top=0, left=0, side=256)
     image, square = cut(rgb, hole, wide, S)
-    enlargement = Enlargement(rgb, wide, Tile(number=0, top=0, left=0, image=image, hole=square), image)
+    enlargement = Enlargement(rgb, wide, image, square, image)
     assert second.regions != first.regions
-    while tiles := enlargement.tiles():
+    while tiles := enlargement.next_tiles():
         assert max(tile.left for tile in tiles) < enlargement.painted.shape[0] / 2
         for tile in tiles:
             enlargement.put(tile, tile.image)
+
+
+def test_a_lone_pixel_is_painted_at_its_full_size():
+    rgb, hole = np.zeros((1000, 1000, 3), np.uint8), np.zeros((1000, 1000), bool)
+    hole[500, 500] = True
+    (window,) = plan_windows(hole, S, margin=490)
+    image, square = cut(rgb, hole, window, S)
+    assert square.sum() == 1
+    enlargement = Enlargement(rgb, window, image, square, image)
+    while tiles := enlargement.next_tiles():
+        for tile in tiles:
+            enlargement.put(tile, tile.image)
+    assert len(enlargement.painted) == window.side > 20 * S
+
+
+def test_tiles_fade_into_each_other():
+    """Two that overlap, one painted with a slope of light to the right: no step between them."""
+    rgb, hole = np.full((32, 56, 3), 100, np.uint8), np.zeros((32, 56), bool)
+    hole[10:20, 4:52] = True
+    (window,) = plan_windows(hole, S, margin=4)
+    image, square = cut(rgb, hole, window, S)
+    enlargement = Enlargement(rgb, window, image, square, image)
+    tiles = enlargement.next_tiles()
+    assert len({tile.left for tile in tiles}) == 2
+    slope = np.linspace(-40, 40, S)[None, :, None]
+    for tile in tiles:
+        bright = 100 + slope * (tile.left == 0) + np.zeros((S, S, 3))
+        enlargement.put(tile, bright.astype(np.uint8))
+    line = enlargement.painted[len(enlargement.painted) // 2, :, 0].astype(int)
+    assert np.abs(np.diff(line)).max() <= 8
+    assert line.max() > 115
+
+
+class Flat:
+    """In the place of a sampler: paints squares grey, and remembers what it was given."""
+
+    image_size = S
+    config = SimpleNamespace(latent_size=S // 8)
+
+    def __init__(self, broken_at=None):
+        self.batches, self.broken_at = [], broken_at
+
+    def __call__(self, images, holes, seeds, options, _callback, noise):
+        self.batches.append((images, holes, seeds, options, noise))
+        finite = np.full(len(images), options.strength != self.broken_at)
+        return np.where(holes[..., None], np.uint8(90), images), finite
+
+
+def item(hole, index=0, width=200, **values):
+    mask = np.zeros((200, width), np.uint8)
+    for rows, columns in hole:
+        mask[rows, columns] = 255
+    rng = np.random.default_rng(index)
+    return Item(rgb=rng.integers(0, 256, (200, width, 3), np.uint8), mask=mask, index=index, **values)
+
+
+LARGE, SMALL = (slice(20, 180), slice(10, 190)), (slice(90, 100), slice(90, 100))
+REFINED = SamplingOptions(refine=0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_large_hole_does_not_hold_up_a_folder(batch_size):
+    """Results come while items are still to be read, in the items' order, each once."""
+    read = []
+
+    def items():
+        for i in range(120):
+            read.append(i)
+            yield item([LARGE if i % 50 == 0 else SMALL], i)
+
+    sampler, seen = Flat(), []
+    for result in inpaint_stream(sampler, items(), InpaintOptions(), REFINED, batch_size=batch_size):
+        assert len(read) - result.item.index <= AHEAD * batch_size + 1
+        seen.append(result.item.index)
+    assert seen == list(range(120))
+    assert all(len(images) == batch_size for images, *_ in sampler.batches)
+
+
+def test_windows_of_one_image_are_painted_again_each_by_itself():
+    two = [(slice(20, 90), slice(10, 70)), (slice(100, 190), slice(900, 990))]
+    sampler, subject = Flat(), item(two, width=1000)
+    (result,) = inpaint_stream(sampler, [subject], InpaintOptions(mask_blur=0), REFINED, batch_size=1)
+    assert {int(seeds[0, 2]) % 2**12 for _, _, seeds, *_ in sampler.batches} == {0, 1}
+    np.testing.assert_array_equal(result.rgb[subject.mask == 0], subject.rgb[subject.mask == 0])
+    assert (np.abs(result.rgb[subject.mask > 0].astype(int) - 128) < 60).all()
+    draws = [tuple(seeds[0]) for _, _, seeds, *_ in sampler.batches]
+    assert len(set(draws)) == len(draws)
+
+
+def test_after_a_square_that_failed_nothing_of_its_picture_is_painted():
+    sampler, subject = Flat(broken_at=0.5), [item([LARGE]), item([SMALL], 1)]
+    first, second = inpaint_stream(sampler, subject, InpaintOptions(), REFINED, batch_size=1)
+    assert "image: the network produced NaN" in str(first.error)
+    assert first.rgb is None
+    assert second.error is None
+    assert len(sampler.batches) <= 4
+
+
+def test_only_the_first_fill_begins_with_given_noise():
+    noise = np.ones((S // 8, S // 8, 4), np.float32)
+    sampler = Flat()
+    (_,) = inpaint_stream(sampler, [item([LARGE], noise=noise)], InpaintOptions(), REFINED, batch_size=1)
+    given = [batch[-1] for batch in sampler.batches]
+    np.testing.assert_array_equal(given[0], noise[None])
+    assert len(given) > 1
+    assert set(map(type, given[1:])) == {type(None)}
+
+
+def test_no_memory_for_one_picture_is_its_own_error(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Enlargement, "next_tiles", full)
+    first, second = inpaint_stream(
+        Flat(), [item([LARGE]), item([SMALL], 1)], InpaintOptions(), REFINED, batch_size=1
+    )
+    assert "too large for this machine's memory" in str(first.error)
+    assert second.error is None
 
 
 class TestPipeline:
@@ -192,6 +313,7 @@ class TestOptions:
         ("steps", "strength", "refine", "expected"),
         [
             (20, 0.99, 0.5, (20, 0.5)),
+            (20, 0.99, 1 / 49, (50, 1 / 49)),
             (1, 1.0, 0.5, (2, 0.5)),
             (1, 1.0, 0.3, (4, 0.3)),
             (20, 0.2, 0.5, (20, 0.2)),
@@ -211,7 +333,8 @@ class TestOptions:
             (1.0, "refine is 1.0; expected less than 1"),
             (-0.5, "refine is -0.5; expected 0 or more"),
             (float("nan"), "refine is nan; expected a finite number"),
-            (1e-4, r"strength 0.0001 of 1000 steps leaves none"),
+            (1e-4, "refine is 0.0001; expected 0, or 0.01 or more"),
+            (1e-320, "refine is 1e-320; expected 0, or 0.01 or more"),
         ],
     )
     def test_out_of_range(self, refine, message):

@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "--refine",
         type=float,
         metavar="STRENGTH",
-        help="paint what was painted smaller than it is in the picture again, in tiles at its own size: "
-        "sharp instead of enlarged, and slower (default: the model's, 0 for not at all; tiny's is 0.5)",
+        help="large holes: paint again what was painted small and enlarged, in tiles at the picture's own "
+        "size; sharper, and slower (a larger --batch-size helps). Default: the model's, 0 for not at all; "
+        "tiny's is 0.5",
     )
     add(
         "--seed",
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=4.0,
         metavar="PX",
-        help="width of the soft edge, in pixels of the 512 px square (default 4)",
+        help="width of the soft edge, in pixels of the 512 px square, or of a refined picture (default 4)",
     )
     add(
         "--padding-mask-crop",

@@ -190,8 +190,10 @@ class Actions:
             marked = self._painter.mask(picture, strokes_of(editor or []), mask)
         painted: list[str] = []
 
-        def on_step(done: int, total: int) -> None:
-            which = f"painting result {len(painted) + 1} of {wishes.results}"
+        def on_step(done: int, total: int | None) -> None:
+            which = (
+                f"{'painting' if total else 'going on with'} result {len(painted) + 1} of {wishes.results}"
+            )
             progress((done, total), desc=which, unit="steps")
 
         progress(0, desc="preparing (the first picture compiles the program)")

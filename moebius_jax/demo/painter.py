@@ -19,7 +19,7 @@ from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 PREVIEW = 1024  # pixels of the longer side of what is painted on
 MAX_LAYERS = 4
-StepDone = Callable[[int, int], None]
+StepDone = Callable[[int, int | None], None]  # done, of so many; None: beyond those of one square
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,16 @@ class Painter:
         sampling = self.pipeline.defaults.changed(num_inference_steps=wishes.steps)
         total = len(timesteps(sampling.scheduler, sampling.num_inference_steps, sampling.strength))
 
-        def count(_pipe: object, index: int, *_: object) -> dict[str, object]:
-            on_step(index + 1, total)
+        done = 0
+
+        def count(*_: object) -> dict[str, object]:
+            nonlocal done
+            done += 1
+            on_step(done if done <= total else done - total, total if done <= total else None)
             return {}
 
         for number in range(wishes.results):
+            done = 0
             seed = (wishes.seed + number) % 2**32
             (result,) = self.pipeline(
                 image,

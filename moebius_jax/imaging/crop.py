@@ -22,13 +22,17 @@ def cut(
     Beyond the image's edge both continue as their mirror image. A pixel of a shrunken hole is a hole if any
     of the pixels it stands for is.
     """
-    image = _resize(_extract(rgb, window), size)
-    mask = Image.fromarray(_extract(hole, window).astype(np.uint8) * 255)
-    if window.side != size:
-        mask = mask.resize(
-            (size, size), Image.Resampling.BOX if window.side > size else Image.Resampling.NEAREST
-        )
-    return image, np.asarray(mask) > 0
+    return _resize(_extract(rgb, window), size), resized_hole(_extract(hole, window), size)
+
+
+def resized_hole(hole: Hole, size: int) -> Bool[np.ndarray, "S S"]:
+    """A square hole at another size; a pixel is a hole if any of those it stands for is."""
+    side = hole.shape[0]
+    if side == size:
+        return hole
+    resampling = Image.Resampling.BOX if side > size else Image.Resampling.NEAREST
+    # In floating point: of a hundred pixels in one, eight bits would lose the single one that is a hole.
+    return np.asarray(Image.fromarray(hole.astype(np.float32)).resize((size, size), resampling)) > 0
 
 
 def paste(

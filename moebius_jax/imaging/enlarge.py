@@ -1,4 +1,4 @@
-"""A window that was painted smaller than it is, painted again in tiles: at twice the size, until it is there.
+"""A window that was painted smaller than it is, painted again in tiles: at growing sizes, up to its own.
 
 Each size starts from the one before, enlarged. Its tiles overlap by a quarter or more, fade into each other
 and keep the mean colour they started from: from tile to tile it would drift.
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from moebius_jax.imaging.color import color_shift
-from moebius_jax.imaging.crop import cut
+from moebius_jax.imaging.crop import cut, resized_hole
 from moebius_jax.imaging.regions import Window
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -25,7 +25,7 @@ STRIDE = 0.75  # of a tile: from one to the next
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A square of the model's size in a picture of the window; `image` has the hole painted already.
+    """A square of the model's size in a picture of the window; in `image` the hole is painted already.
 
     `number` counts all tiles of the window, of whatever size, from 1.
     """
@@ -43,22 +43,25 @@ class Enlargement:
     Args:
         rgb: the image.
         window: in it.
-        first: the window as the model saw it.
-        painted: the same as it painted it.
+        image, hole: the window as the model saw it.
+        painted: as it painted it.
 
     Attributes:
         painted: the window at the size that was painted last.
     """
 
-    def __init__(self, rgb: Rgb, window: Window, first: Tile, painted: Square) -> None:
+    def __init__(
+        self, rgb: Rgb, window: Window, image: Square, hole: Bool[np.ndarray, "S S"], painted: Square
+    ) -> None:
         self._rgb, self._window, self._size = rgb, window, painted.shape[0]
         self._sides = sides(window.side, self._size)
-        self._number = first.number
-        shift = color_shift(first.image.astype(np.float64), painted.astype(np.float64), first.hole)
+        self._number = 0
+        # Whether or not it is wished for in the end: tiles go on from the fill, and would paint the edge.
+        shift = color_shift(image.astype(np.float64), painted.astype(np.float64), hole)
         self.painted = _rounded(painted + shift)
 
-    def tiles(self) -> list[Tile]:
-        """Those of the next size; none when the picture is as large as the window."""
+    def next_tiles(self) -> list[Tile]:
+        """Goes on to the next size; no tiles when the picture is as large as the window."""
         if not self._sides:
             return []
         side = self._sides.pop(0)
@@ -91,6 +94,7 @@ class Enlargement:
             return False
         mean = _rounded(self._sum / np.maximum(self._weight, np.finfo(np.float32).tiny))
         self.painted = np.where(self._weight > 0, mean, self.painted)
+        del self._sum, self._weight  # as large as the window, four times
         return True
 
 
@@ -114,10 +118,10 @@ def _rounded(levels: Float[np.ndarray, "H W 3"]) -> Rgb:
 
 def _own_hole(window: Window, side: int) -> Bool[np.ndarray, "side side"]:
     """The part of the hole that the window fills, over all of it."""
-    own = np.zeros((window.side, window.side), np.uint8)
+    own = np.zeros((window.side, window.side), bool)
     rows, columns = (
         slice(part.start - start, part.stop - start)
         for part, start in zip(window.inside, (window.top, window.left), strict=True)
     )
-    own[rows, columns] = 255 * window.hole
-    return np.asarray(Image.fromarray(own).resize((side, side), Image.Resampling.BOX)) > 0
+    own[rows, columns] = window.hole
+    return resized_hole(own, side)

@@ -1,7 +1,7 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import InstanceOf
 
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step, start_latents
 from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal, sample_keys
-from moebius_jax.diffusion.solvers import Solver, SolverSteps, find_solver, solver_steps, timesteps
+from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, timesteps
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
 from moebius_jax.models import VAE, UNet, inference_copy
@@ -24,6 +24,7 @@ from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replica
 
 # step index, timestep, latents → latents to go on with
 StepCallback = Callable[[int, int, Array], Array]
+LEAST_REFINE = 0.01  # less does nothing, at the length of a schedule
 
 
 @checked
@@ -38,8 +39,8 @@ class SamplingOptions:
             velocity that is predicted); or a `Solver` of one's own.
         noise_offset: weight of the per-channel constant in the noise.
         truncate: cut grey levels as the release does instead of rounding.
-        refine: strength at which what was painted smaller than it is in the picture is painted again, in
-            tiles at twice the size, until it is as large; 0 leaves it enlarged. See `refining`.
+        refine: strength at which a large hole, which was painted small and enlarged, is painted again in
+            tiles at the picture's own size; 0 leaves it enlarged (docs/inference.md, "Large holes").
 
     Raises:
         UserError: a value is out of range.
@@ -55,18 +56,17 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         timesteps(self.scheduler, self.num_inference_steps, self.strength)
-        if self.refine:
-            _ = self.refining
+        if 0 < self.refine < LEAST_REFINE:
+            raise UserError(f"refine is {self.refine}; expected 0, or {LEAST_REFINE} or more")
 
     @property
     def refining(self) -> "SamplingOptions":
-        """The same for tiles of a picture that is painted again: `strength` is `refine`, or less if it was.
+        """For tiles, where `refine` is not 0: their `strength` is the smaller of the two.
 
         The schedule is as long as it was, or as long as it takes for one step to be left of it.
         """
         strength = min(self.refine, self.strength)
-        enough = min(math.ceil(1 / strength), find_solver(self.scheduler).most_steps)
-        steps = max(self.num_inference_steps, enough)
+        steps = next(n for n in itertools.count(self.num_inference_steps) if int(n * strength) > 0)
         return self.changed(num_inference_steps=steps, strength=strength, refine=0.0)
 
     def changed(self, **values: Any) -> "SamplingOptions":

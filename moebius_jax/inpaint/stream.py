@@ -5,6 +5,7 @@ With `SamplingOptions.refine`, a window that was shrunk to the square is then pa
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from moebius_jax.schema import AtLeast0, AtLeastZero, checked
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
-LARGEST_WINDOW = 2**14  # pixels a side: 6 GB while it is pasted
-_TILES = 2**12  # what the numbers of a window's tiles are apart, so that every square has its own draws
+LARGEST_WINDOW = 2**14  # pixels a side: some 20 GB while it is pasted
+MOST_WINDOWS = 2**12  # of an image: their tiles are numbered from there on, so that no two squares draw alike
+AHEAD = 4  # batches of items that may wait for one before them, in memory
 
 
 @checked
@@ -107,9 +109,10 @@ class _Row:
 
 @dataclasses.dataclass(kw_only=True)
 class _Job:
-    """An item and what of it is done."""
+    """An item and what of it is done; items are numbered as they come."""
 
     item: Item
+    number: int = 0
     rgb: Rgb | None = None
     left: int = 0
     error: UserError | None = None
@@ -148,25 +151,28 @@ def inpaint_stream(
     jobs: collections.deque[_Job] = collections.deque()
     running: _Batch | None = None
     source = iter(items)
+    numbers = itertools.count()
     exhausted = False
     while not exhausted or rows or tiles or running:
-        while len(rows) < batch_size and len(tiles) < batch_size and not exhausted:
+        while not exhausted and max(len(rows), len(tiles)) < batch_size and len(jobs) < AHEAD * batch_size:
             item = next(source, None)
             if item is None:
                 exhausted = True
             else:
                 job = _prepare(item, options, sampler, rows)
+                job.number = next(numbers)
                 jobs.append(job)
                 while jobs and jobs[0].is_done:
                     yield jobs.popleft().result()
         started = None
-        # Tiles first, so that pictures are finished in their order; but no batch that is not full.
+        # Tiles first, so that pictures are finished in their order, but in full batches where more may come.
         if len(tiles) >= batch_size or (tiles and not rows):
             started = _start(sampler, tiles, sampling.refining, batch_size, callback)
         elif rows:
             started = _start(sampler, rows, sampling, batch_size, callback)
         if running:
             tiles.extend(_finish(running, options, sampling))
+            tiles = collections.deque(sorted(tiles, key=lambda row: row.job.number))
         running = started
         while jobs and jobs[0].is_done:
             yield jobs.popleft().result()
@@ -181,7 +187,7 @@ def _prepare(item: Item, options: InpaintOptions, sampler: Sampler, rows: collec
         job.error = error
         return job
     except MemoryError:
-        job.error = UserError(f"{item.name}: too large for this machine's memory")
+        job.error = _too_large(item)
         return job
     if item.noise is not None and len(new) > 1:
         job.error = UserError(
@@ -241,8 +247,15 @@ def _start(
     sampling: SamplingOptions,
     batch_size: int,
     callback: StepCallback | None,
-) -> _Batch:
-    taken = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
+) -> _Batch | None:
+    """Starts a batch of the first rows; those of items that have failed are dropped."""
+    taken: list[_Row] = []
+    while rows and len(taken) < batch_size:
+        row = rows.popleft()
+        if row.job.error is None:
+            taken.append(row)
+    if not taken:
+        return None
     with memory_errors(f"a batch of {batch_size} squares"):
         filled = taken + [taken[0]] * (batch_size - len(taken))
         seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
@@ -272,45 +285,49 @@ def _finish(batch: _Batch, options: InpaintOptions, sampling: SamplingOptions) -
     for row, image, is_finite in zip(batch.rows, images, finite, strict=False):
         job = row.job
         job.left -= 1
+        if job.error is not None:
+            continue
         if not is_finite:
             job.error = UserError(
                 f"{job.item.name}: the network produced NaN or infinite numbers; if it computes in float16 "
                 "they may have left its range: use bfloat16 or float32 (dtype, vae_dtype)"
             )
-        elif row.window is not None:
+            continue
+        try:
             again += _put(row, image, options, sampling)
-        elif options.paste:
-            job.rgb = release.paste(row.image, image, row.hole, compensate=options.match_color)
-        else:
-            job.rgb = image
+        except MemoryError:
+            job.error = _too_large(job.item)
     return again
 
 
 def _put(row: _Row, image: Rgb, options: InpaintOptions, sampling: SamplingOptions) -> list[_Row]:
-    """Pastes a window that is large enough; else returns the tiles it is to be painted again in, if any."""
-    job, enlargement, tiles = row.job, row.enlargement, []
-    if row.tile is not None:
-        if not enlargement.put(row.tile, image):
-            return []  # others of its size are on their way
-    elif sampling.refine and sides(row.window.side, len(image)):
-        seen = Tile(number=0, top=0, left=0, image=row.image, hole=row.hole)
-        enlargement = Enlargement(job.item.rgb, row.window, seen, image)
-    if enlargement is not None:
-        image, tiles = enlargement.painted, enlargement.tiles()
-    if not tiles:
-        job.rgb = crop.paste(
-            job.rgb, image, row.window, blur=options.mask_blur, match_color=options.match_color
-        )
-    job.left += len(tiles)
-    return [
-        _Row(
-            image=tile.image,
-            hole=tile.hole,
-            window=row.window,
-            number=row.number % _TILES + _TILES * tile.number,
-            job=job,
-            enlargement=enlargement,
-            tile=tile,
-        )
-        for tile in tiles
-    ]
+    """Pastes what was painted; of a window that is not as large yet, returns the tiles it goes on with."""
+    job, window = row.job, row.window
+    if window is None:
+        job.rgb = image
+        if options.paste:
+            job.rgb = release.paste(row.image, image, row.hole, compensate=options.match_color)
+        return []
+    enlargement = row.enlargement
+    if enlargement is not None and not enlargement.put(row.tile, image):
+        return []  # others of its size are on their way
+    if enlargement is None and sampling.refine and sides(window.side, len(image)):
+        enlargement = Enlargement(job.item.rgb, window, row.image, row.hole, image)
+    if enlargement is not None and (tiles := enlargement.next_tiles()):
+        job.left += len(tiles)
+        return [_tile_row(tile, enlargement, row) for tile in tiles]
+    result = image if enlargement is None else enlargement.painted
+    job.rgb = crop.paste(job.rgb, result, window, blur=options.mask_blur, match_color=options.match_color)
+    return []
+
+
+def _tile_row(tile: Tile, enlargement: Enlargement, row: _Row) -> _Row:
+    """`row` is any of the window's."""
+    number = row.number % MOST_WINDOWS + MOST_WINDOWS * tile.number
+    return dataclasses.replace(
+        row, image=tile.image, hole=tile.hole, number=number, enlargement=enlargement, tile=tile
+    )
+
+
+def _too_large(item: Item) -> UserError:
+    return UserError(f"{item.name}: too large for this machine's memory")

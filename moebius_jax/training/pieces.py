@@ -2,7 +2,7 @@
 
 The compiler gathers what is replicated at its first use and keeps it until its last, which for a weight is in
 the backward pass. What is read inside a block that is computed again there (`UNetConfig.remat`) is gathered
-again as well, so no more than a block's weights are whole at any moment.
+again as well, so that of the blocks only one has its weights whole at a time.
 """
 
 from typing import Any
