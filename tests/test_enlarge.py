@@ -207,6 +207,15 @@ def test_a_large_hole_does_not_hold_up_a_folder(batch_size):
     assert all(len(images) == batch_size for images, *_ in sampler.batches)
 
 
+def test_the_oldest_picture_is_finished_first():
+    """Or as many as there are batches would lie in memory at their full size at once."""
+    sampler, batches = Flat(), []
+    subjects = (item([LARGE], i) for i in range(6))
+    for _ in inpaint_stream(sampler, subjects, InpaintOptions(), REFINED, batch_size=2):
+        batches.append(len(sampler.batches))
+    assert batches[0] <= 0.25 * batches[-1]
+
+
 def test_windows_of_one_image_are_painted_again_each_by_itself():
     two = [(slice(20, 90), slice(10, 70)), (slice(100, 190), slice(900, 990))]
     sampler, subject = Flat(), item(two, width=1000)
@@ -216,6 +225,8 @@ def test_windows_of_one_image_are_painted_again_each_by_itself():
     assert (np.abs(result.rgb[subject.mask > 0].astype(int) - 128) < 60).all()
     draws = [tuple(seeds[0]) for _, _, seeds, *_ in sampler.batches]
     assert len(set(draws)) == len(draws)
+    (tile,), (hole,), *_ = sampler.batches[-1]  # of the full size, around the hole as the image is
+    assert set(map(tuple, tile[~hole])) <= set(map(tuple, subject.rgb.reshape(-1, 3)))
 
 
 def test_after_a_square_that_failed_nothing_of_its_picture_is_painted():
