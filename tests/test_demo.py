@@ -107,10 +107,10 @@ class TestPainter:
             wishes = Wishes(refine=refine)
             list(painter.paint(picture, large, wishes, lambda *step, seen=seen: seen.append(step)))
             passes[refine] = seen
-        tiles = len(passes[None]) - 1
+        batches = len(passes[None]) - 1
         assert passes[0] == [(1, 1)]
-        assert passes[0.5] == passes[None] == [(1, 1), *((k, None) for k in range(1, tiles + 1))]
-        assert tiles > 1
+        assert passes[0.5] == passes[None] == [(1, 1), *((k, None) for k in range(1, batches + 1))]
+        assert batches > 0
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

@@ -120,8 +120,6 @@ class Painter:
         sampling = self.pipeline.defaults.changed(num_inference_steps=wishes.steps)
         total = len(timesteps(sampling.scheduler, sampling.num_inference_steps, sampling.strength))
 
-        done = 0
-
         def count(*_: object) -> dict[str, object]:
             nonlocal done
             done += 1
