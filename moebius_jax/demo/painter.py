@@ -123,7 +123,10 @@ class Painter:
         def count(*_: object) -> dict[str, object]:
             nonlocal done
             done += 1
-            on_step(done if done <= total else done - total, total if done <= total else None)
+            if done <= total:
+                on_step(done, total)
+            else:
+                on_step(done - total, None)
             return {}
 
         for number in range(wishes.results):

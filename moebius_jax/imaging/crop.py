@@ -22,7 +22,7 @@ def cut(
     Beyond the image's edge both continue as their mirror image. A pixel of a shrunken hole is a hole if any
     of the pixels it stands for is.
     """
-    return _resize(_extract(rgb, window), size), resized_hole(_extract(hole, window), size)
+    return resized(_extract(rgb, window), size), resized_hole(_extract(hole, window), size)
 
 
 def resized_hole(hole: Hole, size: int) -> Bool[np.ndarray, "S S"]:
@@ -52,11 +52,7 @@ def paste(
         match_color: shift the result's colours so that they agree with the image around the hole.
     """
     inside, hole = window.inside, window.hole
-    rows, columns = (
-        slice(s.start - start, s.stop - start)
-        for s, start in zip(inside, (window.top, window.left), strict=True)
-    )
-    filled = _resize(result, window.side)[rows, columns]
+    filled = resized(result, window.side)[window.covered]
     # A fade that ended at the window's edge before it is at zero would show as a square.
     width = min(blur * max(1.0, window.side / result.shape[0]), _room(hole, window) + 1)
     weight = feather(hole, width)[..., None]
@@ -64,7 +60,7 @@ def paste(
     fill = filled.astype(np.float64)
     if match_color:
         fill = fill + color_shift(original, fill, hole)
-    blended = np.clip(np.rint(fill * weight + original * (1 - weight)), 0, 255).astype(np.uint8)
+    blended = rounded(fill * weight + original * (1 - weight))
     out = rgb.copy()
     out[inside] = np.where(weight > 0, blended, rgb[inside])
     return out
@@ -76,6 +72,11 @@ def feather(hole: Hole, width: float) -> Float[np.ndarray, "H W"]:
         return hole.astype(np.float64)
     distance = ndimage.distance_transform_edt(~hole)
     return np.where(distance < width, 0.5 + 0.5 * np.cos(math.pi * np.minimum(distance / width, 1.0)), 0.0)
+
+
+def rounded(levels: Float[np.ndarray, "H W 3"]) -> Rgb:
+    """The nearest grey levels."""
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def _room(hole: Hole, window: Window) -> int:
@@ -109,7 +110,8 @@ def _mirror(index: np.ndarray, length: int) -> np.ndarray:
     return np.where(folded < length, folded, period - folded)
 
 
-def _resize(rgb: Rgb, size: int) -> Rgb:
+def resized(rgb: Rgb, size: int) -> Rgb:
+    """A square picture at another size."""
     if rgb.shape[0] == size:
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.LANCZOS))

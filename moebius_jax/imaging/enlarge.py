@@ -9,11 +9,10 @@ import itertools
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image
+from jaxtyping import Bool, UInt8
 
 from moebius_jax.imaging.color import color_shift
-from moebius_jax.imaging.crop import cut, resized_hole
+from moebius_jax.imaging.crop import cut, resized, resized_hole, rounded
 from moebius_jax.imaging.regions import Window
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -58,7 +57,7 @@ class Enlargement:
         self._number = 0
         # Whether or not it is wished for in the end: tiles go on from the fill, and would paint the edge.
         shift = color_shift(image.astype(np.float64), painted.astype(np.float64), hole)
-        self.painted = _rounded(painted + shift)
+        self.painted = rounded(painted + shift)
 
     def next_tiles(self) -> list[Tile]:
         """Goes on to the next size; no tiles when the picture is as large as the window."""
@@ -66,8 +65,7 @@ class Enlargement:
             return []
         side = self._sides.pop(0)
         known, hole = cut(self._rgb, self._window.labels > 0, self._window, side)
-        enlarged = np.asarray(Image.fromarray(self.painted).resize((side, side), Image.Resampling.LANCZOS))
-        self.painted = np.where(hole[..., None], enlarged, known)
+        self.painted = np.where(hole[..., None], resized(self.painted, side), known)
         self._sum = np.zeros((side, side, 3), np.float32)
         self._weight = np.zeros((side, side, 1), np.float32)
         own, tiles = _own_hole(self._window, side), []
@@ -92,7 +90,7 @@ class Enlargement:
         self._missing -= 1
         if self._missing:
             return False
-        mean = _rounded(self._sum / np.maximum(self._weight, np.finfo(np.float32).tiny))
+        mean = rounded(self._sum / np.maximum(self._weight, np.finfo(np.float32).tiny))
         self.painted = np.where(self._weight > 0, mean, self.painted)
         del self._sum, self._weight  # as large as the window, four times
         return True
@@ -112,16 +110,8 @@ def starts(side: int, size: int) -> list[int]:
     return [round(start) for start in np.linspace(0, side - size, number)]
 
 
-def _rounded(levels: Float[np.ndarray, "H W 3"]) -> Rgb:
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-
-
 def _own_hole(window: Window, side: int) -> Bool[np.ndarray, "side side"]:
     """The part of the hole that the window fills, over all of it."""
     own = np.zeros((window.side, window.side), bool)
-    rows, columns = (
-        slice(part.start - start, part.stop - start)
-        for part, start in zip(window.inside, (window.top, window.left), strict=True)
-    )
-    own[rows, columns] = window.hole
+    own[window.covered] = window.hole
     return resized_hole(own, side)

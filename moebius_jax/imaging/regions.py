@@ -40,6 +40,14 @@ class Window:
         )
 
     @property
+    def covered(self) -> tuple[slice, slice]:
+        """Rows and columns of the window that lie in the image: its `inside`, from its own corner."""
+        return tuple(
+            slice(part.start - start, part.stop - start)
+            for part, start in zip(self.inside, (self.top, self.left), strict=True)
+        )
+
+    @property
     def hole(self) -> Hole:
         """The part of the hole that this window fills, over its `inside`."""
         return np.isin(self.labels[self.inside], self.regions)

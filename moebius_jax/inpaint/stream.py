@@ -170,9 +170,8 @@ def inpaint_stream(
             started = _start(sampler, tiles, sampling.refining, batch_size, callback)
         elif rows:
             started = _start(sampler, rows, sampling, batch_size, callback)
-        if running:
-            tiles.extend(_finish(running, options, sampling))
-            tiles = collections.deque(sorted(tiles, key=lambda row: row.job.number))
+        if running and (again := _finish(running, options, sampling)):
+            tiles = collections.deque(sorted((*tiles, *again), key=lambda row: row.job.number))
         running = started
         while jobs and jobs[0].is_done:
             yield jobs.popleft().result()

@@ -1,6 +1,7 @@
 """What the U-Net's levels are built from: residual block, transformer, down- and upsampling."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -53,8 +54,7 @@ class ResidualBlock(nnx.Module):
 
         `shift` comes from `shift()`; of length 1 it is that of all items.
         """
-        call = nnx.remat(ResidualBlock._apply) if self.remat else ResidualBlock._apply
-        return call(self, x, shift, skip)
+        return _recomputed(ResidualBlock._apply, self.remat)(self, x, shift, skip)
 
     def _apply(self, x: Map, shift: Float[Array, "B C"], skip: Map | None) -> Map:
         if skip is not None:
@@ -114,6 +114,11 @@ class TransformerBlock(nnx.Module):
                 setattr(self, name, None)
 
 
+def _recomputed(call: Callable[..., Map], remat: bool) -> Callable[..., Map]:
+    """`call`, or what computes it again in the backward pass."""
+    return nnx.remat(call) if remat else call
+
+
 def _normed(norm: LayerNorm | None, x: Map) -> Map:
     """`norm` of `x`; None is one that became part of the products after it."""
     return x if norm is None else norm(x)
@@ -141,8 +146,7 @@ class Transformer(nnx.Module):
         self.remat = config.remat
 
     def __call__(self, x: Map, context: Any) -> Map:
-        call = nnx.remat(Transformer._apply) if self.remat else Transformer._apply
-        return call(self, x, context)
+        return _recomputed(Transformer._apply, self.remat)(self, x, context)
 
     def prepare(self, context: Float[Array, "B L D"]) -> Any:
         """What a call takes of the context tokens."""
@@ -150,8 +154,7 @@ class Transformer(nnx.Module):
 
     def hidden(self, x: Map, context: Any) -> Map:
         """What `proj_out` multiplies: a call is x + proj_out(hidden(x, context))."""
-        call = nnx.remat(Transformer._hidden) if self.remat else Transformer._hidden
-        return call(self, x, context)
+        return _recomputed(Transformer._hidden, self.remat)(self, x, context)
 
     def _hidden(self, x: Map, context: Any) -> Map:
         return self.block(self.proj_in(self.norm(x)), context)
