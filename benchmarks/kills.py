@@ -69,7 +69,8 @@ def scenarios(work: Path) -> dict[str, Scenario]:
 
     def train(out: Path, port: int, processes: int = 1) -> list[list[str]]:
         command = ["train.py", "configs/debug.py", "--workdir", str(out / "run"), "checkpoint.every=5"]
-        command += ["log.grid_every=0", "loss.terms=task", "vae=none"]
+        command += ["log.grid_every=0", "loss.terms=task", "vae=none", "student.layers_per_block=1"]
+        command += ["student.channels=64", "student.transformers=true"]  # one level: half as long to load
         if processes == 1:
             return [command]
         cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", f"{processes}"]

@@ -2,15 +2,19 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.common import Row, report
 from moebius_jax.cli.arguments import require_positive
 from moebius_jax.cli.terminal import enable_compilation_cache, progress, run
 from moebius_jax.defaults import DTYPES
 from moebius_jax.errors import UserError
 from moebius_jax.files import require_writable
-from moebius_jax.models.precision import auto_dtype
 
+if TYPE_CHECKING:
+    from benchmarks.common import Row
+
+# Of `efficiency.NETWORKS`; --help need not wait for what that imports.
+NAMES = ("student", "teacher", "exp1", "exp2", "exp3", "exp4", "exp5", "exp6", "exp8")
 _DESCRIPTION = """\
 What the student, the teacher and every variant of Table 2 cost at 512 px, batch 1, beside the paper's
 columns.
@@ -35,8 +39,6 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    from benchmarks.efficiency import NETWORKS
-
     parser = argparse.ArgumentParser(
         prog="profile_model.py",
         description=_DESCRIPTION,
@@ -47,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--networks",
         nargs="+",
-        choices=list(NETWORKS),
-        default=list(NETWORKS),
+        choices=NAMES,
+        default=list(NAMES),
         metavar="NAME",
-        help=f"default all: {' '.join(NETWORKS)}",
+        help=f"default all: {' '.join(NAMES)}",
     )
     add("--count-only", action="store_true", help="count parameters and multiply-adds, run nothing")
     add(
@@ -71,13 +73,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    import jax
-
     require_positive(args, "repeats")
     if args.json:
         if args.json.is_dir():
             raise UserError(f"{args.json}: is a folder, expected a file to write")
         require_writable(args.json.parent)  # before the work, not after it
+    import jax
+
+    from benchmarks.common import report
+    from moebius_jax.models.precision import auto_dtype
+
     dtype = args.dtype or jax.numpy.dtype(auto_dtype()).name
     if not args.count_only:
         enable_compilation_cache()
@@ -85,7 +90,7 @@ def _profile(args: argparse.Namespace) -> int:
     return report(rows, args, device=f"{jax.devices()[0].device_kind}, {dtype}; paper: NVIDIA L40S")
 
 
-def _row(name: str, args: argparse.Namespace, dtype: str) -> Row:
+def _row(name: str, args: argparse.Namespace, dtype: str) -> "Row":
     """One network's figures, each beside the paper's."""
     from benchmarks.efficiency import NETWORKS, STEPS, measure, multiply_adds
     from moebius_jax.weights.tensors import count_parameters

@@ -44,6 +44,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 TINY_UNET = UNetConfig.student(
     channels=(32, 64),
     transformers=(True, True),
+    layers_per_block=1,
     num_heads=4,
     latent_size=8,
     embedding_dim=16,

@@ -91,6 +91,10 @@ def test_measure_runs_the_network():
     assert found.xla_flops == pytest.approx(multiply_adds(TINY_UNET).flops, rel=0.5)
 
 
+def test_help_names_every_network():
+    assert NAMES == tuple(NETWORKS)
+
+
 @pytest.mark.slow
 def test_command(capsys, tmp_path):
     file = tmp_path / "out.json"

@@ -1,6 +1,7 @@
 """`evaluate.py` as a person types it: a small model, small pictures, from images to report."""
 
 import csv
+import dataclasses
 import errno
 import json
 import math
@@ -26,10 +27,12 @@ from moebius_jax.cli import evaluate as evaluation_program
 from moebius_jax.cli.evaluate import main
 from moebius_jax.cli.masks import main as draw_masks
 from moebius_jax.evaluation import paint, run
+from moebius_jax.evaluation.benchmark import BenchmarkSettings
 from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.files import partial_of
+from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.weights.tensors import digest
 
 ROOT = Path(__file__).parents[1]
@@ -359,6 +362,14 @@ class TestBenchmark:
         assert [r["label"] for r in report(tmp_path / "steps")["runs"]] == ["steps_2", "steps_3"]
         evaluate("--scheduler-sweep", "--count", 1, output="schedulers")
         assert report(tmp_path / "schedulers")["sweep"] == "scheduler"
+
+    def test_own_images_have_the_models_settings(self, evaluate, loaded, monkeypatch, tmp_path):
+        monkeypatch.setattr(loaded, "defaults", SamplingOptions(num_inference_steps=2, strength=1.0))
+        quick = ("--metrics", "l1", "--no-compilation-cache")
+        assert evaluate("--count", 1, quick=quick)[0] == 0
+        document = report(tmp_path / "out")
+        assert document["runs"][0]["settings"]["sampling"] == dataclasses.asdict(loaded.defaults)
+        assert any("starts from pure noise" in line for line in document["choices"])
 
     def test_departures_from_a_protocol_are_said(self, evaluate, tmp_path):
         status, _, _ = evaluate("--count", 3, "--guidance-scale", 3, protocol="celebahq")
@@ -739,6 +750,22 @@ def test_there_are_eight_protocols_and_the_guidance_of_two():
     for name, scales in GUIDANCE.items():
         scale = PROTOCOLS[name].guidance_scale
         assert scales[scale] == (QUALITY[name][0].fid, QUALITY[name][0].lpips)
+
+
+def test_own_images_are_painted_as_the_model_has_it_and_a_protocols_as_the_paper(tmp_path):
+    own = SamplingOptions(
+        num_inference_steps=1, strength=1.0, scheduler="ddim_trailing", guidance_scale=1.0, refine=0.5
+    )
+
+    def usual(protocol, **asked):
+        settings = {"images": tmp_path, "output": tmp_path, "size": SIZE, "metrics": ("l1",), **asked}
+        return BenchmarkSettings(protocol=PROTOCOLS[protocol], **settings).usual_sampling(own)
+
+    assert usual("custom") == own
+    assert usual("custom", num_inference_steps=1) == own  # at the release's strength, no step
+    assert usual("custom", strength=0.8, num_inference_steps=9).refine == 0.5
+    assert usual("celebahq") == SamplingOptions(guidance_scale=2.0)
+    assert usual("celebahq", strength=1.0) == SamplingOptions(guidance_scale=2.0, strength=1.0)
 
 
 def test_pictures_behind_links_are_found(tmp_path):

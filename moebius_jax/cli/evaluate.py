@@ -191,11 +191,12 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     )
     add("--mask-seed", type=int, default=0, help="default 0")
     add = parser.add_argument_group("sampling").add_argument
-    guidance = protocol.guidance_scale or "the checkpoint's"
-    add("--guidance-scale", type=float, metavar="S", help=f"default {guidance}")
-    add("--num-inference-steps", type=int, metavar="N", help="default 20, whatever the model's own are")
-    add("--strength", type=float, default=0.99, help="share of the steps that is run (default 0.99)")
-    add("--scheduler", metavar="NAME", help="as sample.py's (default ddim)")
+    own, is_published = "the model's own", protocol.guidance_scale is not None
+    add("--guidance-scale", type=float, metavar="S", help=f"default {protocol.guidance_scale or own}")
+    steps, strength, solver = (20, 0.99, "ddim") if is_published else (own, own, own)
+    add("--num-inference-steps", type=int, metavar="N", help=f"default {steps}")
+    add("--strength", type=float, help=f"share of the steps that is run (default {strength})")
+    add("--scheduler", metavar="NAME", help=f"as sample.py's (default {solver})")
     add("--mask-blur", type=float, default=4.0, metavar="PX", help="width of the pasted hole's soft edge")
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")

@@ -24,7 +24,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     )
     add = parser.add_argument
     add("config", help="a file of configs/, or one of your own; FILE:ARGUMENT for those that take one")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="fields to change, e.g. batch_size=32")
     add("--workdir", type=any_location, help="for all the run writes; gs://… too (default: runs/CONFIG)")
     add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
     add("--preview-data", type=local_path, metavar="PNG", help="draw what the network will see, and stop")

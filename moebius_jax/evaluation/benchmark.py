@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from moebius_jax.defaults import DEFAULT_GUIDANCE, PORTRAIT_GUIDANCE
+from moebius_jax.defaults import PORTRAIT_GUIDANCE
 from moebius_jax.diffusion.solvers import SOLVERS
 from moebius_jax.errors import UserError
 from moebius_jax.evaluation.masks import KINDS, MaskSpec
@@ -28,8 +28,9 @@ class BenchmarkSettings(ScoringSettings):
         output: folder for results, masks and report.
         count: the first so many images by name; None is the protocol's number.
         mask_kind, mask_ratio, mask_seed: what masks are drawn from where no set is given.
-        guidance_scale, num_inference_steps, scheduler: None is the protocol's, or the paper's.
-        strength, mask_blur, seed: see `SamplingOptions`, `InpaintOptions`, and the pipeline.
+        guidance_scale, num_inference_steps, scheduler, strength: None is the protocol's, or the paper's (of
+            strength, where it says nothing, the release's); of one's own images, the model's.
+        mask_blur, seed: see `InpaintOptions` and the pipeline.
         guidance_sweep, steps_sweep: values of a sweep, empty for the usual ones; None for no sweep.
         scheduler_sweep: every scheduler.
 
@@ -47,7 +48,7 @@ class BenchmarkSettings(ScoringSettings):
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     scheduler: str | None = None
-    strength: float = SamplingOptions().strength
+    strength: float | None = None
     mask_blur: float = InpaintOptions().mask_blur
     seed: Seed = 0
     guidance_sweep: Sequence[float] | None = None
@@ -73,7 +74,7 @@ class BenchmarkSettings(ScoringSettings):
             raise UserError("guidance_sweep, steps_sweep and scheduler_sweep are one at a time")
         if self.sweep and getattr(self, self.sweep) is not None:
             raise UserError(f"--{self.sweep.replace('_', '-')} has no place in a sweep over it; leave it out")
-        self.variations(self.protocol.guidance_scale or DEFAULT_GUIDANCE)  # whether they can be run
+        self.variations(SamplingOptions(strength=1.0))  # whether a model can run them at all
 
     @property
     def mask_spec(self) -> MaskSpec:
@@ -94,19 +95,16 @@ class BenchmarkSettings(ScoringSettings):
             return "num_inference_steps"
         return "scheduler" if self.scheduler_sweep else None
 
-    def usual_sampling(self, guidance: float) -> SamplingOptions:
-        """The settings without a sweep; with this guidance scale unless another is asked for."""
-        steps = self.num_inference_steps
-        return SamplingOptions(
-            num_inference_steps=PAPER["num_inference_steps"] if steps is None else steps,
-            guidance_scale=guidance if self.guidance_scale is None else self.guidance_scale,
-            strength=self.strength,
-            scheduler=self.scheduler or PAPER["scheduler"],
-        )
+    def usual_sampling(self, own: SamplingOptions) -> SamplingOptions:
+        """The settings without a sweep, of a model whose own are `own`: a published protocol has others."""
+        if self.protocol.guidance_scale is not None:
+            own = SamplingOptions(**PAPER, guidance_scale=self.protocol.guidance_scale)
+        names = ("guidance_scale", "num_inference_steps", "scheduler", "strength")
+        return own.changed(**{name: getattr(self, name) for name in names})
 
-    def variations(self, guidance: float) -> list[tuple[str, SamplingOptions]]:
+    def variations(self, own: SamplingOptions) -> list[tuple[str, SamplingOptions]]:
         """The settings to run, each with a label that is a folder's name; "" where there is no sweep."""
-        usual = self.usual_sampling(guidance)
+        usual = self.usual_sampling(own)
         if self.sweep is None:
             return [("", usual)]
         scales = GUIDANCE["celebahq" if usual.guidance_scale == PORTRAIT_GUIDANCE else "places2_test"]

@@ -74,7 +74,7 @@ def _setting_departures(settings: BenchmarkSettings) -> list[str]:
     return lines + [
         f"{name.replace('_', ' ')} {given[name]}, our default is {value} (the paper names none)"
         for name, value in _OURS.items()
-        if given[name] != value
+        if given[name] not in (None, value)
     ]
 
 

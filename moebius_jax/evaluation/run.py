@@ -154,10 +154,8 @@ class Benchmark:
         """
         settings = self._settings
         model = _model_facts(name, pipeline)
-        guidance = settings.protocol.guidance_scale or pipeline.defaults.guidance_scale
-        plans = [
-            self._plan(label, sampling, pipeline, model) for label, sampling in settings.variations(guidance)
-        ]
+        own = pipeline.defaults
+        plans = [self._plan(label, sampling, pipeline, model) for label, sampling in settings.variations(own)]
         runs: list[Run] = []
         for plan in plans:
             looked_at = plan.cases if self._scorer else plan.cases[process::processes]
@@ -173,7 +171,7 @@ class Benchmark:
                 )
         if not runs:
             return None
-        usual = settings.usual_sampling(guidance)
+        usual = settings.usual_sampling(own)
         shown = next((i for i, plan in enumerate(plans) if plan.sampling == usual), 0)
         return EvaluationReport.of(
             runs,
