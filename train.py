@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moebius_jax.buckets import Outbox, is_bucket, reaching
+from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.cli.terminal import enable_compilation_cache, exit_without_extra, require_extra, run
 from moebius_jax.cli.train import parse
 
@@ -52,6 +52,7 @@ from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import sole_user
 from moebius_jax.hardware import peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
+from moebius_jax.outbox import Outbox
 from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings, with_mesh
 from moebius_jax.training.aot import report_aot
 from moebius_jax.training.batches import abstract_batch, check_batch, check_encoder, encoded, to_devices

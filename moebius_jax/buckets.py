@@ -1,8 +1,6 @@
-"""Folders in buckets of Google's storage (gs://bucket/…): read where they lie, written from this machine.
+"""Files and folders in buckets of Google's storage, gs://bucket/…: addresses, listings, copies, objects.
 
-An object has its name only when all of it is there; of a folder of objects that is not so. What says what a
-folder is (`config.json`, `latents.json`) is therefore sent last, and taken away first; what says whose
-results come one by one (`run.json`) is sent first.
+Folders are written by `moebius_jax.outbox`.
 """
 
 import contextlib
@@ -12,9 +10,8 @@ import io
 import logging
 import os
 import posixpath
-import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,9 @@ import numpy as np
 from moebius_jax import files
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import AlreadyThere, partial_of, require_local
+from moebius_jax.parallel import for_each
 
 SCHEME = "gs://"
-_AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
-FIRST = ("run.json",)  # of a folder: results without it are nobody's
-LAST = ("SHA256SUMS", "masks.json", "latents.json", "config.json", "pipeline.json")  # in this order
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -91,7 +86,7 @@ def reaching(path: str | Path) -> Iterator[None]:
 
 def forget_listings() -> None:
     """What was seen in buckets so far is asked for anew: other processes write there too."""
-    _storage().invalidate_cache()
+    storage().invalidate_cache()
 
 
 def files_below(folder: Path) -> dict[str, tuple[Any, ...]]:
@@ -105,7 +100,7 @@ def files_below(folder: Path) -> dict[str, tuple[Any, ...]]:
     with reaching(folder):
         forget_listings()
         # A listing that was kept would be a thousand bytes an object, for millions of them.
-        found = _storage().find(address, detail=True, update_cache=False)
+        found = storage().find(address, detail=True, update_cache=False)
     return {
         name.removeprefix(inside).lstrip("/"): (entry.get("size"), entry.get("md5Hash") or entry.get("etag"))
         for name, entry in sorted(found.items())
@@ -130,20 +125,24 @@ def fetched(path: str | Path) -> Path:
     found = files_below(path)
     if not found:
         raise UserError(f"{path}: no such file or folder")
-    _require_inside(path, found)
+    require_inside(path, found)
     digest = hashlib.sha256(repr((str(path), found)).encode()).hexdigest()
     copy = _cache() / digest[:16] / path.name
     if not copy.exists():
         is_file = list(found) == [""]
         with contextlib.suppress(FileExistsError), _copying(copy, is_file) as partial, reaching(path):
-            for name in found:
-                dest = partial / name if name else partial
-                dest.parent.mkdir(parents=True, exist_ok=True)
-                _storage().get_file(str(path / name if name else path), str(dest))
+            for_each(lambda name: get(f"{path}/{name}".rstrip("/"), partial / name), found)
     return copy
 
 
-def _require_inside(folder: Path, names: Iterable[str]) -> None:
+def get(address: str, dest: Path) -> None:
+    """Copies an object to a file of this machine, whose folder is made."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    storage().get_file(address, str(dest))
+
+
+def require_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError if a name leads out of its folder."""
     if leading := [name for name in names if ".." in name.split("/")]:
         raise UserError(f"{folder}: holds {leading[0]!r}, which leads out of it")
 
@@ -168,7 +167,7 @@ def write_object(path: Path, content: bytes, *, overwrite: bool) -> None:
     """
     with reaching(path):
         try:
-            _storage().pipe_file(str(path), content, mode="overwrite" if overwrite else "create")
+            storage().pipe_file(str(path), content, mode="overwrite" if overwrite else "create")
         except FileExistsError:
             raise AlreadyThere(path) from None
 
@@ -185,135 +184,8 @@ def move(source: Path, dest: Path) -> None:
         return
     with reaching(source):
         forget_listings()
-        _storage().mv(str(source), str(dest), recursive=True)
+        storage().mv(str(source), str(dest), recursive=True)
         forget_listings()
-
-
-class Outbox:
-    """What a run writes, for a folder that may be in a bucket.
-
-    Args:
-        dest: the run's folder.
-
-    Attributes:
-        folder: where to write: `dest`, or for a bucket a folder of this machine until `send`.
-    """
-
-    def __init__(self, dest: Path) -> None:
-        self._dest, self._sent = dest, {}
-        self.folder = Path(tempfile.mkdtemp(prefix="moebius-")) if is_bucket(dest) else dest
-
-    def take(self, sets: Mapping[str, str]) -> None:
-        """Takes what is in the bucket already; it is sent again only where it changes.
-
-        Args:
-            sets: subfolders that are nothing without a file of theirs, which is sent last: what was
-                interrupted on its way there is not taken.
-
-        Raises:
-            UserError: the bucket cannot be reached, or holds a file in the folder's place, or a name that
-                leads elsewhere.
-        """
-        if not is_bucket(self._dest):
-            return
-        names = files_below(self._dest)
-        if "" in names:
-            raise UserError(f"{self._dest}: is a file, expected a folder")
-        _require_inside(self._dest, names)
-        halves = [f"{folder}/" for folder, mark in sets.items() if f"{folder}/{mark}" not in names]
-        with reaching(self._dest):
-            for name in names:
-                if name.startswith(tuple(halves)):
-                    continue
-                dest = self.folder / name
-                dest.parent.mkdir(parents=True, exist_ok=True)
-                _storage().get_file(f"{self._dest}/{name}", str(dest))
-                self._sent[name] = _state(dest)
-
-    def send(self, *, anew: str | None = None) -> None:
-        """Sends what has changed since it was last sent. Where nothing is in a bucket, it does nothing.
-
-        Args:
-            anew: a subfolder, "" for all; what was in its place before is removed first.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        if not is_bucket(self._dest):
-            return
-        with reaching(self._dest):
-            if anew is not None:
-                self._remove(anew)
-            written = (path for path in self.folder.rglob("*") if not self._is_hidden(path))
-            for path in sorted(filter(Path.is_file, written), key=lambda path: (_rank(path.name), path)):
-                name, now = path.relative_to(self.folder).as_posix(), _state(path)
-                if self._sent.get(name) != now:
-                    self._send(path, f"{self._dest}/{name}")
-                    self._sent[name] = now
-
-    def close(self) -> None:
-        """Forgets what was written on this machine."""
-        if is_bucket(self._dest):
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _is_hidden(self, path: Path) -> bool:
-        """What is being written has a name that begins with a dot, or is in such a folder."""
-        return any(part[0] == "." for part in path.relative_to(self.folder).parts)
-
-    def _send(self, path: Path, address: str) -> None:
-        if path.name in FIRST:
-            content = path.read_bytes()
-            try:
-                _storage().pipe_file(address, content, mode="create")
-            except FileExistsError:
-                if _storage().cat_file(address) != content:
-                    raise AlreadyThere(address, "another process began with other settings") from None
-        elif path.stat().st_size > _AT_ONCE:
-            _storage().put_file(str(path), address)
-        else:  # as it is now: events are being added to their file meanwhile
-            _storage().pipe_file(address, path.read_bytes())
-
-    def _remove(self, subfolder: str) -> None:
-        below = f"{subfolder}/" if subfolder else ""
-        names = files_below(self._dest / subfolder)
-        for name in sorted(names, key=lambda name: (-_rank(name.rpartition("/")[2]), name)):
-            _storage().rm_file(f"{self._dest}/{below}{name}")
-        self._sent = {k: v for k, v in self._sent.items() if not k.startswith(below)}
-
-
-@contextlib.contextmanager
-def folder_for(dest: Path, *, overwrite: bool, ours: Collection[str]) -> Iterator[Path]:
-    """Yields a folder of this machine to fill, which becomes `dest`, here or in a bucket, at the end.
-
-    Arguments and errors: see `files.replace_when_complete`; but in a bucket the old is taken away before the
-    new is sent. What was interrupted on its way is replaced; what cannot be sent stays here.
-    """
-    if not is_bucket(dest):
-        with files.replace_when_complete(dest, overwrite=overwrite, ours=ours) as partial:
-            partial.mkdir()
-            yield partial
-        return
-    _require_replaceable(dest, overwrite, ours)
-    require_writable(dest)
-    outbox = Outbox(dest)
-    try:
-        yield outbox.folder
-    except BaseException:
-        outbox.close()
-        raise
-    try:
-        _require_replaceable(dest, overwrite, ours)  # another process may have been faster
-        outbox.send(anew="")
-    except UserError as error:
-        raise UserError(f"{error}; what was to be sent is in {outbox.folder}") from None
-    outbox.close()
-
-
-def _require_replaceable(dest: Path, overwrite: bool, ours: Collection[str]) -> None:
-    found = files_below(dest)
-    if set(LAST) & set(found) and not overwrite:
-        raise AlreadyThere(dest)
-    files.require_nothing_else(dest, found, ours)
 
 
 class ArrayInBucket:
@@ -334,7 +206,7 @@ class ArrayInBucket:
     def __init__(self, path: Path) -> None:
         self._path = str(path)
         with reaching(path):
-            is_there = _storage().exists(self._path)
+            is_there = storage().exists(self._path)
         if not is_there:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path.name)
         head = io.BytesIO(self._read(0, 1 << 12))
@@ -365,20 +237,11 @@ class ArrayInBucket:
 
     def _read(self, start: int, end: int) -> bytes:
         with reaching(self._path):
-            return _storage().cat_file(self._path, start=start, end=end)
+            return storage().cat_file(self._path, start=start, end=end)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _rank(name: str) -> int:
-    return -1 if name in FIRST else LAST.index(name) + 1 if name in LAST else 0
-
-
-def _storage() -> Any:
-    """The one that epath uses, and with it Orbax: what one has written the other sees at once."""
+def storage() -> Any:
+    """The file system that epath uses, and with it Orbax: what one has written the other sees at once."""
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,8 @@ from test_cli_train import LIMIT_S, ROOT
 from test_processes import free_port
 
 from moebius_jax import buckets
-from moebius_jax.buckets import ArrayInBucket, Outbox, fetched, joined, location
+from moebius_jax import outbox as outbox_module
+from moebius_jax.buckets import ArrayInBucket, fetched, joined, location
 from moebius_jax.cli import elsewhere
 from moebius_jax.cli.cache_latents import main as cache_latents
 from moebius_jax.cli.elsewhere import worked_on_here
@@ -36,6 +38,7 @@ from moebius_jax.data.samples import LatentSample
 from moebius_jax.errors import UserError
 from moebius_jax.imaging.picture import read_picture, write_image
 from moebius_jax.inpaint.model_folder import find_model
+from moebius_jax.outbox import Outbox, folder_for
 from moebius_jax.training.result import require_room_for_model
 from moebius_jax.weights.folder import load_numpy
 from moebius_jax.weights.load import load_vae
@@ -59,7 +62,7 @@ def emulator(tmp_path_factory):
 def storage(emulator, monkeypatch, tmp_path):  # noqa: ARG001 (has to run)
     """The bucket, empty, and a cache of this test's own."""
     monkeypatch.setattr(buckets, "_cache", lambda: tmp_path / "cache")
-    found = buckets._storage()
+    found = buckets.storage()
     for name in found.find(BUCKET):
         found.rm_file(name)
     return found
@@ -151,6 +154,14 @@ class TestFetched:
         with pytest.raises(UserError, match=r"^gs://bucket/net: cannot be reached \(connection reset\)$"):
             fetched(f"{BUCKET}/net")
         assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+    def test_several_at_a_time(self, storage, monkeypatch):
+        for name in "ab":
+            storage.pipe(f"{BUCKET}/net/{name}", name.encode())
+        both, get = threading.Barrier(2, timeout=20), storage.get_file
+        monkeypatch.setattr(storage, "get_file", lambda *args: both.wait() * 0 or get(*args))
+        copy = fetched(f"{BUCKET}/net")
+        assert [(copy / name).read_text() for name in "ab"] == ["a", "b"]
 
     def test_same_content_at_another_place(self, storage):
         for place in "ab":
@@ -334,6 +345,22 @@ class TestOutbox:
         outbox.send(anew="model")
         assert set(names(storage, "run")) == model
 
+    def test_what_says_what_it_is_comes_first_or_last(self, storage, outbox, monkeypatch):
+        real, begun, ended = storage.pipe_file, [], []
+
+        def noted(address, *args, **options):
+            begun.append((address.removeprefix(f"{BUCKET}/run/"), len(ended)))
+            real(address, *args, **options)
+            ended.append(address)
+
+        monkeypatch.setattr(storage, "pipe_file", noted)
+        self.write(outbox, "z/run.json", "a/config.json", "a/pipeline.json", *"bcdefghijklm")
+        outbox.send()
+        assert begun[0] == ("z/run.json", 0)
+        assert {name for name, _ in begun[1:13]} == {*"bcdefghijklm"}
+        assert begun[1][1] == 1  # none began before that was there
+        assert begun[13:] == [("a/config.json", 13), ("a/pipeline.json", 14)]  # nor these before all others
+
     def fail(self, patch, storage, method, at):
         real, calls = getattr(storage, method), []
 
@@ -372,7 +399,7 @@ class TestOutbox:
             require_room_for_model(run)
 
     def test_what_is_large_is_sent_from_disk(self, storage, outbox, monkeypatch):
-        monkeypatch.setattr(buckets, "_AT_ONCE", 3)
+        monkeypatch.setattr(outbox_module, "_AT_ONCE", 3)
         monkeypatch.setattr(storage, "pipe_file", None)
         self.write(outbox, "large")
         outbox.send()
@@ -397,7 +424,7 @@ class TestFolderFor:
     OURS = ("latents.json", "x.npy")
 
     def fill(self, dest, content="new", **options):
-        with buckets.folder_for(dest, ours=self.OURS, **options) as folder:
+        with folder_for(dest, ours=self.OURS, **options) as folder:
             for name in self.OURS:
                 (folder / name).write_text(content)
 

@@ -7,7 +7,7 @@ from conftest import TINY_UNET
 
 from benchmarks.efficiency import NETWORKS, measure, multiply_adds
 from benchmarks.multiply_adds import count
-from benchmarks.profile import main
+from benchmarks.profile import NAMES, main
 from moebius_jax.weights.tensors import count_parameters
 
 
@@ -92,7 +92,7 @@ def test_measure_runs_the_network():
 
 
 def test_help_names_every_network():
-    assert NAMES == tuple(NETWORKS)
+    assert tuple(NETWORKS) == NAMES
 
 
 @pytest.mark.slow

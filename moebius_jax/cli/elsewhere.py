@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moebius_jax.buckets import Outbox, fetched, is_bucket, require_writable
+from moebius_jax.buckets import fetched, is_bucket, require_writable
 from moebius_jax.errors import UserError
 from moebius_jax.files import AlreadyThere
+from moebius_jax.outbox import Outbox
 
 _EVERY_S = 30.0  # what a program that is killed has done since is done again
 Track = Callable[..., Iterable[Any]]

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moebius_jax.buckets import folder_for
 from moebius_jax.data.config import open_dataset
 from moebius_jax.data.latent_cache import CHECKSUMS, FILES, INDEX, CacheInfo, CacheWriter
 from moebius_jax.data.loader import Loader
 from moebius_jax.data.samples import LatentSample
+from moebius_jax.outbox import folder_for
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import check_encoder, encoded, encoder_digest, to_devices
 from moebius_jax.training.config import TrainConfig
