@@ -167,7 +167,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    torch.set_num_threads(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count())
+    torch.set_num_threads(os.cpu_count())
 
     def build(dtype: str) -> UNet:
         dtypes = {"dtype": jnp.dtype(dtype), "stream_dtype": jnp.dtype(dtype)}
@@ -178,10 +178,8 @@ def main() -> int:
         return network
 
     studies = {"half": half, "speed": functools.partial(speed, repeats=args.repeats)}
-    for name, study in studies.items():
-        if args.only in (None, name):
-            report(study(build), args)
-    return 0
+    rows = [row for name, study in studies.items() if args.only in (None, name) for row in study(build)]
+    return report(rows, args)
 
 
 if __name__ == "__main__":

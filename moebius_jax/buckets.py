@@ -11,7 +11,8 @@ import logging
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import numpy as np
 from moebius_jax import files
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import AlreadyThere, partial_of, require_local
-from moebius_jax.parallel import for_each
 
 SCHEME = "gs://"
+_AT_A_TIME = 8  # objects on their way
 
 
 def is_bucket(path: str | Path) -> bool:
@@ -131,11 +132,18 @@ def fetched(path: str | Path) -> Path:
     if not copy.exists():
         is_file = list(found) == [""]
         with contextlib.suppress(FileExistsError), _copying(copy, is_file) as partial, reaching(path):
-            for_each(lambda name: get(f"{path}/{name}".rstrip("/"), partial / name), found)
+            for_each(lambda name: copy_object(f"{path}/{name}".rstrip("/"), partial / name), found)
     return copy
 
 
-def get(address: str, dest: Path) -> None:
+def for_each(call: Callable[[str], object], names: Iterable[str]) -> None:
+    """Calls for every name, eight at a time; when one fails, those that have not begun are left out."""
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(call, names):
+            pass
+
+
+def copy_object(address: str, dest: Path) -> None:
     """Copies an object to a file of this machine, whose folder is made."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     storage().get_file(address, str(dest))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from moebius_jax import files
 from moebius_jax.buckets import (
+    copy_object,
     files_below,
-    get,
+    for_each,
     is_bucket,
     reaching,
     require_inside,
@@ -24,7 +25,6 @@ from moebius_jax.buckets import (
 )
 from moebius_jax.errors import UserError
 from moebius_jax.files import AlreadyThere
-from moebius_jax.parallel import for_each
 
 _AT_ONCE = 1 << 28  # bytes of a file that are held in memory while it is sent
 FIRST = ("run.json",)  # of a folder: results without it are nobody's
@@ -65,7 +65,7 @@ class Outbox:
         halves = [f"{folder}/" for folder, mark in sets.items() if f"{folder}/{mark}" not in names]
 
         def take(name: str) -> None:
-            get(f"{self._dest}/{name}", self.folder / name)
+            copy_object(f"{self._dest}/{name}", self.folder / name)
             self._sent[name] = _state(self.folder / name)
 
         with reaching(self._dest):
@@ -85,9 +85,8 @@ class Outbox:
         with reaching(self._dest):
             if anew is not None:
                 self._remove(anew)
-            written = [path for path in self.folder.rglob("*") if not self._is_hidden(path)]
-            files = (path for path in written if path.is_file())
-            for names in _ranked(path.relative_to(self.folder).as_posix() for path in files):
+            written = (p for p in self.folder.rglob("*") if not self._is_hidden(p) and p.is_file())
+            for names in _ranked(path.relative_to(self.folder).as_posix() for path in written):
                 for_each(self._send_new, names)
 
     def close(self) -> None:

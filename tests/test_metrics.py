@@ -101,12 +101,12 @@ class TestFid:
         """From pixels to the figure."""
         from pytorch_fid.fid_score import calculate_frechet_distance
 
-        sets = [pictures(12, seed=1), blurred(pictures(12, seed=2), 2)]
+        sets = [pictures(24, seed=1), blurred(pictures(24, seed=2), 2)]
         network = reference.seeded_inception(monkeypatch)
-        nothing = np.zeros((12, SIZE, SIZE), bool)
+        nothing = np.zeros((24, SIZE, SIZE), bool)
         with torch.no_grad():
-            t = [network(reference.to_torch(s))[0][:, ::256, 0, 0].numpy() for s in sets]
-        s = [np.asarray(features(s, nothing)[0])[:, ::256] for s in sets]
+            t = [network(reference.to_torch(s))[0][:, ::128, 0, 0].numpy() for s in sets]
+        s = [np.asarray(features(s, nothing)[0])[:, ::128] for s in sets]
         # Their root is that of a regular matrix only where there are more images than features.
         ours, theirs = (frechet_distance(*s), calculate_frechet_distance(*moments(*t)))
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     lines = [
         f"  {p.name:14} {p.count:,} images, {p.size} px; masks: {p.masks_like}"
         for p in PROTOCOLS.values()
-        if p.count
+        if p.is_published
     ]
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe(protocol: Protocol) -> str:
     text = f"{protocol.title}: {protocol.dataset}, {protocol.size} px. Masks: {protocol.masks_like}."
-    return text if protocol.count is None else f"{text} Released weights: {protocol.variant}."
+    return f"{text} Released weights: {protocol.variant}." if protocol.is_published else text
 
 
 def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> None:
@@ -191,9 +191,9 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     )
     add("--mask-seed", type=int, default=0, help="default 0")
     add = parser.add_argument_group("sampling").add_argument
-    own, is_published = "the model's own", protocol.guidance_scale is not None
+    own = "the model's own"
     add("--guidance-scale", type=float, metavar="S", help=f"default {protocol.guidance_scale or own}")
-    steps, strength, solver = (20, 0.99, "ddim") if is_published else (own, own, own)
+    steps, strength, solver = (20, 0.99, "ddim") if protocol.is_published else (own, own, own)
     add("--num-inference-steps", type=int, metavar="N", help=f"default {steps}")
     add("--strength", type=float, help=f"share of the steps that is run (default {strength})")
     add("--scheduler", metavar="NAME", help=f"as sample.py's (default {solver})")

@@ -97,7 +97,7 @@ class BenchmarkSettings(ScoringSettings):
 
     def usual_sampling(self, own: SamplingOptions) -> SamplingOptions:
         """The settings without a sweep, of a model whose own are `own`: a published protocol has others."""
-        if self.protocol.guidance_scale is not None:
+        if self.protocol.is_published:
             own = SamplingOptions(**PAPER, guidance_scale=self.protocol.guidance_scale)
         names = ("guidance_scale", "num_inference_steps", "scheduler", "strength")
         return own.changed(**{name: getattr(self, name) for name in names})

@@ -54,7 +54,7 @@ def departures(
         lines.append(f"{count:,} images, the protocol has {protocol.count:,}")
     if count < found:
         lines.append(f"the first {count:,} by name of {found:,} images")
-    if protocol.count:
+    if protocol.is_published:
         lines += _setting_departures(settings)
         lines += _mask_departures(protocol.masks, masks, inputs.ratios)
         lines += _model_departures(protocol, model, network)

@@ -36,6 +36,11 @@ class Protocol:
     variant: str | None
     guidance_scale: float | None = DEFAULT_GUIDANCE
 
+    @property
+    def is_published(self) -> bool:
+        """Whether it is one of the paper's, with settings of its own."""
+        return self.count is not None
+
 
 _HALF = MaskSpec(kind="lama_medium", min_ratio=0.4, max_ratio=0.5)
 _LARGE, _SMALL = MaskSpec(kind="mat_large"), MaskSpec(kind="mat_small")
