@@ -185,8 +185,8 @@ def make_update(
 
 def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
     # ------------------------------------------------------------------ configuration and devices
-    overrides = [*args.overrides, *([f"data.kind={args.dataset}"] if args.dataset else [])]
-    config = load_config(args.config, overrides)
+    short = [f"data.kind={args.dataset}"] * bool(args.dataset) + ["verify=false"] * args.no_verify
+    config = load_config(args.config, [*args.overrides, *short])
     join_given_cluster(args.distributed, args.coordinator, args.num_processes, args.process_id)
     held.enter_context(company)
     if args.print_config:
@@ -248,7 +248,9 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
 
     # ------------------------------------------------------------------ restore, or begin
     require_memory(shapes)
-    checkpoints = RunCheckpoints(workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"))
+    checkpoints = RunCheckpoints(
+        workdir, config.checkpoint, warn=lambda m: say(f"warning: {m}"), verify=config.verify
+    )
     restored = checkpoints.restore(shapes, describe(config))
     if restored:
         state, samples = restored

@@ -230,7 +230,7 @@ def main() -> int:
                 moment = rng.uniform(0, duration)
                 if problem := trial(scenario, out, reference, moment, int(rng.integers(16))):
                     wrong.append(problem)
-                    print(f"{name}, kill {i}: {problem}", file=sys.stderr, flush=True)
+                print(f"{name}, kill {i}: {problem or 'equal'}", file=sys.stderr, flush=True)
                 shutil.rmtree(out)
             shutil.rmtree(reference)
             row = {"command": name, "kills": share, "undisturbed s": duration, "unequal": len(wrong)}

@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks.common import parser, report, told
 from benchmarks.learn_config import get_config
+from moebius_jax.imaging.picture import open_image
 
 ROOT = Path(__file__).parents[1]
 TILE, SIZE = 96, 64
@@ -55,7 +56,7 @@ def prepare(args: argparse.Namespace) -> None:
     pictures = [
         p for folder in args.photos for p in sorted(folder.rglob("*")) if p.suffix in (".jpg", ".png")
     ]
-    arrays = {p.stem: np.asarray(Image.open(p).convert("RGB")) for p in pictures}
+    arrays = {p.stem: np.asarray(open_image(p).convert("RGB")) for p in pictures}
     arrays |= {n: getattr(skimage.data, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
     rng = np.random.default_rng(0)
     for i, (name, array) in enumerate(sorted(arrays.items())):
@@ -75,7 +76,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def tiles(folder: Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
+    return np.stack([np.asarray(open_image(p)) for p in sorted(folder.glob("*.png"))])
 
 
 def train_vae(args: argparse.Namespace) -> None:

@@ -64,7 +64,8 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
 
         def _answer(self, *, body: bool) -> None:
             log.append(f"{self.command} {self.path}")
-            headers = {"X-Repo-Commit": COMMIT}
+            asked = match[2] if (match := _RESOLVE.match(self.path)) else ""
+            headers = {"X-Repo-Commit": asked if re.fullmatch("[0-9a-f]{40}", asked) else COMMIT}
             if match := _INFO.match(self.path):
                 status = 200 if (root / match[1]).is_dir() else 404
                 files = [{"rfilename": name} for name in _files(root / match[1])]
@@ -72,6 +73,9 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 headers |= {} if status == 200 else {"X-Error-Code": "RepoNotFound"}
             elif (match := _TREE.match(self.path)) and (root / match[1]).is_dir():
                 status, content = 200, json.dumps(_tree(root / match[1])).encode()
+            elif asked == "nowhere":
+                status, content = 404, b""
+                headers["X-Error-Code"] = "RevisionNotFound"
             elif (match := _RESOLVE.match(self.path)) and (root / match[1]).is_dir():
                 file = root / match[1] / match[3]
                 status = 200 if file.is_file() else 404

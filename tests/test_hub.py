@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import synth
-from hub_server import COMMIT, serve
+from hub_server import serve
 from safetensors.numpy import save_file
 
 from moebius_jax import UserError
+from moebius_jax.weights import hub
 from moebius_jax.weights.hub import _require_sound
 
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
 FETCH = "from moebius_jax.weights import hub; print(hub.fetch({!r}, {!r}))"
+RELEASED = hub.PINNED["hustvl/Moebius"]
 
 
 def run(code_or_args, home, endpoint, **changes):
@@ -76,10 +78,10 @@ def test_fetched_and_converted_once(server, home):
     first = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, endpoint)
     assert first.returncode == 0, first.stderr
     folder = Path(last_line(first.stdout))
-    assert folder == home / "moebius-jax/hustvl--Moebius" / COMMIT / "ft_ffhq"
-    assert json.loads((folder / "config.json").read_text())["source"]["commit"] == COMMIT
+    assert folder == home / "moebius-jax/hustvl--Moebius" / RELEASED / "ft_ffhq"
+    assert json.loads((folder / "config.json").read_text())["source"]["commit"] == RELEASED
     written = (folder / "config.json").stat().st_mtime_ns
-    assert any(line.startswith("GET /hustvl/Moebius/resolve/main/ft_ffhq") for line in log)
+    assert any(line.startswith(f"GET /hustvl/Moebius/resolve/{RELEASED}/ft_ffhq") for line in log)
     log.clear()
     second = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), home, endpoint)
     assert last_line(second.stdout) == str(folder)
@@ -112,12 +114,16 @@ def test_offline_uses_the_cache(server, home):
 def test_a_pipeline_from_the_hub(server, home):
     code = (
         "from moebius_jax import MoebiusInpaintPipeline as P; import numpy as np;"
-        "p = P.from_pretrained('hustvl/Moebius', variant='ft_ffhq');"
+        "p = P.from_pretrained('hustvl/Moebius', variant='ft_ffhq', revision='main');"
         "print(p.defaults.guidance_scale, p.sampler.image_size)"
     )
-    result = run(code, home, server[0])
+    endpoint, log = server
+    log.clear()
+    result = run(code, home, endpoint)
     assert result.returncode == 0, result.stderr
     assert last_line(result.stdout) == "2.0 256"
+    assert any("/hustvl/Moebius/resolve/main/ft_ffhq" in line for line in log)
+    assert not any("/hustvl/PixelHacker/resolve/main" in line for line in log), "the VAE stays pinned"
 
 
 PUSH = """
@@ -182,7 +188,7 @@ def pictures(photo, mask, tmp_path):
         (
             ["--variant", "ft_cats"],
             {},
-            "error: hustvl/Moebius: has no ft_cats/diffusion_pytorch_model.bin; the released",
+            "error: hustvl/Moebius: has no ft_cats/diffusion_pytorch_model.bin at cd01f47fb648; the released",
         ),
         (["--model", "hustvl/Nothing"], {}, "error: hustvl/Nothing: no such repository at http://127.0.0.1"),
         (
@@ -195,6 +201,7 @@ def pictures(photo, mask, tmp_path):
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
             "error: hustvl/Moebius: the Hub cannot be reached",
         ),
+        (["--revision", "nowhere"], {}, "error: hustvl/Moebius: has no revision nowhere; expected"),
         (["--model", "a/b/c"], {}, "error: a/b/c: neither a folder nor a Hub repository"),
     ],
 )
@@ -211,7 +218,7 @@ def test_offline_message_says_what_to_fetch_and_where_to_put_it(home, pictures):
     named = [*pictures, "--model", "hustvl/Moebius"]
     result = run(named, home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     line = last_line(result.stderr)
-    assert "/hustvl/Moebius/resolve/main/pretrained/diffusion_pytorch_model.bin" in line
+    assert f"/hustvl/Moebius/resolve/{RELEASED}/pretrained/diffusion_pytorch_model.bin" in line
     assert "convert_weights.py FILE DEST" in line
 
 

@@ -3,6 +3,7 @@
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,10 @@ class TestPictures:
             with pytest.raises(UserError, match=r"photo\.png: not an image of a kind that is read"):
                 read(tmp_path / "photo.png")
         assert not started
+        top = Path(__file__).parents[1]
+        files = [p for part in ("moebius_jax", "benchmarks", "examples") for p in (top / part).rglob("*.py")]
+        opening = [p.name for p in [*files, *top.glob("*.py")] if "Image.open(" in p.read_text()]
+        assert opening == ["picture.py"], "open_image is for everyone"
 
     def test_alpha_passes_through(self, photo, tmp_path):
         alpha = np.arange(80 * 112, dtype=np.uint32).reshape(80, 112).astype(np.uint8)

@@ -516,6 +516,12 @@ def test_networks_in_folders_are_the_same_networks(tmp_path):
             assert ours.sharding == tensor_sharding(mesh, value.shape)
     with pytest.raises(UserError, match="is no U-Net"):
         load_frozen(config.replace(teacher=str(tmp_path / "metric")), mesh)
+    for name in ("metric", "teacher"):
+        with (tmp_path / name / "config.json").open("a") as file:
+            file.write("\n")
+        with pytest.raises(UserError, match=f"{name}/config.json: not what was written"):
+            load_frozen(folders, mesh)
+    assert load_frozen(folders.replace(verify=False), mesh)
 
 
 def test_a_start_of_another_architecture_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from PIL import Image
 
 from moebius_jax.data.random_masks import mask_generator
 from moebius_jax.evaluation.metrics.lpips import IMAGENET_SCALE, IMAGENET_SHIFT, load_weights
+from moebius_jax.imaging.picture import open_image
 from moebius_jax.models import VAE, VAEConfig
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.sharding import make_mesh
@@ -90,7 +91,7 @@ def main() -> int:
 
 def load(folder: Path) -> np.ndarray:
     paths = sorted(folder.glob("*.png"))
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+    return np.stack([np.asarray(open_image(path)) for path in paths])
 
 
 def crops(squares: np.ndarray, rng: np.random.Generator) -> np.ndarray:

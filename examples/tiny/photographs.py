@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moebius_jax.imaging.picture import open_image
+
 TABLE = Path(__file__).with_name("photographs.tsv")
 SIDE = 128  # pixels of a square
 SQUARES = {"train": 160, "held_out": 16}  # of each photograph
@@ -48,7 +50,7 @@ def main() -> int:
             whole = work / "held_out_photographs"
             whole.mkdir(exist_ok=True)
             shutil.copy(path, whole / f"{stem}{path.suffix}")
-        with Image.open(path) as image:
+        with open_image(path) as image:
             squares = cut(image.convert("RGB"), SQUARES[photograph["split"]], zlib.crc32(stem.encode()))
         for k in reversed(range(len(squares))):  # number 0 last: it says that all are there
             squares[k].save(folder / f"{stem}_{k:03d}.png")

@@ -20,6 +20,9 @@ from moebius_jax.files import require_local
 if TYPE_CHECKING:
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
+# Help of arguments that more than one program adds by itself.
+REVISION = "branch, tag or commit of the model's Hub repository (default: the released one, elsewhere main)"
+
 
 def add_model_arguments(
     parser: argparse.ArgumentParser,
@@ -27,7 +30,7 @@ def add_model_arguments(
     default: str = DEFAULT_MODEL,
     variant: str = "pretrained (default)",
 ) -> None:
-    """--model, --extension, --variant, --vae, the three dtypes, and --no-verify."""
+    """--model, --extension, --variant, --revision, --vae, the three dtypes, and --no-verify."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -36,6 +39,7 @@ def add_model_arguments(
     )
     add_extension_argument(parser)
     add("--variant", help=f"{variant}, ft_places2, ft_celebahq or ft_ffhq")
+    add("--revision", help=REVISION)
     add(
         "--vae", type=any_location, help="folder of a converted VAE (default: beside the model, or the Hub's)"
     )
@@ -129,10 +133,10 @@ def load_pipeline(
         print(f"{model}: no such folder here, asking the Hub …", file=sys.stderr)
     try:
         return MoebiusInpaintPipeline.from_pretrained(
-            model, variant=variant, vae=args.vae, track=progress, **options
+            model, variant=variant, vae=args.vae, revision=args.revision, track=progress, **options
         )
     except HubUnreachable as error:
-        if args.model or args.variant or args.vae or not or_tiny:
+        if args.model or args.variant or args.vae or args.revision or not or_tiny:
             raise
         print(
             f"painting with {TINY}, the small network that comes along; --model names another ({error})",

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from moebius_jax.cli.arguments import add_no_verify, any_location, local_path, require_positive
+from moebius_jax.cli.arguments import REVISION, add_no_verify, any_location, local_path, require_positive
 from moebius_jax.cli.terminal import require_extra, run
 from moebius_jax.defaults import DTYPES, TINY
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     add("folder", type=local_path, help="to write")
     add("--format", choices=tuple(_EXTRAS), default="stablehlo", help="default stablehlo")
     add("--variant", help="of the released weights: pretrained (default), ft_places2, …")
+    add("--revision", help=REVISION)
     add(
         "--vae", type=any_location, help="folder of a converted VAE (default: beside the model, or the Hub's)"
     )
@@ -78,6 +79,7 @@ def _export(args: argparse.Namespace) -> int:
     pipeline = MoebiusInpaintPipeline.from_pretrained(
         args.model,
         variant=args.variant,
+        revision=args.revision,
         vae=args.vae,
         dtype=args.dtype,
         vae_dtype=args.dtype,

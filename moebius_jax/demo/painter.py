@@ -14,7 +14,7 @@ from PIL import Image
 from moebius_jax.diffusion.solvers import timesteps
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.imaging.masks import THRESHOLD
-from moebius_jax.imaging.picture import Picture, read_mask, read_picture
+from moebius_jax.imaging.picture import Picture, open_image, read_mask, read_picture
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 PREVIEW = 1024  # pixels of the longer side of what is painted on
@@ -165,7 +165,7 @@ def strokes_of(layers: list[bytes]) -> Bool[np.ndarray, "h w"] | None:
 
 def _alpha(layer: bytes) -> UInt8[np.ndarray, "h w"]:
     try:
-        image = Image.open(io.BytesIO(layer), formats=("PNG", "WEBP"))
+        image = open_image(io.BytesIO(layer), ("PNG", "WEBP"))
         if max(image.size) > PREVIEW:
             raise UserError(f"strokes: a layer of {image.width} x {image.height}; expected at most {PREVIEW}")
         return np.asarray(image.convert("RGBA"))[..., 3]

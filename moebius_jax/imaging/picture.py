@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -60,6 +61,11 @@ class Picture:
         if self.icc_profile:
             image.info["icc_profile"] = self.icc_profile
         return image
+
+
+def open_image(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """A file as PIL opens it, undecoded. No picture is opened elsewhere, so none can start a program."""
+    return Image.open(file, formats=formats)
 
 
 def read_picture(path: Path, *, max_megapixels: float | None = None) -> Picture:
@@ -165,7 +171,7 @@ def is_result(path: Path) -> bool:
     try:
         if not path.is_file() or not path.stat().st_size:
             return False
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             image.verify()
     except Exception:  # whatever PIL's readers raise of half a picture
         return False
@@ -175,7 +181,7 @@ def is_result(path: Path) -> bool:
 def mark_of(path: Path) -> str | None:
     """What `write_image` was given as the picture's mark."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             return image.getexif().get(_DESCRIPTION)
     except Exception:  # half a picture, or none
         return None
@@ -201,7 +207,7 @@ def is_ours(path: Path) -> bool:
     try:
         if not (len(file.getbuffer()) if is_bucket(path) else path.stat().st_size):
             return path.is_file()
-        with Image.open(file, formats=FORMATS) as image:
+        with open_image(file) as image:
             return image.format == "BMP" or image.getexif().get(_SOFTWARE) == _OURS
     except Exception:  # half a picture, or none
         return False
@@ -223,7 +229,7 @@ def require_alpha_format(path: Path) -> None:
 
 def _open(path: Path, max_megapixels: float | None) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(_bytes_of(path)), formats=FORMATS)
+        image = open_image(io.BytesIO(_bytes_of(path)))
     except UserError:
         raise
     except FileNotFoundError:

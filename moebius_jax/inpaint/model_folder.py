@@ -165,13 +165,15 @@ def find_model(
     *,
     variant: str | None = None,
     vae: str | Path | None = None,
+    revision: str | None = None,
     cache_dir: str | Path | None = None,
     track: hub.Track = lambda items, **_: items,
 ) -> ModelFolders:
     """Folders of a model's parts, fetched and converted where need be.
 
     Args:
-        path_or_hub_id, variant, vae, cache_dir, track: see `MoebiusInpaintPipeline.from_pretrained`.
+        path_or_hub_id, variant, vae, revision, cache_dir, track: as for
+            `MoebiusInpaintPipeline.from_pretrained`.
 
     Raises:
         UserError: nothing usable there, or not reachable.
@@ -180,14 +182,17 @@ def find_model(
     if not folder.exists():
         repository = str(path_or_hub_id)
         if variant is None and repository != DEFAULT_MODEL:
-            saved = hub.fetch_folder(repository, _FILE, (_FILE, f"{UNET}/**", f"{VAE}/**"))
+            parts = (_FILE, f"{UNET}/**", f"{VAE}/**")
+            saved = hub.fetch_folder(repository, _FILE, parts, revision=revision)
             if saved is not None:
                 return find_model(saved, variant=None, vae=vae, cache_dir=cache_dir, track=track)
         cache = Path(cache_dir) if cache_dir else None
-        unet = hub.fetch(repository, named, cache, track)
+        unet = hub.fetch(repository, named, cache, track, revision=revision)
         return _found(
             unet, fetched(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named
         )
+    if revision:
+        raise UserError(f"{folder}: is a folder; a revision ({revision}) is one of a repository on the Hub")
     if holds_one_model(folder) and variant:
         what = "a saved pipeline holds one model" if (folder / _FILE).is_file() else "is one converted U-Net"
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")

@@ -86,6 +86,7 @@ class MoebiusInpaintPipeline:
         *,
         variant: str | None = None,
         vae: str | Path | None = None,
+        revision: str | None = None,
         dtype: Dtype = "auto",
         stream_dtype: Dtype | None = None,
         vae_dtype: Dtype = "auto",
@@ -102,6 +103,8 @@ class MoebiusInpaintPipeline:
                 with the package (docs/tiny.md).
             variant: "pretrained" (default), "ft_places2", "ft_celebahq" or "ft_ffhq".
             vae: folder of a converted VAE; by default the one beside the U-Net, or hustvl/PixelHacker's.
+            revision: branch, tag or commit of the Hub's repository; by default the released one
+                (`weights.hub.PINNED`), elsewhere "main".
             dtype: compute dtype of the U-Net; "auto" is float16 on GPUs, bfloat16 on TPUs, float32 on CPUs.
             stream_dtype: of what lies between its large products; by default `dtype` (docs/inference.md).
             vae_dtype: compute dtype of the VAE; "auto" is float16 on GPUs, float32 elsewhere.
@@ -114,7 +117,9 @@ class MoebiusInpaintPipeline:
             UserError: nothing usable there, or not reachable.
         """
         mesh = mesh or make_mesh(jax.local_devices())
-        found = find_model(path_or_hub_id, variant=variant, vae=vae, cache_dir=cache_dir, track=track)
+        found = find_model(
+            path_or_hub_id, variant=variant, vae=vae, revision=revision, cache_dir=cache_dir, track=track
+        )
         both = {"placement": replicated(mesh), "verify": verify}
         return cls(
             load_unet(found.unet, **both, **_dtypes(dtype, stream_dtype)),

@@ -33,7 +33,7 @@ _OUT_OF_REACH = (
     "DEADLINE_EXCEEDED",
 )
 # Fields that another start of the same run may well have changed.
-_UNREMARKABLE = ("steps", "checkpoint.", "log.", "data.loader.", "fsdp", "init")
+_UNREMARKABLE = ("steps", "checkpoint.", "log.", "data.loader.", "fsdp", "init", "verify")
 
 
 class _Fate(enum.IntEnum):
@@ -63,14 +63,18 @@ class RunCheckpoints:
         folder: of the run.
         config: how many to keep.
         warn: told of checkpoints that cannot be read.
+        verify: compare a checkpoint with its checksums before it is read.
 
     Raises:
         UserError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None], *, verify: bool = True
+    ) -> None:
         self.folder = _absolute(folder / FOLDER)
         self._warn = warn
+        self._verify = verify
         # A bucket has sums of its own: no object of it is read again, or comes damaged.
         sum_up = None if is_bucket(folder) else self._sum_up
         options = ocp.CheckpointManagerOptions(
@@ -197,7 +201,7 @@ class RunCheckpoints:
         )
         with quiet_storage():
             # By one process: the others' restores read parts only.
-            if not is_bucket(self.folder):
+            if self._verify and not is_bucket(self.folder):
                 first_does(lambda: checksums.verify_checksums(self._path(step)))
             restored = self._manager.restore(step, args=wanted)
         return restored, parse_json(json.dumps(restored["data"]), _Position)

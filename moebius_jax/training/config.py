@@ -97,6 +97,7 @@ class TrainConfig:
         fsdp: devices that share one copy of weights and optimiser state; the other axis is `data`.
         sampling: how the finished model is meant to be sampled, its defaults; `sampling.guidance_scale` is 1
             where all data are background samples.
+        verify: compare networks' folders and the run's checkpoints with their checksums before they are used.
         checkpoint, log: see there.
 
     Raises:
@@ -124,6 +125,7 @@ class TrainConfig:
     vae_dtype: Compute = "bfloat16"
     fsdp: AtLeastOne = 1
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    verify: bool = True
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -69,7 +69,7 @@ def load_image_codec(config: TrainConfig, mesh: Mesh) -> VAE | None:
     if config.vae is None:
         return None
     if isinstance(config.vae, str):
-        return load_vae(config.vae, dtype=dtype, placement=replicated(mesh))
+        return load_vae(config.vae, dtype=dtype, placement=replicated(mesh), verify=config.verify)
 
     def draw() -> VAE:
         return VAE(config.vae, dtype=dtype, rngs=KeyStream(jax.random.key(config.seed + 3)))
@@ -94,7 +94,8 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
             else ["kind of network"]
         )
         raise UserError(f"{folder}: differs from the student in {', '.join(different)}")
-    return split_tensors(load_unet(folder, param_dtype=jnp.float32, placement=_placement(mesh)))
+    options = {"placement": _placement(mesh), "verify": config.verify}
+    return split_tensors(load_unet(folder, param_dtype=jnp.float32, **options))
 
 
 def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork[UNet]:
@@ -124,7 +125,8 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
 
     if abstract or isinstance(config.teacher, UNetConfig):
         return _drawn(draw, mesh, abstract)
-    network = inference_copy(load_unet(folder, placement=_placement(mesh), **dtypes))
+    options = {"placement": _placement(mesh), "verify": config.verify}
+    network = inference_copy(load_unet(folder, **options, **dtypes))
     tensors = network_tensors(network)
     # What was made of the weights lies as the compiler left it.
     place = jax.jit(lambda tensors: tensors, donate_argnums=0, out_shardings=tree_shardings(mesh, tensors))
@@ -153,7 +155,8 @@ def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> Fr
     dtype, architecture = jnp.dtype(config.dtype), loss.network
     if isinstance(architecture, str):
         if not abstract:
-            network = load_network(loss.network, loss.NETWORK, dtype=dtype, placement=_placement(mesh))
+            options = {"placement": _placement(mesh), "verify": config.verify}
+            network = load_network(loss.network, loss.NETWORK, dtype=dtype, **options)
             return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
         architecture = read_config(fetched(loss.network)).architecture
 

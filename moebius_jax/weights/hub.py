@@ -26,6 +26,11 @@ class NotInRepository(UserError):
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("pretrained", "ft_places2", "ft_celebahq", "ft_ffhq")
 VAE_REPOSITORY = "hustvl/PixelHacker"
+# The commits fetched where no revision is named: what is released later may be another network.
+PINNED = {
+    "hustvl/Moebius": "cd01f47fb648219d3fa605806c5ce00b713faa5e",
+    "hustvl/PixelHacker": "012fd343158936a265b8a0ee38a791a7a2841f45",
+}
 _HUB = "https://huggingface.co"
 _PROBE_S = 3.0  # seconds the Hub has to answer in
 
@@ -52,7 +57,12 @@ def find_weights(folder: Path) -> dict[str, Path]:
 
 
 def fetch(
-    repository: str, subfolder: str, cache: Path | None = None, track: Track = lambda items, **_: items
+    repository: str,
+    subfolder: str,
+    cache: Path | None = None,
+    track: Track = lambda items, **_: items,
+    *,
+    revision: str | None = None,
 ) -> Path:
     """A converted folder of released weights, downloaded and converted the first time.
 
@@ -64,11 +74,12 @@ def fetch(
         subfolder: "pretrained", "ft_places2", …, or "vae".
         cache: None is `default_cache()`.
         track: wraps the loop over tensors, as tqdm does.
+        revision: a branch, tag or commit; None is the one of `PINNED`, or "main".
 
     Raises:
         UserError: the file is not there, or not reachable and not cached; says what to fetch by hand.
     """
-    file = _download(repository, f"{subfolder}/{WEIGHTS}.bin")
+    file = _download(repository, f"{subfolder}/{WEIGHTS}.bin", revision)
     # The Hub cache's layout: models--owner--name/snapshots/COMMIT/subfolder/file.
     commit = file.parents[1].name
     folder = (cache or default_cache()) / repository.replace("/", "--") / commit / subfolder
@@ -95,13 +106,16 @@ def _require_sound(file: Path) -> None:
         )
 
 
-def fetch_folder(repository: str, marker: str, patterns: Sequence[str]) -> Path | None:
+def fetch_folder(
+    repository: str, marker: str, patterns: Sequence[str], *, revision: str | None = None
+) -> Path | None:
     """A folder of ours on the Hub, as `push_to_hub` puts it there, in huggingface_hub's cache.
 
     Args:
         repository: "owner/name".
         marker: the file that says that it is one; None is returned where it is missing.
         patterns: what belongs to it.
+        revision: see `fetch`.
 
     Raises:
         UserError: no such repository, or not reachable and not cached.
@@ -109,7 +123,7 @@ def fetch_folder(repository: str, marker: str, patterns: Sequence[str]) -> Path 
     from huggingface_hub import snapshot_download
 
     try:
-        found = _download(repository, marker)
+        found = _download(repository, marker, revision)
     except NotInRepository:
         return None
     endpoint = os.environ.get("HF_ENDPOINT", _HUB)
@@ -170,7 +184,7 @@ def default_cache() -> Path:
     return Path(HF_HOME) / "moebius-jax"
 
 
-def _download(repository: str, filename: str) -> Path:
+def _download(repository: str, filename: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -178,18 +192,20 @@ def _download(repository: str, filename: str) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     if repository.count("/") != 1:
         raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
     what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
-    endpoint = os.environ.get("HF_ENDPOINT", _HUB)
+    endpoint, revision = os.environ.get("HF_ENDPOINT", _HUB), revision or PINNED.get(repository, "main")
     try:
-        return Path(hf_hub_download(repository, filename, local_files_only=not _is_reachable(endpoint)))
+        local = not _is_reachable(endpoint)
+        return Path(hf_hub_download(repository, filename, revision=revision, local_files_only=local))
     except LocalEntryNotFoundError:
         raise HubUnreachable(
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
-            f"{endpoint}/{repository}/resolve/main/{filename} on a machine that can, convert it with "
+            f"{endpoint}/{repository}/resolve/{revision}/{filename} on a machine that can, convert it with "
             f"python convert_weights.py FILE DEST, and pass DEST as the {what}"
         ) from None
     except GatedRepoError:
@@ -199,9 +215,14 @@ def _download(repository: str, filename: str) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{repository}: no such repository at {endpoint}, and no such folder here") from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{repository}: has no revision {revision}; expected a branch (main is the newest), tag or commit"
+        ) from None
     except EntryNotFoundError:
         raise NotInRepository(
-            f"{repository}: has no {filename}; the released variants are {', '.join(VARIANTS)}"
+            f"{repository}: has no {filename} at {revision[:12]}; the released variants are "
+            f"{', '.join(VARIANTS)}"
         ) from None
     except HFValidationError:
         raise UserError(
