@@ -11,6 +11,7 @@ from PIL import Image
 
 from moebius_jax.cli.sample import _require_possible, main
 from moebius_jax.errors import UserError
+from moebius_jax.imaging.grid import is_grid
 from moebius_jax.inpaint.pairing import plan_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +250,7 @@ def test_grids_of_earlier_results_are_made_without_the_model(sample, files):
     )
     assert status == 0
     assert names(files / "out") == ["a.png", "a_grid.png"]
+    assert [is_grid(files / "out" / name) for name in ("a.png", "a_grid.png")] == [False, True]
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.files import partial_of
+from moebius_jax.imaging.grid import MARK
+from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.weights.tensors import digest
 
@@ -693,6 +695,14 @@ class TestScore:
         assert "4 images, the protocol has 10,000" in text
         assert "pictures of 96 x 96 pixels, the protocol has 256 x 256" in text
         assert "<svg" in (out / "report.html").read_text()
+
+    def test_grids_beside_results_are_none(self, score, tmp_path):
+        write_image(tmp_path / "pred/0_grid.png", Image.new("RGB", (300, 96)), overwrite=False, mark=MARK)
+        status, out, _ = score()
+        assert status == 0
+        assert "scores (4 images" in out
+        Image.new("RGB", (300, 96)).save(tmp_path / "pred/1_grid.png")
+        TestBenchmarkErrors().one_line(score(), f"{tmp_path / 'gt'}: no original 1_grid.*")
 
     def test_identical_pictures_are_infinitely_alike(self, score, tmp_path):
         status, out, _ = score("--pred", tmp_path / "gt", "--output", tmp_path / "out")

@@ -13,6 +13,7 @@ from moebius_jax.evaluation.published import QUALITY
 from moebius_jax.evaluation.report.document import Run
 from moebius_jax.evaluation.report.result import EvaluationReport, case_loader, claim_report
 from moebius_jax.evaluation.settings import ScoringSettings
+from moebius_jax.imaging.grid import is_grid
 from moebius_jax.schema import checked, one_of
 
 KIND = "score"
@@ -104,8 +105,12 @@ def _departures(settings: ExistingSettings, cases: list[Case]) -> list[str]:
 
 
 def _pairs(settings: ExistingSettings) -> list[Case]:
-    """Results with their originals and masks, by name; one without a partner is an error."""
-    truths, results = list_pictures(settings.gt, "originals"), list_pictures(settings.pred, "results")
+    """Results with their originals and masks, by name; one without a partner is an error.
+
+    Grids that `sample.py` left beside its results are none.
+    """
+    truths, found = list_pictures(settings.gt, "originals"), list_pictures(settings.pred, "results")
+    results = {name: file for name, file in found.items() if not is_grid(file)}
     _require_partners(truths, results, settings.pred, "result")
     _require_partners(results, truths, settings.gt, "original")
     masks: dict[str, Path] = {}

@@ -1,9 +1,14 @@
 """Original, mask and result in one picture."""
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from moebius_jax.imaging.picture import mark_of
+
+MARK = "original | mask | result"  # what `is_grid` tells a result's grid by
 GAP = 8  # pixels of white between the panels
 MAX_SIDE = 768  # panels are shrunk to this: the grid is for looking, not for keeping
 
@@ -20,3 +25,8 @@ def side_by_side(*panels: UInt8[np.ndarray, "..."]) -> Image.Image:
     for i, image in enumerate(images):
         grid.paste(image, (i * (size[0] + GAP), 0))
     return grid
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file was written with `MARK`; only those named like a grid are opened."""
+    return path.stem.endswith("_grid") and mark_of(path) == MARK

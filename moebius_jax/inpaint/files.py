@@ -8,7 +8,7 @@ from typing import Any
 from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
-from moebius_jax.imaging.grid import side_by_side
+from moebius_jax.imaging.grid import MARK, side_by_side
 from moebius_jax.imaging.picture import (
     is_result,
     read_mask,
@@ -104,7 +104,7 @@ def inpaint_files(
         write_image(task.output, picture.with_rgb(result.rgb), overwrite=replace)
         if grid:
             panels = (picture.rgb, result.item.mask, result.rgb)
-            write_image(grid_path(task.output), side_by_side(*panels), overwrite=True)
+            write_image(grid_path(task.output), side_by_side(*panels), overwrite=True, mark=MARK)
 
     start = time.perf_counter()
     with CompileClock() as compiling:
@@ -130,7 +130,7 @@ def add_missing_grids(tasks: Sequence[Task]) -> list[str]:
                 is_missing = task.output.exists() and not grid_path(task.output).exists()
             if is_missing:
                 panels = (read_picture(task.image).rgb, read_mask(task.mask), read_picture(task.output).rgb)
-                write_image(grid_path(task.output), side_by_side(*panels), overwrite=False)
+                write_image(grid_path(task.output), side_by_side(*panels), overwrite=False, mark=MARK)
         except UserError as error:
             problems.append(str(error))
     return problems
