@@ -1,4 +1,9 @@
-"""What a run tells: TensorBoard events through clu, a progress bar, speed, and a trace."""
+"""What a run tells: TensorBoard events through clu, a progress bar, speed, and a trace.
+
+clu's periodic actions are not used. Its `Profile` leaves the trace open where a run ends or fails within it,
+and tells nobody where it is; its `ReportProgress` prints nothing and does not know how long a step waited for
+data.
+"""
 
 import contextlib
 import sys
