@@ -73,6 +73,7 @@ def test_a_model_that_runs_a_small_share_of_its_steps(pipeline):
     found = manifest(pipeline.unet, pipeline.vae, [], solver)
     assert (found["solver"], found["steps"]) == ("ddim", 50)
     assert len(found["schedules"]["ddim"]["50"]["timesteps"]) == 7
+    assert "refining" not in found["schedules"]["ddim"]["50"]
     assert set(found["schedules"]["dpmpp_2m"]) == {"10", "20"}  # of five none would be left
 
 

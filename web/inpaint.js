@@ -1,10 +1,12 @@
 // Inpainting with the programs of export.py: the steps of docs/export.md, the random numbers of the Python package.
 
 import { foldIn, key, normal } from "./random.js";
-import { resizeSquare } from "./resize.js";
+import { enlarge, planTiles } from "./enlarge.js";
+import { resizeHole, resizeSquare } from "./resize.js";
 import { extract, planWindows } from "./windows.js";
 import { paste } from "./paste.js";
 
+const MOST_WINDOWS = 2 ** 12; // of an image: their tiles are numbered from there on
 const DRAW = { imagePosterior: 0, maskedPosterior: 1, noise: 2, noiseOffset: 3 };
 
 export class Inpainter {
@@ -34,10 +36,11 @@ export class Inpainter {
 
   /**
    * Paints `hole` ([height, width] of 0 and 1) of `rgb` ([height, width, 3] of bytes); returns new bytes.
-   * Options: seed, index, solver and steps (of the manifest's schedules), blur, guidanceScale, onStep(done, total).
+   * Options: seed, index, solver and steps (of the manifest's schedules), blur, guidanceScale, onStep(done, total);
+   * refine: whether a large hole is painted again in tiles, where the model is meant to be.
    */
   async inpaint(rgb, hole, height, width, options = {}) {
-    const { seed = 0, index = 0, blur = 4, onStep = () => {} } = options;
+    const { seed = 0, index = 0, blur = 4, refine = true, onStep = () => {} } = options;
     // Exports of before had no schedule of their own.
     const { solver = this.manifest.solver ?? "ddim", steps = this.manifest.steps ?? 20 } = options;
     const { guidanceScale = this.manifest.guidance_scale } = options;
@@ -46,17 +49,25 @@ export class Inpainter {
     const size = this.manifest.image_size;
     const out = Uint8Array.from(rgb);
     const windows = hole.some(Boolean) ? planWindows(hole, height, width, size) : [];
-    const total = windows.length * table.timesteps.length;
+    const again = table.refining && refine;
+    const plans = windows.map((window) => (again ? planTiles(window, height, width, size) : []));
+    const tiles = plans.flat().reduce((sum, { tiles }) => sum + tiles.length, 0);
+    const total = windows.length * table.timesteps.length + (again ? tiles * table.refining.timesteps.length : 0);
     let done = 0;
+    const tick = () => onStep(++done, total);
+    const random = (number) => foldIn(foldIn(key(seed), index), number);
     for (const [number, window] of windows.entries()) {
-      const { side } = window;
-      const cut = resizeSquare(extract(rgb, height, width, 3, window), side, size, 3, "lanczos");
-      const marked = extract(hole, height, width, 1, window).map((inside) => inside * 255);
-      const mask = resizeSquare(marked, side, size, 1, side > size ? "box" : "nearest");
-      const random = foldIn(foldIn(key(seed), index), number);
-      const tick = () => onStep(++done, total);
-      const picture = await this.square(cut, mask.map((level) => (level ? 1 : 0)), random, table, guidanceScale, tick);
-      paste(out, height, width, picture, size, window, blur);
+      const image = resizeSquare(extract(rgb, height, width, 3, window), window.side, size, 3, "lanczos");
+      const seen = { image, hole: resizeHole(extract(hole, height, width, 1, window), window.side, size) };
+      const painted = await this.square(image, seen.hole, random(number), table, guidanceScale, tick);
+      if (!plans[number].length) {
+        paste(out, height, width, painted, size, window, blur);
+        continue;
+      }
+      const paint = (tile, open, k) =>
+        this.square(tile, open, random((number % MOST_WINDOWS) + MOST_WINDOWS * k), table.refining, guidanceScale, tick);
+      const whole = await enlarge(rgb, hole, height, width, window, plans[number], size, seen, painted, paint);
+      paste(out, height, width, whole, window.side, window, blur);
     }
     return out;
   }

@@ -64,16 +64,34 @@ function transposed(data, rows, columns, channels) {
   return out;
 }
 
-/** A square map [from, from, channels] of bytes at another side; `name` is "lanczos", "box" or "nearest". */
+/** A square hole of 0 and 1 at another side; a pixel is a hole if any of those it stands for is. */
+export function resizeHole(hole, from, to) {
+  if (from <= to) return resizeSquare(hole, from, to, 1, "nearest");
+  const ends = weights(from, to, FILTERS.box).map(({ start, fixed }) => [start, start + fixed.length]);
+  const wide = new Uint8Array(from * to);
+  const out = new Uint8Array(to * to);
+  for (let y = 0; y < from; y++) {
+    const row = hole.subarray(y * from, (y + 1) * from);
+    ends.forEach(([start, end], x) => (wide[y * to + x] = row.subarray(start, end).some(Boolean)));
+  }
+  ends.forEach(([start, end], y) => {
+    for (let v = start; v < end; v++) for (let x = 0; x < to; x++) out[y * to + x] |= wide[v * to + x];
+  });
+  return out;
+}
+
+/** A square map [from, from, channels] of bytes at another side; `name` is "lanczos" or "nearest". */
 export function resizeSquare(data, from, to, channels, name) {
   if (from === to) return data;
   if (name === "nearest") {
     const out = new Uint8Array(to * to * channels);
-    const source = (i) => Math.floor(((i + 0.5) * from) / to);
+    // Added up, as Pillow does: what lies between two pixels may fall to either.
+    const source = [];
+    for (let at = (from / to) * 0.5; source.length < to; at += from / to) source.push(Math.floor(at));
     for (let y = 0; y < to; y++) {
       for (let x = 0; x < to; x++) {
         for (let c = 0; c < channels; c++) {
-          out[(y * to + x) * channels + c] = data[(source(y) * from + source(x)) * channels + c];
+          out[(y * to + x) * channels + c] = data[(source[y] * from + source[x]) * channels + c];
         }
       }
     }

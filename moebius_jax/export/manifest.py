@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius_jax.diffusion.solvers import Solver, find_solver, solver_steps
+from moebius_jax.diffusion.solvers import find_solver, solver_steps
 from moebius_jax.export.programs import COEFFICIENTS, Program
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.models import VAE, UNet
@@ -31,9 +31,10 @@ def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOp
         "strength": defaults.strength,
         "noise_offset": defaults.noise_offset,
         "coefficients": list(COEFFICIENTS),
+        "refine": defaults.refine,
         "schedules": {
             name: {
-                str(n): _table(solver, n, defaults.strength)
+                str(n): _tables(defaults.changed(scheduler=solver, num_inference_steps=n))
                 for n in sorted(steps[name])
                 if int(n * defaults.strength)
             }
@@ -55,8 +56,13 @@ def manifest(unet: UNet, vae: VAE, exported: list[Program], defaults: SamplingOp
     }
 
 
-def _table(solver: Solver, steps: int, strength: float) -> dict[str, Any]:
-    table = solver_steps(solver, steps, strength)
+def _tables(options: SamplingOptions) -> dict[str, Any]:
+    """A schedule and, where large holes are painted again, that of their tiles."""
+    return _table(options) | ({"refining": _table(options.refining)} if options.refine else {})
+
+
+def _table(options: SamplingOptions) -> dict[str, Any]:
+    table = solver_steps(options.scheduler, options.num_inference_steps, options.strength)
     columns = np.stack([np.asarray(getattr(table, name), np.float64) for name in COEFFICIENTS], axis=-1)
     return {
         "timesteps": np.asarray(table.timesteps).tolist(),

@@ -1,0 +1,146 @@
+// A window that was painted smaller than it is, painted again in tiles: moebius_jax/imaging/enlarge.py in JavaScript.
+
+import { resizeHole, resizeSquare } from "./resize.js";
+import { extract } from "./windows.js";
+
+const LEAST_FACTOR = 1.25; // a picture that is enlarged by less is sharp enough
+const STRIDE = 0.75; // of a tile: from one to the next
+const BORDER = 10; // pixels by which the box around the hole is larger than the hole, both sides together
+
+/** The sizes a window is painted again at, each with the tiles that hold a part of its hole: {number, top, left}. */
+export function planTiles(window, height, width, size) {
+  let number = 0;
+  const own = ownHole(window, height, width);
+  return sides(window.side, size).map((side) => {
+    const hole = resizeHole(own, window.side, side);
+    const at = starts(side, size);
+    const holds = (top, left) => {
+      for (let y = top; y < top + size; y++) {
+        for (let x = left; x < left + size; x++) if (hole[y * side + x]) return true;
+      }
+      return false;
+    };
+    const corners = at.flatMap((top) => at.map((left) => [top, left])).filter(([top, left]) => holds(top, left));
+    return { side, tiles: corners.map(([top, left]) => ({ number: ++number, top, left })) };
+  });
+}
+
+/**
+ * The window of `rgb` at its own size. `seen` is it as the model saw it, {image, hole} of size x size, and `painted`
+ * as it painted it; `paint(image, hole, number)` paints a tile.
+ */
+export async function enlarge(rgb, hole, height, width, window, stages, size, seen, painted, paint) {
+  const shift = colorShift(seen.image, painted, seen.hole, size);
+  let [picture, from] = [Uint8Array.from(painted, (level, i) => rounded(level + shift[i % 3])), size];
+  const [all, marked] = [extract(rgb, height, width, 3, window), extract(hole, height, width, 1, window)];
+  for (const { side, tiles } of stages) {
+    const known = resizeSquare(all, window.side, side, 3, "lanczos");
+    const open = resizeHole(marked, window.side, side);
+    picture = resizeSquare(picture, from, side, 3, "lanczos");
+    picture = picture.map((level, i) => (open[Math.floor(i / 3)] ? level : known[i]));
+    const [sum, weights] = [new Float32Array(side * side * 3), new Float32Array(side * side)];
+    for (const { number, top, left } of tiles) {
+      const image = tileOf(picture, side, size, top, left, 3);
+      const result = await paint(image, tileOf(open, side, size, top, left, 1), number);
+      add(sum, weights, side, size, top, left, image, result);
+    }
+    picture = picture.map((level, i) => {
+      const weight = weights[Math.floor(i / 3)];
+      return weight ? rounded(sum[i] / weight) : level;
+    });
+    from = side;
+  }
+  return picture;
+}
+
+/** A tile fades out towards its edges, and keeps the mean colour it started from. */
+function add(sum, weights, side, size, top, left, image, result) {
+  const [before, after] = [means(image), means(result)];
+  const ramp = (i) => Math.min(i + 1, size - i);
+  for (let y = 0; y < size; y++) {
+    for (let x = 0; x < size; x++) {
+      const weight = Math.min(ramp(y), ramp(x)) / size;
+      const at = (top + y) * side + left + x;
+      weights[at] += weight;
+      for (let c = 0; c < 3; c++) {
+        sum[3 * at + c] += weight * (result[3 * (y * size + x) + c] + before[c] - after[c]);
+      }
+    }
+  }
+}
+
+/** How much the colours of `original` differ from those of `result` just around the hole. */
+function colorShift(original, result, hole, size) {
+  let [first, last, low, high] = [size, -1, size, -1];
+  for (let y = 0; y < size; y++) {
+    for (let x = 0; x < size; x++) {
+      if (!hole[y * size + x]) continue;
+      [first, last] = [Math.min(first, y), Math.max(last, y)];
+      [low, high] = [Math.min(low, x), Math.max(high, x)];
+    }
+  }
+  const [rows, columns] = [stretch(first, last, size), stretch(low, high, size)];
+  const shift = [0, 0, 0];
+  let count = 0;
+  for (let y = rows[0]; y <= rows[1]; y++) {
+    for (let x = columns[0]; x <= columns[1]; x++) {
+      if (hole[y * size + x]) continue;
+      count += 1;
+      for (let c = 0; c < 3; c++) shift[c] += original[3 * (y * size + x) + c] - result[3 * (y * size + x) + c];
+    }
+  }
+  return shift.map((difference) => (count ? difference / count : 0));
+}
+
+function stretch(low, high, length) {
+  const [centre, half] = [Math.floor((low + high) / 2), Math.floor((high - low + 1 + BORDER) / 2)];
+  return [Math.max(centre - half, 0), Math.min(centre + half, length - 1)];
+}
+
+/** Sizes to paint a window of `side` pixels at, after `size`, growing evenly by a factor of 2 or less. */
+function sides(side, size) {
+  if (side < LEAST_FACTOR * size) return [];
+  const steps = Math.ceil(Math.log2(side / size) - 1e-6);
+  return Array.from({ length: steps }, (_, k) => toEven(size * (side / size) ** ((k + 1) / steps)));
+}
+
+/** Where tiles begin along one side, evenly spread. */
+function starts(side, size) {
+  const last = Math.ceil((side - size) / (STRIDE * size));
+  return Array.from({ length: last + 1 }, (_, i) => (last ? toEven((i * (side - size)) / last) : 0));
+}
+
+/** The part of the hole that the window fills, over all of it. */
+function ownHole({ top, left, side, labels, members }, height, width) {
+  const own = new Uint8Array(side * side);
+  for (let y = Math.max(top, 0); y < Math.min(top + side, height); y++) {
+    for (let x = Math.max(left, 0); x < Math.min(left + side, width); x++) {
+      if (members.has(labels[y * width + x])) own[(y - top) * side + x - left] = 1;
+    }
+  }
+  return own;
+}
+
+function tileOf(data, side, size, top, left, channels) {
+  const out = new Uint8Array(size * size * channels);
+  for (let y = 0; y < size; y++) {
+    const start = ((top + y) * side + left) * channels;
+    out.set(data.subarray(start, start + size * channels), y * size * channels);
+  }
+  return out;
+}
+
+function means(rgb) {
+  const sum = [0, 0, 0];
+  rgb.forEach((level, i) => (sum[i % 3] += level));
+  return sum.map((total) => (3 * total) / rgb.length);
+}
+
+const rounded = (level) => Math.min(Math.max(toEven(level), 0), 255);
+
+/** The nearest whole number, of two the even one: as Python and NumPy round. */
+function toEven(value) {
+  const floor = Math.floor(value);
+  if (value - floor !== 0.5) return Math.round(value);
+  return floor % 2 ? floor + 1 : floor;
+}
