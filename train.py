@@ -185,8 +185,9 @@ def make_update(
 
 def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company) -> int:  # noqa: PLR0915, PLR0912 (long, so that it reads as a story)
     # ------------------------------------------------------------------ configuration and devices
-    short = [f"data.kind={args.dataset}"] * bool(args.dataset) + ["verify=false"] * args.no_verify
-    config = load_config(args.config, [*args.overrides, *short])
+    kind = [f"data.kind={args.dataset}"] if args.dataset else []
+    verify = ["verify=false"] if args.no_verify else []
+    config = load_config(args.config, [*args.overrides, *kind, *verify])
     join_given_cluster(args.distributed, args.coordinator, args.num_processes, args.process_id)
     held.enter_context(company)
     if args.print_config:

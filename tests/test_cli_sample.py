@@ -61,6 +61,9 @@ def test_folder_in_folder_out(sample, files):
     status, out, _ = sample("--grid")
     assert status == 0
     assert names(files / "out") == [f"{n}{g}.png" for n in "abc" for g in ("", "_grid")]
+    assert [p.name for p in sorted((files / "out").iterdir()) if is_grid(p)] == [
+        f"{n}_grid.png" for n in "abc"
+    ]
     assert "3 results in" in out
     assert "images/s" in out
     assert "of compiling" in out

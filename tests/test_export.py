@@ -74,6 +74,11 @@ def test_a_model_that_runs_a_small_share_of_its_steps(pipeline):
     assert (found["solver"], found["steps"]) == ("ddim", 50)
     assert len(found["schedules"]["ddim"]["50"]["timesteps"]) == 7
     assert "refining" not in found["schedules"]["ddim"]["50"]
+    refined = manifest(pipeline.unet, pipeline.vae, [], solver.changed(strength=1.0, refine=0.5))
+    assert refined["refine"] == 0.5
+    table = refined["schedules"]["ddim"]["50"]
+    assert len(table["timesteps"]) == 50
+    assert table["refining"]["timesteps"] == table["timesteps"][25:]
     assert set(found["schedules"]["dpmpp_2m"]) == {"10", "20"}  # of five none would be left
 
 

@@ -6,16 +6,18 @@ Each download runs in a process of its own: huggingface_hub reads its environmen
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import synth
-from hub_server import serve
+from hub_server import COMMIT, serve
 from safetensors.numpy import save_file
 
 from moebius_jax import UserError
+from moebius_jax.inpaint.model_folder import find_model
 from moebius_jax.weights import hub
 from moebius_jax.weights.hub import _require_sound
 
@@ -111,6 +113,47 @@ def test_offline_uses_the_cache(server, home):
 
 
 @pytest.mark.slow
+def test_without_the_hub_another_commit_in_its_cache_is_taken_and_said(server, tmp_path):
+    code = "from moebius_jax.weights import hub; print(hub.fetch('hustvl/Moebius', 'ft_ffhq', revision={!r}))"
+    newest = run(code.format("main"), tmp_path, server[0])
+    assert newest.returncode == 0, newest.stderr
+    assert COMMIT in newest.stdout
+    offline = {"HF_HUB_OFFLINE": "1"}
+    found = run(FETCH.format("hustvl/Moebius", "ft_ffhq"), tmp_path, server[0], **offline)
+    assert last_line(found.stdout) == last_line(newest.stdout)
+    assert f"is of commit {COMMIT[:12]}, which is in its cache" in found.stderr
+    named = run(code.format(RELEASED), tmp_path, server[0], **offline)
+    assert "HubUnreachable" in named.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("tiny", "main", "tiny: is on this machine; a revision (main) is one of a repository"),
+        ("hustvl/Moebius", "", "the revision is empty; expected a branch, tag or commit"),
+    ],
+)
+def test_revisions_that_mean_nothing(model, revision, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        find_model(model, revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("repository", "of_vae"), [("hustvl/Moebius", None), ("hustvl/PixelHacker", "v2"), ("a/b", None)]
+)
+def test_a_revision_is_of_the_models_repository(repository, of_vae, monkeypatch):
+    """Which of the teacher is the VAE's as well."""
+    asked = []
+    monkeypatch.setattr(hub, "fetch_folder", lambda *_, revision: asked.append(revision))
+    monkeypatch.setattr(hub, "fetch", lambda name, sub, *_, revision: asked.append((name, sub, revision)))
+    monkeypatch.setattr("moebius_jax.inpaint.model_folder._found", lambda *_: None)
+    find_model(repository, revision="v2")
+    folder = ["v2"] if repository != "hustvl/Moebius" else []
+    both = [(repository, "pretrained", "v2"), ("hustvl/PixelHacker", "vae", of_vae)]
+    assert asked == [*folder, *both]
+
+
+@pytest.mark.slow
 def test_a_pipeline_from_the_hub(server, home):
     code = (
         "from moebius_jax import MoebiusInpaintPipeline as P; import numpy as np;"
@@ -195,6 +238,11 @@ def pictures(photo, mask, tmp_path):
             ["--variant", "pretrained"],
             {"HF_HUB_OFFLINE": "1"},
             "error: hustvl/Moebius: the Hub cannot be reached and pretrained/",
+        ),
+        (
+            ["--revision", "main"],
+            {"HF_HUB_OFFLINE": "1"},
+            "error: hustvl/Moebius: the Hub cannot be reached and",
         ),
         (
             ["--variant", "pretrained"],

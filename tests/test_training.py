@@ -42,7 +42,13 @@ from moebius_jax.training.halting import HALTED_BY
 from moebius_jax.training.inputs import noised_inputs, step_keys
 from moebius_jax.training.loading import first_batches
 from moebius_jax.training.metrics import balance_metrics, first_bad_metric, with_former_names
-from moebius_jax.training.networks import hint_of_range, load_frozen, load_initial_tensors, teacher_dtypes
+from moebius_jax.training.networks import (
+    hint_of_range,
+    load_frozen,
+    load_image_codec,
+    load_initial_tensors,
+    teacher_dtypes,
+)
 from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.preview import SampleGrids
 from moebius_jax.training.state import abstract_state, bare_student, initial_state
@@ -522,6 +528,12 @@ def test_networks_in_folders_are_the_same_networks(tmp_path):
         with pytest.raises(UserError, match=f"{name}/config.json: not what was written"):
             load_frozen(folders, mesh)
     assert load_frozen(folders.replace(verify=False), mesh)
+    save_network(tmp_path / "vae", load_image_codec(config, mesh))
+    with (tmp_path / "vae/config.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"vae/config\.json: not what was written"):
+        load_image_codec(config.replace(vae=str(tmp_path / "vae")), mesh)
+    assert load_image_codec(config.replace(vae=str(tmp_path / "vae"), verify=False), mesh)
 
 
 def test_a_start_of_another_architecture_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import threading
+import types
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from moebius_jax.cli.export import main as export
 from moebius_jax.imaging import crop
 from moebius_jax.imaging.enlarge import Enlargement
 from moebius_jax.imaging.regions import plan_windows
+from moebius_jax.inpaint.sampler import SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
 
 WEB = pathlib.Path(__file__).parents[1] / "web"
 
@@ -33,7 +36,7 @@ def javascript(tmp_path_factory):
     def run(code, **inputs):
         imports = "".join(
             f'import * as {name} from "{(WEB / name).as_uri()}.js";\n'
-            for name in ("random", "resize", "windows", "paste", "enlarge")
+            for name in ("random", "resize", "windows", "paste", "enlarge", "inpaint")
         )
         script = tmp_path_factory.mktemp("js") / "run.mjs"
         given = json.dumps(inputs)
@@ -121,11 +124,13 @@ def test_a_window_beyond_the_image_is_mirrored(javascript, height, width):
     np.testing.assert_array_equal(np.reshape(ours[1], square.shape), square)
 
 
-@pytest.mark.parametrize(("before", "after"), [(300, 7), (100, 37), (37, 37), (16, 40)])
+@pytest.mark.parametrize(("before", "after"), [(300, 7), (277, 188), (579, 350), (37, 37), (16, 40)])
 def test_holes_are_resized_as_pythons(javascript, before, after):
-    """Not one pixel is lost: of 1,849 in one, eight bits would lose a single one that is a hole."""
+    """Not one pixel is lost: neither one of 1,849 in one, nor one whose centre lies between two."""
     hole = np.random.default_rng(before).random((before, before)) < 2 / before**1.5
-    assert hole.any()
+    hole[before // 2, :2] = True
+    shrunken = crop.resized_hole(np.eye(before, dtype=bool), after)
+    assert np.diag(shrunken).all()
     ours = javascript(
         "give([...resize.resizeHole(Uint8Array.from(given.hole), given.from, given.to)]);",
         hole=hole.ravel().astype(int).tolist(),
@@ -134,14 +139,16 @@ def test_holes_are_resized_as_pythons(javascript, before, after):
     np.testing.assert_array_equal(np.reshape(ours, (after, after)), crop.resized_hole(hole, after))
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(90, 140, 16), (70, 100, 17), (60, 60, 48)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(90, 140, 16), (70, 100, 17), (60, 60, 48), (60, 60, 49)]
+)
 def test_tiles_are_pythons(javascript, height, width, size):
     """A window from the model's size to its own, by a painter whose every tile depends on its number."""
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (height, width, 3), np.uint8)
     hole = np.zeros((height, width), bool)
     hole[5:50, 8:55] = True
-    hole[5:9, -3:] = True
+    hole[height - 4 :, :4] = True  # another window's, in this one too
     windows = plan_windows(hole, size)
     window = max(windows, key=lambda w: w.side)
     image, square = crop.cut(rgb, hole, window, size)
@@ -164,7 +171,8 @@ def test_tiles_are_pythons(javascript, height, width, size):
         "  tile.map((v, i) => (open[Math.floor(i / 3)] ? Math.floor(v / 2) + (k % 100) : v));"
         "const stages = enlarge.planTiles(w, height, width, size);"
         "const painted = Uint8Array.from(given.painted);"
-        "const out = await enlarge.enlarge(rgb, hole, height, width, w, stages, size, seen, painted, paint);"
+        "const first = { size, ...seen, painted };"
+        "const out = await enlarge.enlarge({ rgb, hole, height, width }, w, stages, first, paint);"
         "give([stages.flatMap((stage) => stage.tiles).length, [...out]]);",
         rgb=rgb.ravel().tolist(),
         hole=hole.ravel().astype(int).tolist(),
@@ -175,8 +183,8 @@ def test_tiles_are_pythons(javascript, height, width, size):
         number=windows.index(window),
     )
     assert ours[0] == total
+    assert bool(total) == (window.side >= 1.25 * size)
     if not total:
-        assert window.side < 1.25 * size
         return
     difference = np.abs(np.reshape(ours[1], enlargement.painted.shape) - enlargement.painted.astype(int))
     assert difference.max() <= 1  # sums of floats that end at a half
@@ -204,6 +212,73 @@ def test_pasting_is_pythons(javascript, blur):
         difference = np.abs(np.reshape(ours, rgb.shape) - theirs.astype(int))
         assert difference.max() <= 1  # a half is rounded up there and to even here
         assert (difference > 0).mean() < 1e-3
+
+
+class Numbered:
+    """In the place of a sampler: a square's fill tells its number."""
+
+    config = types.SimpleNamespace(latent_size=4)
+    image_size = 32
+
+    def __init__(self):
+        self.numbers = []
+
+    def __call__(self, images, holes, seeds, *_):
+        numbers = seeds[:, 2].astype(int)
+        self.numbers += numbers.tolist()
+        level = (numbers // 4096 * 7 + numbers % 4096 * 40 + 5) % 125
+        fill = images // 2 + level[:, None, None, None].astype(np.uint8)
+        return np.where(holes[..., None], fill, images), np.ones(len(images), bool)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "boxes"),
+    [
+        (90, 400, [(5, 80, 5, 200), (80, 90, 300, 330)]),
+        (15, 400, [(0, 15, 20, 100), (0, 15, 103, 112), (3, 9, 200, 260)]),
+        (277, 277, [(138, 270, 20, 240), (0, 3, 0, 3)]),
+        (200, 1, [(20, 150, 0, 1)]),
+    ],
+)
+def test_squares_and_their_numbers_are_pythons(javascript, height, width, boxes):
+    """All but the network: several windows, beyond the image's edge, tiles, order and pasting."""
+    rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    hole = np.zeros((height, width), bool)
+    for top, bottom, left, right in boxes:
+        hole[top:bottom, left:right] = True
+    sampler, item = Numbered(), Item(rgb=rgb, mask=hole.astype(np.uint8) * 255, seed=3, index=5)
+    (expected,) = inpaint_stream(sampler, [item], InpaintOptions(), SamplingOptions(refine=0.5), batch_size=1)
+    ours = javascript(
+        "const base = random.foldIn(random.key(3), 5), numbers = new Map();"
+        "for (let k = 0; k < 300; k++) for (let n = 0; n < 4; n++)"
+        "  numbers.set(random.foldIn(base, n + 4096 * k).join(), n + 4096 * k);"
+        "const schedules = { ddim: { 20: { timesteps: [1], refining: { timesteps: [1, 2] } } } };"
+        "const manifest = { image_size: 32, guidance_scale: 1, schedules };"
+        "const page = new inpaint.Inpainter(null, manifest, null, 'none'), seen = [];"
+        "page.square = async (image, open, key, table, scale, tick) => {"
+        "  const number = numbers.get(key.join());"
+        "  seen.push(number);"
+        "  table.timesteps.forEach(tick);"
+        "  const level = (Math.floor(number / 4096) * 7 + (number % 4096) * 40 + 5) % 125;"
+        "  return image.map((v, i) => (open[Math.floor(i / 3)] ? Math.floor(v / 2) + level : v));"
+        "};"
+        "let progress = [];"
+        "const options = { seed: 3, index: 5, onStep: (done, total) => (progress = [done, total]) };"
+        "const { rgb, hole, height, width } = given;"
+        "const out = await page.inpaint(Uint8Array.from(rgb), Uint8Array.from(hole), height, width, options);"
+        "give([[...out], seen, progress]);",
+        rgb=rgb.ravel().tolist(),
+        hole=hole.ravel().astype(int).tolist(),
+        height=height,
+        width=width,
+    )
+    assert sorted(ours[1]) == sorted(sampler.numbers)
+    tiles = [number for number in ours[1] if number >= 4096]
+    assert tiles
+    assert ours[2] == [len(ours[1]) + len(tiles)] * 2
+    difference = np.abs(np.reshape(ours[0], rgb.shape) - expected.rgb.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.02
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +343,26 @@ def test_a_picture_is_pythons(served, browser, height, width, end):
     assert difference.max() <= 2
     assert (difference > 0).mean() < 0.02
     assert (expected != rgb).any()
+
+
+@pytest.mark.slow
+def test_a_visitor_stops_a_long_painting(served, browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)).save(
+        tmp_path / "p.png"
+    )
+    browser.get(f"{served}/index.html?wasm")
+    wait_for(lambda: "Ready" in browser.find_element("id", "status").text)
+    assert browser.find_element("id", "refining").is_displayed()
+    browser.find_element("id", "file").send_keys(str(tmp_path / "p.png"))
+    wait_for(lambda: "Paint over" in browser.find_element("id", "status").text)
+    stroke = ActionChains(browser).move_to_element_with_offset(browser.find_element("id", "strokes"), -200, 0)
+    stroke.click_and_hold().move_by_offset(200, 50).move_by_offset(200, -50).release().perform()
+    browser.find_element("id", "run").click()
+    wait_for(lambda: "Painting" in browser.find_element("id", "status").text)
+    browser.find_element("id", "run").click()
+    wait_for(lambda: "Painting" not in browser.find_element("id", "status").text)
+    assert browser.find_element("id", "status").text == "Stopped; nothing is changed."
+    assert browser.find_element("id", "run").text == "Inpaint"
+    assert not browser.find_element("id", "download").is_displayed()

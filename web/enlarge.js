@@ -26,27 +26,28 @@ export function planTiles(window, height, width, size) {
 }
 
 /**
- * The window of `rgb` at its own size. `seen` is it as the model saw it, {image, hole} of size x size, and `painted`
- * as it painted it; `paint(image, hole, number)` paints a tile.
+ * The window of `photo`, {rgb, hole, height, width}, at its own size. `first` is it as the model saw it, {size, image,
+ * hole}, and as it `painted` it; `paint(image, hole, number)` paints a tile.
  */
-export async function enlarge(rgb, hole, height, width, window, stages, size, seen, painted, paint) {
-  const shift = colorShift(seen.image, painted, seen.hole, size);
-  let [picture, from] = [Uint8Array.from(painted, (level, i) => rounded(level + shift[i % 3])), size];
+export async function enlarge({ rgb, hole, height, width }, window, stages, first, paint) {
+  const { size } = first;
+  const shift = colorShift(first.image, first.painted, first.hole, size);
+  let [picture, from] = [Uint8Array.from(first.painted, (level, i) => rounded(level + shift[i % 3])), size];
   const [all, marked] = [extract(rgb, height, width, 3, window), extract(hole, height, width, 1, window)];
   for (const { side, tiles } of stages) {
     const known = resizeSquare(all, window.side, side, 3, "lanczos");
     const open = resizeHole(marked, window.side, side);
     picture = resizeSquare(picture, from, side, 3, "lanczos");
     picture = picture.map((level, i) => (open[Math.floor(i / 3)] ? level : known[i]));
-    const [sum, weights] = [new Float32Array(side * side * 3), new Float32Array(side * side)];
-    for (const { number, top, left } of tiles) {
-      const image = tileOf(picture, side, size, top, left, 3);
-      const result = await paint(image, tileOf(open, side, size, top, left, 1), number);
-      add(sum, weights, side, size, top, left, image, result);
+    const sums = { side, colors: new Float32Array(side * side * 3), weights: new Float32Array(side * side) };
+    for (const tile of tiles) {
+      const image = cutTile(picture, side, size, tile, 3);
+      const painted = await paint(image, cutTile(open, side, size, tile, 1), tile.number);
+      add(sums, size, tile, image, painted);
     }
     picture = picture.map((level, i) => {
-      const weight = weights[Math.floor(i / 3)];
-      return weight ? rounded(sum[i] / weight) : level;
+      const weight = sums.weights[Math.floor(i / 3)];
+      return weight ? rounded(sums.colors[i] / weight) : level;
     });
     from = side;
   }
@@ -54,8 +55,8 @@ export async function enlarge(rgb, hole, height, width, window, stages, size, se
 }
 
 /** A tile fades out towards its edges, and keeps the mean colour it started from. */
-function add(sum, weights, side, size, top, left, image, result) {
-  const [before, after] = [means(image), means(result)];
+function add({ side, colors, weights }, size, { top, left }, image, painted) {
+  const [before, after] = [means(image), means(painted)];
   const ramp = (i) => Math.min(i + 1, size - i);
   for (let y = 0; y < size; y++) {
     for (let x = 0; x < size; x++) {
@@ -63,7 +64,7 @@ function add(sum, weights, side, size, top, left, image, result) {
       const at = (top + y) * side + left + x;
       weights[at] += weight;
       for (let c = 0; c < 3; c++) {
-        sum[3 * at + c] += weight * (result[3 * (y * size + x) + c] + before[c] - after[c]);
+        colors[3 * at + c] += weight * (painted[3 * (y * size + x) + c] + before[c] - after[c]);
       }
     }
   }
@@ -107,7 +108,8 @@ function sides(side, size) {
 /** Where tiles begin along one side, evenly spread. */
 function starts(side, size) {
   const last = Math.ceil((side - size) / (STRIDE * size));
-  return Array.from({ length: last + 1 }, (_, i) => (last ? toEven((i * (side - size)) / last) : 0));
+  const step = (side - size) / last; // the last is where it must be, whatever steps add up to
+  return Array.from({ length: last + 1 }, (_, i) => (i < last ? toEven(i * step) : side - size));
 }
 
 /** The part of the hole that the window fills, over all of it. */
@@ -121,7 +123,7 @@ function ownHole({ top, left, side, labels, members }, height, width) {
   return own;
 }
 
-function tileOf(data, side, size, top, left, channels) {
+function cutTile(data, side, size, { top, left }, channels) {
   const out = new Uint8Array(size * size * channels);
   for (let y = 0; y < size; y++) {
     const start = ((top + y) * side + left) * channels;

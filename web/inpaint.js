@@ -58,15 +58,18 @@ export class Inpainter {
     const random = (number) => foldIn(foldIn(key(seed), index), number);
     for (const [number, window] of windows.entries()) {
       const image = resizeSquare(extract(rgb, height, width, 3, window), window.side, size, 3, "lanczos");
-      const seen = { image, hole: resizeHole(extract(hole, height, width, 1, window), window.side, size) };
-      const painted = await this.square(image, seen.hole, random(number), table, guidanceScale, tick);
+      const open = resizeHole(extract(hole, height, width, 1, window), window.side, size);
+      const painted = await this.square(image, open, random(number), table, guidanceScale, tick);
       if (!plans[number].length) {
         paste(out, height, width, painted, size, window, blur);
         continue;
       }
-      const paint = (tile, open, k) =>
-        this.square(tile, open, random((number % MOST_WINDOWS) + MOST_WINDOWS * k), table.refining, guidanceScale, tick);
-      const whole = await enlarge(rgb, hole, height, width, window, plans[number], size, seen, painted, paint);
+      const first = { size, image, hole: open, painted };
+      const paint = (tile, inside, k) => {
+        const numbered = random((number % MOST_WINDOWS) + MOST_WINDOWS * k);
+        return this.square(tile, inside, numbered, table.refining, guidanceScale, tick);
+      };
+      const whole = await enlarge({ rgb, hole, height, width }, window, plans[number], first, paint);
       paste(out, height, width, whole, window.side, window, blur);
     }
     return out;
@@ -123,6 +126,7 @@ export class Inpainter {
       feeds[input] = new this.ort.Tensor(data instanceof Int32Array ? "int32" : "float32", data, dims);
     }
     const outputs = await this.sessions[name].run(feeds);
+    await new Promise((next) => setTimeout(next)); // WebAssembly leaves the page no time to draw, or to hear a click
     return Object.fromEntries(Object.entries(outputs).map(([output, tensor]) => [output, tensor.data]));
   }
 }

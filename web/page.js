@@ -27,18 +27,22 @@ const ready = Inpainter.load(ort, "model", (done, total) => say(`Loading the net
   .catch((error) => say(`The network cannot be loaded: ${error.message}`, true));
 
 /** Every schedule of the export; the model's own comes first. */
-function offerSchedules({ schedules, solver, steps }) {
+function offerSchedules({ schedules, solver, steps, refine }) {
+  element("refining").hidden = !refine;
   const all = Object.entries(schedules).flatMap(([name, tables]) => Object.keys(tables).map((n) => [name, n]));
   const isOwn = ([name, n]) => name === solver && Number(n) === steps;
   const sorted = [...all.filter(isOwn), ...all.filter((one) => !isOwn(one))];
   element("steps").replaceChildren(...sorted.map(([name, n]) => new Option(`${n} (${name})`, `${name} ${n}`)));
 }
 
+class Stopped extends Error {}
+
 const percent = (done, total) => `${Math.round((100 * done) / total)} %`;
 
 function enable(isBusy = state.isBusy) {
   state.isBusy = isBusy;
-  element("run").disabled = isBusy || !state.inpainter || !state.original;
+  element("run").disabled = !state.inpainter || !state.original;
+  element("run").textContent = isBusy ? "Stop" : "Inpaint";
   element("before").disabled = isBusy || !state.result;
   element("file").disabled = isBusy;
 }
@@ -98,6 +102,10 @@ function paintFrom(event) {
 }
 
 async function run() {
+  if (state.isBusy) {
+    state.isStopped = true;
+    return;
+  }
   const { width, height } = photo.canvas;
   const painted = strokes.getImageData(0, 0, width, height).data;
   const hole = Uint8Array.from({ length: width * height }, (_, i) => (painted[4 * i + 3] > 127 ? 1 : 0));
@@ -110,13 +118,16 @@ async function run() {
   enable(true);
   bar.hidden = false;
   bar.value = 0;
+  state.isStopped = false;
   const started = performance.now();
   try {
     state.result = await inpaintPixels(state.result ?? state.original, hole, {
       seed: Number(element("seed").value),
       solver,
       steps: Number(steps),
+      refine: element("refine").checked,
       onStep: (done, total) => {
+        if (state.isStopped) throw new Stopped();
         bar.value = done / total;
         say(`Painting … ${percent(done, total)}`);
       },
@@ -127,7 +138,8 @@ async function run() {
     await offer();
     say(`Done in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
   } catch (error) {
-    say(`That failed: ${error.message}`, true);
+    if (error instanceof Stopped) say("Stopped; nothing is changed.");
+    else say(`That failed: ${error.message}`, true);
   } finally {
     bar.hidden = true;
     enable(false);

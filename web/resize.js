@@ -1,10 +1,8 @@
 // Pillow's resampling of 8-bit maps, to the bit: two passes of fixed-point weights.
 
 const BITS = 22;
-const FILTERS = {
-  lanczos: { support: 3, weight: (x) => (Math.abs(x) < 3 ? sinc(x) * sinc(x / 3) : 0) },
-  box: { support: 0.5, weight: (x) => (x > -0.5 && x <= 0.5 ? 1 : 0) },
-};
+const SUPPORT = 3;
+const lanczos = (x) => (Math.abs(x) < SUPPORT ? sinc(x) * sinc(x / SUPPORT) : 0);
 
 function sinc(x) {
   if (x === 0) return 1;
@@ -12,16 +10,16 @@ function sinc(x) {
 }
 
 /** For each output position, where its input starts and the weights from there on. */
-function weights(from, to, { support, weight }) {
+function weights(from, to) {
   const scale = from / to;
   const stretch = Math.max(scale, 1);
-  const reach = support * stretch;
+  const reach = SUPPORT * stretch;
   return Array.from({ length: to }, (_, i) => {
     const centre = (i + 0.5) * scale;
     const start = Math.max(Math.trunc(centre - reach + 0.5), 0);
     const end = Math.min(Math.trunc(centre + reach + 0.5), from);
     const raw = [];
-    for (let x = start; x < end; x++) raw.push(weight((x - centre + 0.5) / stretch));
+    for (let x = start; x < end; x++) raw.push(lanczos((x - centre + 0.5) / stretch));
     const sum = raw.reduce((a, b) => a + b, 0);
     const fixed = raw.map((w) => {
       const value = (sum ? w / sum : w) * 2 ** BITS;
@@ -32,8 +30,8 @@ function weights(from, to, { support, weight }) {
 }
 
 /** One pass along rows; `data` is [rows, from, channels] of bytes. */
-function pass(data, rows, from, to, channels, filter) {
-  const table = weights(from, to, filter);
+function pass(data, rows, from, to, channels) {
+  const table = weights(from, to);
   const out = new Uint8Array(rows * to * channels);
   for (let y = 0; y < rows; y++) {
     for (let x = 0; x < to; x++) {
@@ -67,7 +65,8 @@ function transposed(data, rows, columns, channels) {
 /** A square hole of 0 and 1 at another side; a pixel is a hole if any of those it stands for is. */
 export function resizeHole(hole, from, to) {
   if (from <= to) return resizeSquare(hole, from, to, 1, "nearest");
-  const ends = weights(from, to, FILTERS.box).map(({ start, fixed }) => [start, start + fixed.length]);
+  const start = (i) => Math.floor((2 * from * i + to) / (2 * to)); // of the pixels whose centres lie in it
+  const ends = Array.from({ length: to }, (_, i) => [start(i), start(i + 1)]);
   const wide = new Uint8Array(from * to);
   const out = new Uint8Array(to * to);
   for (let y = 0; y < from; y++) {
@@ -97,8 +96,7 @@ export function resizeSquare(data, from, to, channels, name) {
     }
     return out;
   }
-  const filter = FILTERS[name];
-  const wide = pass(data, from, from, to, channels, filter); // rows first, as Pillow does
+  const wide = pass(data, from, from, to, channels); // rows first, as Pillow does
   const turned = transposed(wide, from, to, channels);
-  return transposed(pass(turned, to, from, to, channels, filter), to, to, channels);
+  return transposed(pass(turned, to, from, to, channels), to, to, channels);
 }

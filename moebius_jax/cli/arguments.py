@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 
 # Help of arguments that more than one program adds by itself.
-REVISION = "branch, tag or commit of the model's Hub repository (default: the released one, elsewhere main)"
+REVISION = (
+    "branch, tag or commit of the model's Hub repository (default: of a released one the commit this version "
+    "knows, else main)"
+)
 
 
 def add_model_arguments(

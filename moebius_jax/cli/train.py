@@ -28,7 +28,11 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     add("--workdir", type=any_location, help="for all the run writes; gs://… too (default: runs/CONFIG)")
     add("--dataset", metavar="KIND", help="short for data.kind=: images, latents, synthetic")
     add("--preview-data", type=local_path, metavar="PNG", help="draw what the network will see, and stop")
-    add("--no-verify", action="store_true", help="short for verify=false: do not read checksums")
+    add(
+        "--no-verify",
+        action="store_true",
+        help="short for verify=false: do not look at checksums",
+    )
     add("--aot", metavar="TOPOLOGY", help="compile for a TPU slice (v5e:4x8), report, and stop")
     add("--print-config", action="store_true", help="show every field, and stop")
     add("--profile", type=int, metavar="STEP", help="trace five steps from STEP on (TensorBoard)")

@@ -179,20 +179,15 @@ def find_model(
         UserError: nothing usable there, or not reachable.
     """
     folder, named = _folder(path_or_hub_id), variant or "pretrained"
+    if revision == "":
+        raise UserError("the revision is empty; expected a branch, tag or commit")
     if not folder.exists():
-        repository = str(path_or_hub_id)
-        if variant is None and repository != DEFAULT_MODEL:
-            parts = (_FILE, f"{UNET}/**", f"{VAE}/**")
-            saved = hub.fetch_folder(repository, _FILE, parts, revision=revision)
-            if saved is not None:
-                return find_model(saved, variant=None, vae=vae, cache_dir=cache_dir, track=track)
-        cache = Path(cache_dir) if cache_dir else None
-        unet = hub.fetch(repository, named, cache, track, revision=revision)
-        return _found(
-            unet, fetched(vae) if vae else hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track), named
+        options = {"revision": revision, "cache_dir": cache_dir, "track": track}
+        return _find_on_hub(str(path_or_hub_id), variant, vae, **options)
+    if revision is not None:
+        raise UserError(
+            f"{path_or_hub_id}: is on this machine; a revision ({revision}) is one of a repository on the Hub"
         )
-    if revision:
-        raise UserError(f"{folder}: is a folder; a revision ({revision}) is one of a repository on the Hub")
     if holds_one_model(folder) and variant:
         what = "a saved pipeline holds one model" if (folder / _FILE).is_file() else "is one converted U-Net"
         raise UserError(f"{folder}: {what}; leave out variant={variant!r}")
@@ -213,6 +208,29 @@ def find_model(
     if vae is None and not beside.is_dir():
         raise UserError(f"{folder}: no VAE beside it ({beside}); name a converted one with vae= or --vae")
     return _found(unet, fetched(vae or beside), variant)
+
+
+def _find_on_hub(
+    repository: str,
+    variant: str | None,
+    vae: str | Path | None,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    track: hub.Track,
+) -> ModelFolders:
+    """A saved pipeline in a repository, else released weights, and their VAE, which is in another one."""
+    if variant is None and repository != DEFAULT_MODEL:
+        parts = (_FILE, f"{UNET}/**", f"{VAE}/**")
+        saved = hub.fetch_folder(repository, _FILE, parts, revision=revision)
+        if saved is not None:
+            return find_model(saved, vae=vae)
+    named, cache = variant or "pretrained", Path(cache_dir) if cache_dir else None
+    unet = hub.fetch(repository, named, cache, track, revision=revision)
+    if vae:
+        return _found(unet, fetched(vae), named)
+    of_both = revision if repository == hub.VAE_REPOSITORY else None
+    return _found(unet, hub.fetch(hub.VAE_REPOSITORY, "vae", cache, track, revision=of_both), named)
 
 
 def _found(unet: Path, vae: Path, asked: str | None) -> ModelFolders:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def default_cache() -> Path:
 
 
 def _download(repository: str, filename: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -198,11 +199,21 @@ def _download(repository: str, filename: str, revision: str | None) -> Path:
     if repository.count("/") != 1:
         raise UserError(f"{repository}: neither a folder nor a Hub repository of the form owner/name")
     what = "VAE (--vae)" if repository == VAE_REPOSITORY else "model"
-    endpoint, revision = os.environ.get("HF_ENDPOINT", _HUB), revision or PINNED.get(repository, "main")
+    endpoint, asked = os.environ.get("HF_ENDPOINT", _HUB), revision
+    revision = revision or PINNED.get(repository, "main")
     try:
         local = not _is_reachable(endpoint)
         return Path(hf_hub_download(repository, filename, revision=revision, local_files_only=local))
     except LocalEntryNotFoundError:
+        kept = try_to_load_from_cache(repository, filename) if asked is None else None
+        if isinstance(kept, str):  # there is a sentinel, too, for what is known not to be there
+            commit = Path(kept).parents[filename.count("/")].name
+            warnings.warn(
+                f"{repository}: the Hub cannot be reached; {filename} is of commit {_short(commit)}, which "
+                f"is in its cache, in the place of {_short(revision)}",
+                stacklevel=2,
+            )
+            return Path(kept)
         raise HubUnreachable(
             f"{repository}: the Hub cannot be reached and {filename} is not in its cache; fetch "
             f"{endpoint}/{repository}/resolve/{revision}/{filename} on a machine that can, convert it with "
@@ -218,10 +229,11 @@ def _download(repository: str, filename: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         raise UserError(
             f"{repository}: has no revision {revision}; expected a branch (main is the newest), tag or commit"
+            f"{', or pass a converted VAE (--vae)' if repository == VAE_REPOSITORY else ''}"
         ) from None
     except EntryNotFoundError:
         raise NotInRepository(
-            f"{repository}: has no {filename} at {revision[:12]}; the released variants are "
+            f"{repository}: has no {filename} at {_short(revision)}; the released variants are "
             f"{', '.join(VARIANTS)}"
         ) from None
     except HFValidationError:
@@ -232,6 +244,11 @@ def _download(repository: str, filename: str, revision: str | None) -> Path:
         raise HubUnreachable(
             f"{repository}: fetching {filename} from {endpoint} failed ({first_line(error)})"
         ) from None
+
+
+def _short(revision: str) -> str:
+    """A commit's first digits; other names as they are."""
+    return revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
 
 
 def _is_reachable(endpoint: str) -> bool:
