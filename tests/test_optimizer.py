@@ -11,8 +11,8 @@ from moebius_jax import UNetConfig
 from moebius_jax.models import released
 from moebius_jax.models.mixers.interactive_lambda import POSITION_TABLE
 from moebius_jax.models.mixers.local_lambda import POSITION_CONV
-from moebius_jax.sharding import make_mesh
-from moebius_jax.training.muon import newton_schulz
+from moebius_jax.sharding import batch_sharding, make_mesh
+from moebius_jax.training.muon import _shared, newton_schulz
 from moebius_jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -110,6 +110,17 @@ def test_newton_schulz_makes_singular_values_one():
     values = np.linalg.svd(np.asarray(newton_schulz(jnp.asarray(x), jnp.float32)), compute_uv=False)
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize(("count", "collective"), [(2, "all-reduce"), (7, "all-gather")])
+def test_few_matrices_on_many_devices_are_not_gathered_with_zeros(count, collective):
+    """Eight devices, of which six have nothing to do: what is exchanged is the two alone."""
+    stack = jax.random.normal(jax.random.key(0), (count, 4, 6))
+    spread = batch_sharding(make_mesh())
+    shared = jax.jit(lambda x: _shared(x, jnp.float32, spread)).lower(stack).compile()
+    text = shared.as_text()
+    assert [name for name in ("all-reduce", "all-gather") if f" {name}(" in text] == [collective]
+    np.testing.assert_allclose(shared(stack), newton_schulz(stack, jnp.float32), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [UNetConfig.student(), UNetConfig.ablation(1)])

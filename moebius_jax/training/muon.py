@@ -83,7 +83,11 @@ def _shared(stack: Array, dtype: Dtype, spread: NamedSharding | None) -> Array:
     missing = -len(stack) % spread.mesh.size
     filled = _together(jnp.pad(stack, ((0, missing), (0, 0), (0, 0))), spread)
     own = newton_schulz(lax.with_sharding_constraint(filled, spread), dtype)
-    return _together(own, spread)[: len(stack)]
+    if missing <= len(stack):
+        return _together(own, spread)[: len(stack)]
+    # On a large slice most devices have none, and gathering their zeros would grow with the slice.
+    of_each = jnp.eye(len(filled), len(stack), dtype=dtype)
+    return _together(jnp.einsum("dn,dab->nab", of_each, own, precision=lax.Precision.HIGHEST), spread)
 
 
 def _together(x: Array, spread: NamedSharding | None) -> Array:
