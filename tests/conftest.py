@@ -120,6 +120,12 @@ def inception_folder(tmp_path_factory) -> "os.PathLike[str]":
     return folder
 
 
+def not_as_written(path):
+    """Adds what readers of JSON do not mind, and checksums do."""
+    with path.open("a") as file:
+        file.write("\n")
+
+
 def draw_photos(folder: pathlib.Path, count: int) -> pathlib.Path:
     """A folder of picture-like images, 96 x 80."""
     folder.mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import not_as_written
 
 from moebius_jax import UserError, load_unet
 from moebius_jax.cli.export import main as export
@@ -99,8 +100,7 @@ def test_loading_and_the_command_line_ask(tmp_path, capsys, monkeypatch):
     assert f"{damaged}: not what was written" in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
     shutil.copy(next((TINY / "unet").rglob(damaged.name)), damaged)
-    with (tmp_path / "tiny/unet/config.json").open("a") as file:
-        file.write("\n")
+    not_as_written(tmp_path / "tiny/unet/config.json")
     assert sample(["--model", str(tmp_path / "tiny"), *options]) == 1
     assert sample(["--model", str(tmp_path / "tiny"), *options, "--no-verify"]) == 0
     written = []

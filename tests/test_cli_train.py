@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_photos
+from conftest import draw_photos, not_as_written
 from logged import RELEASED_NAMES, scalars
 from PIL import Image
 from test_processes import free_port
@@ -104,12 +104,6 @@ def checkpoint(workdir, step):
 
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(workdir / "checkpoints" / f"step_{step}" / "state")
-
-
-def not_as_written(path):
-    """Adds what readers of JSON do not mind, and checksums do."""
-    with path.open("a") as file:
-        file.write("\n")
 
 
 def assert_same_run(ours, theirs):

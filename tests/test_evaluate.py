@@ -32,8 +32,7 @@ from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
 from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.files import partial_of
-from moebius_jax.imaging.grid import MARK
-from moebius_jax.imaging.picture import write_image
+from moebius_jax.imaging.grid import write_grid
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.weights.tensors import digest
 
@@ -697,7 +696,7 @@ class TestScore:
         assert "<svg" in (out / "report.html").read_text()
 
     def test_grids_beside_results_are_none(self, score, tmp_path):
-        write_image(tmp_path / "pred/0_grid.png", Image.new("RGB", (300, 96)), overwrite=False, mark=MARK)
+        write_grid(tmp_path / "pred/0.png", *pictures(3), overwrite=False)
         status, out, _ = score()
         assert status == 0
         assert "scores (4 images" in out

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from conftest import TINY_VAE, network_from_synth
+from conftest import TINY_VAE, network_from_synth, not_as_written
 from flax import nnx
 from jax.sharding import PartitionSpec
 from logged import RELEASED_NAMES
@@ -523,14 +523,12 @@ def test_networks_in_folders_are_the_same_networks(tmp_path):
     with pytest.raises(UserError, match="is no U-Net"):
         load_frozen(config.replace(teacher=str(tmp_path / "metric")), mesh)
     for name in ("metric", "teacher"):
-        with (tmp_path / name / "config.json").open("a") as file:
-            file.write("\n")
+        not_as_written(tmp_path / name / "config.json")
         with pytest.raises(UserError, match=f"{name}/config.json: not what was written"):
             load_frozen(folders, mesh)
     assert load_frozen(folders.replace(verify=False), mesh)
     save_network(tmp_path / "vae", load_image_codec(config, mesh))
-    with (tmp_path / "vae/config.json").open("a") as file:
-        file.write("\n")
+    not_as_written(tmp_path / "vae/config.json")
     with pytest.raises(UserError, match=r"vae/config\.json: not what was written"):
         load_image_codec(config.replace(vae=str(tmp_path / "vae")), mesh)
     assert load_image_codec(config.replace(vae=str(tmp_path / "vae"), verify=False), mesh)

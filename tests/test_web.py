@@ -39,7 +39,7 @@ def javascript(tmp_path_factory):
             for name in ("random", "resize", "windows", "paste", "enlarge", "inpaint")
         )
         script = tmp_path_factory.mktemp("js") / "run.mjs"
-        given = json.dumps(inputs)
+        given = json.dumps(inputs, default=lambda array: array.ravel().astype(int).tolist())
         script.write_text(
             f"{imports}const given = {given};\n"
             "const give = (value) => console.log(JSON.stringify(value));\n" + code
@@ -64,8 +64,8 @@ def test_random_numbers_are_jaxs(javascript):
 def test_resizing_is_pillows(javascript, before, after):
     rgb = np.random.default_rng(0).integers(0, 256, (before, before, 3), np.uint8)
     ours = javascript(
-        'give([...resize.resizeSquare(Uint8Array.from(given.data), given.from, given.to, 3, "lanczos")]);',
-        data=rgb.ravel().tolist(),
+        "give([...resize.resizeSquare(Uint8Array.from(given.data), given.from, given.to, 3)]);",
+        data=rgb,
         **{"from": before, "to": after},
     )
     theirs = np.asarray(Image.fromarray(rgb).resize((after, after), Image.Resampling.LANCZOS))
@@ -84,7 +84,7 @@ def test_windows_are_pythons(javascript):
     ours = javascript(
         "const all = windows.planWindows(Uint8Array.from(given.hole), 90, 140, 32);"
         "give(all.map((w) => [w.top, w.left, w.side, [...w.labels].map((l) => Number(w.members.has(l)))]));",
-        hole=hole.ravel().astype(int).tolist(),
+        hole=hole,
     )
     theirs = plan_windows(hole, 32)
     assert len(theirs) > 1
@@ -110,11 +110,11 @@ def test_a_window_beyond_the_image_is_mirrored(javascript, height, width):
         "const all = windows.planWindows(Uint8Array.from(given.hole), given.height, given.width, given.size);"
         "const w = all[given.number];"
         "const cut = (data, c) => windows.extract(Uint8Array.from(data), given.height, given.width, c, w);"
-        'const image = resize.resizeSquare(cut(given.rgb, 3), w.side, given.size, 3, "lanczos");'
+        "const image = resize.resizeSquare(cut(given.rgb, 3), w.side, given.size, 3);"
         "const mask = resize.resizeHole(cut(given.hole, 1), w.side, given.size);"
         "give([[...image], [...mask].map(Boolean)]);",
-        hole=hole.ravel().astype(int).tolist(),
-        rgb=rgb.ravel().tolist(),
+        hole=hole,
+        rgb=rgb,
         height=height,
         width=width,
         size=size,
@@ -133,7 +133,7 @@ def test_holes_are_resized_as_pythons(javascript, before, after):
     assert np.diag(shrunken).all()
     ours = javascript(
         "give([...resize.resizeHole(Uint8Array.from(given.hole), given.from, given.to)]);",
-        hole=hole.ravel().astype(int).tolist(),
+        hole=hole,
         **{"from": before, "to": after},
     )
     np.testing.assert_array_equal(np.reshape(ours, (after, after)), crop.resized_hole(hole, after))
@@ -165,18 +165,18 @@ def test_tiles_are_pythons(javascript, height, width, size):
         "const [rgb, hole] = [Uint8Array.from(given.rgb), Uint8Array.from(given.hole)];"
         "const w = windows.planWindows(hole, height, width, size)[given.number];"
         "const cut = (data, c) => windows.extract(data, height, width, c, w);"
-        "const image = resize.resizeSquare(cut(rgb, 3), w.side, size, 3, 'lanczos');"
-        "const seen = { image, hole: resize.resizeHole(cut(hole, 1), w.side, size) };"
+        "const window = { rgb: cut(rgb, 3), hole: cut(hole, 1), side: w.side };"
         "const paint = (tile, open, k) =>"
         "  tile.map((v, i) => (open[Math.floor(i / 3)] ? Math.floor(v / 2) + (k % 100) : v));"
         "const stages = enlarge.planTiles(w, height, width, size);"
         "const painted = Uint8Array.from(given.painted);"
-        "const first = { size, ...seen, painted };"
-        "const out = await enlarge.enlarge({ rgb, hole, height, width }, w, stages, first, paint);"
+        "const image = resize.resizeSquare(window.rgb, w.side, size, 3);"
+        "const first = { size, image, hole: resize.resizeHole(window.hole, w.side, size), painted };"
+        "const out = await enlarge.enlarge(window, stages, first, paint);"
         "give([stages.flatMap((stage) => stage.tiles).length, [...out]]);",
-        rgb=rgb.ravel().tolist(),
-        hole=hole.ravel().astype(int).tolist(),
-        painted=painted.ravel().tolist(),
+        rgb=rgb,
+        hole=hole,
+        painted=painted,
         height=height,
         width=width,
         size=size,
@@ -202,9 +202,9 @@ def test_pasting_is_pythons(javascript, blur):
             "const window = windows.planWindows(hole, 90, 140, 32)[given.number];"
             "const result = Uint8Array.from(given.result);"
             "paste.paste(rgb, 90, 140, result, 32, window, given.blur); give([...rgb]);",
-            hole=hole.ravel().astype(int).tolist(),
-            rgb=rgb.ravel().tolist(),
-            result=result.ravel().tolist(),
+            hole=hole,
+            rgb=rgb,
+            result=result,
             number=number,
             blur=blur,
         )
@@ -267,8 +267,8 @@ def test_squares_and_their_numbers_are_pythons(javascript, height, width, boxes)
         "const { rgb, hole, height, width } = given;"
         "const out = await page.inpaint(Uint8Array.from(rgb), Uint8Array.from(hole), height, width, options);"
         "give([[...out], seen, progress]);",
-        rgb=rgb.ravel().tolist(),
-        hole=hole.ravel().astype(int).tolist(),
+        rgb=rgb,
+        hole=hole,
         height=height,
         width=width,
     )

@@ -1,7 +1,7 @@
 // A window that was painted smaller than it is, painted again in tiles: moebius_jax/imaging/enlarge.py in JavaScript.
 
 import { resizeHole, resizeSquare } from "./resize.js";
-import { extract } from "./windows.js";
+import { bounds } from "./windows.js";
 
 const LEAST_FACTOR = 1.25; // a picture that is enlarged by less is sharp enough
 const STRIDE = 0.75; // of a tile: from one to the next
@@ -26,18 +26,17 @@ export function planTiles(window, height, width, size) {
 }
 
 /**
- * The window of `photo`, {rgb, hole, height, width}, at its own size. `first` is it as the model saw it, {size, image,
+ * A window {rgb, hole, side} as it was cut, painted at its own size. `first` is it as the model saw it, {size, image,
  * hole}, and as it `painted` it; `paint(image, hole, number)` paints a tile.
  */
-export async function enlarge({ rgb, hole, height, width }, window, stages, first, paint) {
+export async function enlarge(window, stages, first, paint) {
   const { size } = first;
   const shift = colorShift(first.image, first.painted, first.hole, size);
   let [picture, from] = [Uint8Array.from(first.painted, (level, i) => rounded(level + shift[i % 3])), size];
-  const [all, marked] = [extract(rgb, height, width, 3, window), extract(hole, height, width, 1, window)];
   for (const { side, tiles } of stages) {
-    const known = resizeSquare(all, window.side, side, 3, "lanczos");
-    const open = resizeHole(marked, window.side, side);
-    picture = resizeSquare(picture, from, side, 3, "lanczos");
+    const known = resizeSquare(window.rgb, window.side, side, 3);
+    const open = resizeHole(window.hole, window.side, side);
+    picture = resizeSquare(picture, from, side, 3);
     picture = picture.map((level, i) => (open[Math.floor(i / 3)] ? level : known[i]));
     const sums = { side, colors: new Float32Array(side * side * 3), weights: new Float32Array(side * side) };
     for (const tile of tiles) {
@@ -72,14 +71,7 @@ function add({ side, colors, weights }, size, { top, left }, image, painted) {
 
 /** How much the colours of `original` differ from those of `result` just around the hole. */
 function colorShift(original, result, hole, size) {
-  let [first, last, low, high] = [size, -1, size, -1];
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
-      if (!hole[y * size + x]) continue;
-      [first, last] = [Math.min(first, y), Math.max(last, y)];
-      [low, high] = [Math.min(low, x), Math.max(high, x)];
-    }
-  }
+  const [first, last, low, high] = bounds(hole, size, size);
   const [rows, columns] = [stretch(first, last, size), stretch(low, high, size)];
   const shift = [0, 0, 0];
   let count = 0;

@@ -57,8 +57,10 @@ export class Inpainter {
     const tick = () => onStep(++done, total);
     const random = (number) => foldIn(foldIn(key(seed), index), number);
     for (const [number, window] of windows.entries()) {
-      const image = resizeSquare(extract(rgb, height, width, 3, window), window.side, size, 3, "lanczos");
-      const open = resizeHole(extract(hole, height, width, 1, window), window.side, size);
+      const { side } = window;
+      const cut = { rgb: extract(rgb, height, width, 3, window), hole: extract(hole, height, width, 1, window), side };
+      const image = resizeSquare(cut.rgb, side, size, 3);
+      const open = resizeHole(cut.hole, side, size);
       const painted = await this.square(image, open, random(number), table, guidanceScale, tick);
       if (!plans[number].length) {
         paste(out, height, width, painted, size, window, blur);
@@ -69,8 +71,8 @@ export class Inpainter {
         const numbered = random((number % MOST_WINDOWS) + MOST_WINDOWS * k);
         return this.square(tile, inside, numbered, table.refining, guidanceScale, tick);
       };
-      const whole = await enlarge({ rgb, hole, height, width }, window, plans[number], first, paint);
-      paste(out, height, width, whole, window.side, window, blur);
+      const whole = await enlarge(cut, plans[number], first, paint);
+      paste(out, height, width, whole, side, window, blur);
     }
     return out;
   }

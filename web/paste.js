@@ -1,6 +1,7 @@
 // The result back into the photo: moebius_jax/imaging/crop.py's `paste` in JavaScript.
 
 import { resizeSquare } from "./resize.js";
+import { bounds } from "./windows.js";
 
 /** Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square. */
 export function paste(rgb, height, width, result, size, window, blur) {
@@ -12,7 +13,7 @@ export function paste(rgb, height, width, result, size, window, blur) {
   for (let y = 0; y < h; y++) {
     for (let x = 0; x < w; x++) hole[y * w + x] = members.has(labels[(y + rows[0]) * width + x + columns[0]]);
   }
-  const filled = resizeSquare(result, size, side, 3, "lanczos");
+  const filled = resizeSquare(result, size, side, 3);
   const fade = Math.min(blur * Math.max(1, side / size), room(hole, h, w, window, height, width) + 1);
   const weight = feather(hole, h, w, fade);
   for (let y = 0; y < h; y++) {
@@ -30,16 +31,7 @@ export function paste(rgb, height, width, result, size, window, blur) {
 
 /** Pixels between the hole and the nearest edge of the window that lies inside the image. */
 function room(hole, h, w, { top, left, side }, height, width) {
-  let [first, last, low, high] = [h, -1, w, -1];
-  for (let y = 0; y < h; y++) {
-    for (let x = 0; x < w; x++) {
-      if (!hole[y * w + x]) continue;
-      first = Math.min(first, y);
-      last = Math.max(last, y);
-      low = Math.min(low, x);
-      high = Math.max(high, x);
-    }
-  }
+  const [first, last, low, high] = bounds(hole, h, w);
   let found = side;
   if (top > 0) found = Math.min(found, first);
   if (Math.min(top + side, height) < height) found = Math.min(found, h - 1 - last);

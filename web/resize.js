@@ -64,11 +64,17 @@ function transposed(data, rows, columns, channels) {
 
 /** A square hole of 0 and 1 at another side; a pixel is a hole if any of those it stands for is. */
 export function resizeHole(hole, from, to) {
-  if (from <= to) return resizeSquare(hole, from, to, 1, "nearest");
+  if (from === to) return hole;
+  const out = new Uint8Array(to * to);
+  if (from < to) {
+    // Added up, as Pillow does: what lies between two pixels may fall to either.
+    const source = [];
+    for (let at = (from / to) * 0.5; source.length < to; at += from / to) source.push(Math.floor(at));
+    return out.map((_, i) => hole[source[Math.floor(i / to)] * from + source[i % to]]);
+  }
   const start = (i) => Math.floor((2 * from * i + to) / (2 * to)); // of the pixels whose centres lie in it
   const ends = Array.from({ length: to }, (_, i) => [start(i), start(i + 1)]);
   const wide = new Uint8Array(from * to);
-  const out = new Uint8Array(to * to);
   for (let y = 0; y < from; y++) {
     const row = hole.subarray(y * from, (y + 1) * from);
     ends.forEach(([start, end], x) => (wide[y * to + x] = row.subarray(start, end).some(Boolean)));
@@ -79,23 +85,9 @@ export function resizeHole(hole, from, to) {
   return out;
 }
 
-/** A square map [from, from, channels] of bytes at another side; `name` is "lanczos" or "nearest". */
-export function resizeSquare(data, from, to, channels, name) {
+/** A square picture [from, from, channels] of bytes at another side. */
+export function resizeSquare(data, from, to, channels) {
   if (from === to) return data;
-  if (name === "nearest") {
-    const out = new Uint8Array(to * to * channels);
-    // Added up, as Pillow does: what lies between two pixels may fall to either.
-    const source = [];
-    for (let at = (from / to) * 0.5; source.length < to; at += from / to) source.push(Math.floor(at));
-    for (let y = 0; y < to; y++) {
-      for (let x = 0; x < to; x++) {
-        for (let c = 0; c < channels; c++) {
-          out[(y * to + x) * channels + c] = data[(source[y] * from + source[x]) * channels + c];
-        }
-      }
-    }
-    return out;
-  }
   const wide = pass(data, from, from, to, channels); // rows first, as Pillow does
   const turned = transposed(wide, from, to, channels);
   return transposed(pass(turned, to, from, to, channels), to, to, channels);

@@ -98,6 +98,19 @@ function labelled(coarse, rows, columns) {
   return numbers;
 }
 
+/** First and last row, first and last column of a hole [height, width]. */
+export function bounds(hole, height, width) {
+  let [top, bottom, left, right] = [height, -1, width, -1];
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      if (!hole[y * width + x]) continue;
+      [top, bottom] = [Math.min(top, y), y];
+      [left, right] = [Math.min(left, x), Math.max(right, x)];
+    }
+  }
+  return [top, bottom, left, right];
+}
+
 /** A window of a map [height, width, channels] of bytes, mirrored where it reaches beyond the edges. */
 export function extract(data, height, width, channels, { top, left, side }) {
   const out = new Uint8Array(side * side * channels);

@@ -6,9 +6,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from moebius_jax.imaging.picture import mark_of
+from moebius_jax.imaging.picture import mark_of, write_image
 
-MARK = "original | mask | result"  # what `is_grid` tells a result's grid by
+_MARK = "original | mask | result"
+_ENDING = "_grid"
 GAP = 8  # pixels of white between the panels
 MAX_SIDE = 768  # panels are shrunk to this: the grid is for looking, not for keeping
 
@@ -27,6 +28,16 @@ def side_by_side(*panels: UInt8[np.ndarray, "..."]) -> Image.Image:
     return grid
 
 
+def grid_path(output: Path) -> Path:
+    """Where the side-by-side picture of a result goes."""
+    return output.with_name(f"{output.stem}{_ENDING}.png")
+
+
+def write_grid(output: Path, *panels: UInt8[np.ndarray, "..."], overwrite: bool) -> None:
+    """Puts `side_by_side` beside the result `output`; errors as for `write_image`."""
+    write_image(grid_path(output), side_by_side(*panels), overwrite=overwrite, mark=_MARK)
+
+
 def is_grid(path: Path) -> bool:
-    """Whether a file was written with `MARK`; only those named like a grid are opened."""
-    return path.stem.endswith("_grid") and mark_of(path) == MARK
+    """Whether `write_grid` wrote it; only files named like a grid are opened."""
+    return path.stem.endswith(_ENDING) and mark_of(path) == _MARK

@@ -8,7 +8,7 @@ from typing import Any
 from moebius_jax.buckets import is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
-from moebius_jax.imaging.grid import MARK, side_by_side
+from moebius_jax.imaging.grid import grid_path, write_grid
 from moebius_jax.imaging.picture import (
     is_result,
     read_mask,
@@ -18,7 +18,7 @@ from moebius_jax.imaging.picture import (
     require_replaceable,
     write_image,
 )
-from moebius_jax.inpaint.pairing import Task, grid_path
+from moebius_jax.inpaint.pairing import Task
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
 from moebius_jax.inpaint.sampler import SamplingOptions
 from moebius_jax.inpaint.stream import InpaintOptions, Item, Result, inpaint_stream
@@ -103,8 +103,7 @@ def inpaint_files(
         replace = overwrite or is_half
         write_image(task.output, picture.with_rgb(result.rgb), overwrite=replace)
         if grid:
-            panels = (picture.rgb, result.item.mask, result.rgb)
-            write_image(grid_path(task.output), side_by_side(*panels), overwrite=True, mark=MARK)
+            write_grid(task.output, picture.rgb, result.item.mask, result.rgb, overwrite=True)
 
     start = time.perf_counter()
     with CompileClock() as compiling:
@@ -130,7 +129,7 @@ def add_missing_grids(tasks: Sequence[Task]) -> list[str]:
                 is_missing = task.output.exists() and not grid_path(task.output).exists()
             if is_missing:
                 panels = (read_picture(task.image).rgb, read_mask(task.mask), read_picture(task.output).rgb)
-                write_image(grid_path(task.output), side_by_side(*panels), overwrite=False, mark=MARK)
+                write_grid(task.output, *panels, overwrite=False)
         except UserError as error:
             problems.append(str(error))
     return problems

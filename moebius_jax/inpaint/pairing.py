@@ -9,6 +9,7 @@ from pathlib import Path
 from moebius_jax.buckets import forget_listings, is_bucket, reaching
 from moebius_jax.errors import UserError
 from moebius_jax.files import resolved
+from moebius_jax.imaging.grid import grid_path
 from moebius_jax.imaging.picture import MASK_ENDINGS, SUFFIXES, is_ours, is_result
 
 
@@ -105,11 +106,6 @@ def finished(tasks: Sequence[Task]) -> list[Task]:
             forget_listings()
             there |= set(folder.iterdir()) if folder.is_dir() else set()  # not one request a result
     return [t for t in tasks if (t.output in there if is_bucket(t.output) else is_result(t.output))]
-
-
-def grid_path(output: Path) -> Path:
-    """Where the side-by-side picture of a result goes."""
-    return output.with_name(f"{output.stem}_grid.png")
 
 
 def _is_folder(output: Path, images: Path | None) -> bool:

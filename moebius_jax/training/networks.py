@@ -94,8 +94,7 @@ def load_initial_tensors(config: TrainConfig, mesh: Mesh) -> tuple[Tensors, Tens
             else ["kind of network"]
         )
         raise UserError(f"{folder}: differs from the student in {', '.join(different)}")
-    options = {"placement": _placement(mesh), "verify": config.verify}
-    return split_tensors(load_unet(folder, param_dtype=jnp.float32, **options))
+    return split_tensors(load_unet(folder, param_dtype=jnp.float32, **_in_pieces(config, mesh)))
 
 
 def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetwork[UNet]:
@@ -125,8 +124,7 @@ def _load_teacher(config: TrainConfig, mesh: Mesh, abstract: bool) -> FrozenNetw
 
     if abstract or isinstance(config.teacher, UNetConfig):
         return _drawn(draw, mesh, abstract)
-    options = {"placement": _placement(mesh), "verify": config.verify}
-    network = inference_copy(load_unet(folder, **options, **dtypes))
+    network = inference_copy(load_unet(folder, **_in_pieces(config, mesh), **dtypes))
     tensors = network_tensors(network)
     # What was made of the weights lies as the compiler left it.
     place = jax.jit(lambda tensors: tensors, donate_argnums=0, out_shardings=tree_shardings(mesh, tensors))
@@ -155,8 +153,7 @@ def _load_own(loss: Loss, config: TrainConfig, mesh: Mesh, abstract: bool) -> Fr
     dtype, architecture = jnp.dtype(config.dtype), loss.network
     if isinstance(architecture, str):
         if not abstract:
-            options = {"placement": _placement(mesh), "verify": config.verify}
-            network = load_network(loss.network, loss.NETWORK, dtype=dtype, **options)
+            network = load_network(loss.network, loss.NETWORK, dtype=dtype, **_in_pieces(config, mesh))
             return FrozenNetwork(bare=Bare(network), tensors=network_tensors(network))
         architecture = read_config(fetched(loss.network)).architecture
 
@@ -196,5 +193,6 @@ def _drawn(build: Callable[[], Network], mesh: Mesh, abstract: bool) -> FrozenNe
     return FrozenNetwork(bare=bare, tensors=tensors)
 
 
-def _placement(mesh: Mesh) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
-    return lambda _, shape: tensor_sharding(mesh, shape)
+def _in_pieces(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """How folders are loaded: cut over `fsdp`, compared with their checksums first."""
+    return {"placement": lambda _, shape: tensor_sharding(mesh, shape), "verify": config.verify}
