@@ -1,18 +1,18 @@
 """Does distillation help? A teacher and small students, trained on photographs and compared on others.
 
-    python examples/tiny/photographs.py WORK                     # squares of photographs; some held out
-    python -m benchmarks.learn perceptual --work WORK            # a small metric of latents
-    python -m benchmarks.learn train --work WORK --seeds 0 1 2   # teacher, then students, by train.py
-    python -m benchmarks.learn score --work WORK                 # the table: means over seeds, spread
+    python examples/tiny/photographs.py WORK             # squares of photographs; some held out
+    python -m benchmarks.learn train --work WORK         # latents, a metric of them, teacher, students
+    python -m benchmarks.learn score --work WORK         # the table: means over seeds, and their spread
 
 In the manner of the paper's Table 5 and of Table 2's rows 9 and 10: students of one architecture, the same
 number of steps and the same data, with different losses. A seed decides initial weights, noise and the order
-of the data; autoencoder (tiny's), metric and teacher are the same for all. Each stage goes on where it was
-stopped. Scored on the held-out photographs: the task loss, and L1 and LPIPS of images whose hole was
-inpainted. Needs the `train` and `eval` extras.
+of the data; autoencoder (tiny's), metric and teacher are the same for all. What is there already is not made
+again: the same command goes on. Scored on the held-out photographs: the task loss, and L1 and LPIPS of images
+whose hole was inpainted. Needs the `train` and `eval` extras.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.common import Row, parser, report, told
 from benchmarks.learn_config import SIZE, get_config
 from benchmarks.learn_perceptual import train_perceptual
+from moebius_jax.weights.folder import read_config
 
 ROOT = Path(__file__).parents[1]
 STUDENTS = {
@@ -41,16 +42,10 @@ def parse() -> argparse.Namespace:
     add("--perceptual-steps", type=int, default=600)
     add("--teacher-steps", type=int, default=3000)
     add("--student-steps", type=int, default=1500)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students (default 0 1 2)")
-    add("--only", type=int, nargs="+", default=range(len(STUDENTS)), help="students, by place in the table")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students to train (default 0 1 2)")
+    places = range(len(STUDENTS))
+    add("--only", type=int, nargs="+", default=places, choices=places, help="students, by place in the table")
     return options.parse_args()
-
-
-def train_metric(args: argparse.Namespace) -> int:
-    train_perceptual(
-        args.work / "train", args.work / "held_out", args.work / "perceptual", args.perceptual_steps
-    )
-    return 0
 
 
 def run(*command: str | Path) -> None:
@@ -59,30 +54,39 @@ def run(*command: str | Path) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Latents, teacher, students: seed by seed, so that there is a whole table early."""
+    """Seed by seed, so that there is a whole table early."""
     work, config = args.work.resolve(), "benchmarks/learn_config.py"
     for name in ("train", "held_out"):
-        if not (latents := work / f"latents_{name}").exists():
+        if not (latents := work / f"learn_latents_{name}").exists():
             run("cache_latents.py", config, latents, f"data.path={work / name}", "--draws", "1")
-    common = [f"data.path={work / 'latents_train'}", f"log.validation={work / 'latents_held_out'}"]
-    if not (work / "teacher" / "model").exists():
-        steps = f"steps={args.teacher_steps}"
-        run("train.py", "benchmarks/learn_teacher.py", "--workdir", work / "teacher", *common, steps)
-    common.append(f"teacher={work / 'teacher' / 'model' / 'unet'}")
-    for seed in args.seeds:
-        for i in args.only:
-            folder, terms = _student(work, i, seed), list(STUDENTS.values())[i]
-            if (folder / "model").exists():
-                continue
+    metric, teacher = work / "learn_perceptual", work / "learn_teacher"
+    if not metric.exists():
+        train_perceptual(work / "train", work / "held_out", metric, args.perceptual_steps)
+    common = [
+        f"data.path={work / 'learn_latents_train'}",
+        f"log.validation={work / 'learn_latents_held_out'}",
+    ]
+    if not is_trained(teacher, args.teacher_steps):
+        own = f"steps={args.teacher_steps}"
+        run("train.py", "benchmarks/learn_teacher.py", "--workdir", teacher, *common, own)
+    common.append(f"teacher={teacher / 'model' / 'unet'}")
+    for seed, i in itertools.product(args.seeds, args.only):
+        student, terms = work / f"learn_student_{i}_seed_{seed}", list(STUDENTS.values())[i]
+        if not is_trained(student, args.student_steps):
             own = [f"loss.terms={terms}", f"seed={seed}", f"steps={args.student_steps}"]
-            if "perceptual" in terms:
-                own.append(f"loss.perceptual.network={work / 'perceptual'}")
-            run("train.py", config, "--workdir", folder, *common, *own)
+            own += [f"loss.perceptual.network={metric}"] * ("perceptual" in terms)
+            run("train.py", config, "--workdir", student, *common, *own)
     return 0
 
 
-def _student(work: Path, place: int, seed: int) -> Path:
-    return work / f"student_{place}_seed_{seed}"
+def is_trained(workdir: Path, steps: int) -> bool:
+    """Whether a run has ended; one of another length is no part of this table."""
+    unet = workdir / "model" / "unet"
+    if not unet.exists():
+        return False
+    if (found := read_config(unet).source["step"]) != steps:
+        sys.exit(f"{workdir}: trained for {found} steps; expected {steps}. Take another --work")
+    return True
 
 
 def score(args: argparse.Namespace) -> int:
@@ -91,25 +95,22 @@ def score(args: argparse.Namespace) -> int:
 
 
 def scores(args: argparse.Namespace) -> Iterator[Row]:
-    """A row for the teacher, and one for each student whose training has ended with some of the seeds."""
-    trained = {"the teacher, task": [args.work / "teacher"]}
-    trained |= {
-        name: [_student(args.work, i, seed) for seed in args.seeds] for i, name in enumerate(STUDENTS)
-    }
+    """A row for the teacher, and one for each student, over the seeds whose training has ended."""
+    trained = {"the teacher, task": "learn_teacher"}
+    trained |= {name: f"learn_student_{i}_seed_*" for i, name in enumerate(STUDENTS)}
     for name, folders in trained.items():
-        found = [score_one(f / "model", args.work) for f in folders if (f / "model").exists()]
-        if found:
+        if models := sorted(args.work.glob(f"{folders}/model")):
+            found = [score_one(model, args.work) for model in models]
             yield {"trained on": name, "seeds": len(found)} | summary(found)
 
 
 def summary(found: list[dict[str, float]]) -> Row:
-    """Mean of each figure, and its standard deviation (of a sample) where there are several."""
+    """Mean of each figure, and its standard deviation (of a sample)."""
     row: Row = {}
     for key in found[0]:
         values = [one[key] for one in found]
         row[key] = statistics.mean(values)
-        if len(values) > 1:
-            row[f"{key} ±"] = statistics.stdev(values)
+        row[f"{key} ±"] = statistics.stdev(values) if len(values) > 1 else ""
     return row
 
 
@@ -123,7 +124,9 @@ def score_one(model: Path, work: Path) -> dict[str, float]:
 
     pipeline = MoebiusInpaintPipeline.from_pretrained(model)
     config, mesh = get_config().replace(student=pipeline.unet.config), make_mesh()
-    held_out = LatentDataset(Source(path=work / "latents_held_out", latent_shape=config.student.latent_shape))
+    held_out = LatentDataset(
+        Source(path=work / "learn_latents_held_out", latent_shape=config.student.latent_shape)
+    )
     validation = Validation(config, mesh, bare_student(config, mesh), None, held_out)
     found = evaluate(
         pipeline,
@@ -137,7 +140,7 @@ def score_one(model: Path, work: Path) -> dict[str, float]:
     return validation(network_tensors(pipeline.unet)) | quality
 
 
-STAGES = {"perceptual": train_metric, "train": train, "score": score}
+STAGES = {"train": train, "score": score}
 
 if __name__ == "__main__":
     arguments = parse()

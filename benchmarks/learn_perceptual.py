@@ -37,6 +37,8 @@ def train_perceptual(train: Path, held_out: Path, output: Path, steps: int) -> N
         optax.masked(optax.keep_params_nonnegative(), _heads(params)),
     )
 
+    pairs = _pairs()
+
     @jax.jit
     def step(params: Any, state: Any, images: Array, key: Key[Array, ""]) -> tuple[Any, Any, Array]:
         a, b, wanted = pairs(images, key)
@@ -49,7 +51,6 @@ def train_perceptual(train: Path, held_out: Path, output: Path, steps: int) -> N
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    pairs = _pairs()
     data, state, rng = squares(train), optimizer.init(params), np.random.default_rng(0)
     for i in range(steps):
         images = data[rng.integers(len(data), size=BATCH)]

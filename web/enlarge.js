@@ -1,6 +1,7 @@
 // A window that was painted smaller than it is, painted again in tiles: moebius_jax/imaging/enlarge.py in JavaScript.
 
 import { resizeHole, resizeSquare } from "./resize.js";
+import { rounded, toEven } from "./rounding.js";
 import { bounds } from "./windows.js";
 
 const LEAST_FACTOR = 1.25; // a picture that is enlarged by less is sharp enough
@@ -128,13 +129,4 @@ function means(rgb) {
   const sum = [0, 0, 0];
   rgb.forEach((level, i) => (sum[i % 3] += level));
   return sum.map((total) => (3 * total) / rgb.length);
-}
-
-const rounded = (level) => Math.min(Math.max(toEven(level), 0), 255);
-
-/** The nearest whole number, of two the even one: as Python and NumPy round. */
-function toEven(value) {
-  const floor = Math.floor(value);
-  if (value - floor !== 0.5) return Math.round(value);
-  return floor % 2 ? floor + 1 : floor;
 }

