@@ -3,7 +3,9 @@
 import contextlib
 import math
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +67,26 @@ def held_bytes(program: jax.stages.Compiled) -> int:
     """What a compiled program holds on one device beside its temporaries; what is given away counts once."""
     memory = program.memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def compile_and_read(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """A program for a TPU slice, and its text: as jax gives it, or as the compiler has written it itself.
+
+    The compiler may be newer than what jax reads programs with: libtpu 0.0.51 puts operations into programs
+    for v6e at which jaxlib 0.10 gives up.
+
+    Raises:
+        jax.errors.JaxRuntimeError: it cannot be compiled, or read in either way.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            written = list(Path(folder).glob("*.after_codegen.txt"))
+            if not written:
+                raise
+            return compiled, max(written, key=lambda path: path.stat().st_size).read_text()
 
 
 def slice_devices(topology: str) -> list[jax.Device]:

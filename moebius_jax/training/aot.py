@@ -13,7 +13,7 @@ from moebius_jax.buckets import is_bucket
 from moebius_jax.data.datasets import DATASETS
 from moebius_jax.data.samples import PixelSample
 from moebius_jax.errors import UserError, first_line
-from moebius_jax.hardware import held_bytes, slice_devices
+from moebius_jax.hardware import compile_and_read, held_bytes, slice_devices
 from moebius_jax.models import UNetConfig
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.models.forms import platform_of
@@ -56,10 +56,10 @@ def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., An
     )
     started = time.perf_counter()
     try:
-        compiled = make_update(config, mesh, networks, optimizer).lower(*arguments).compile()
+        compiled, text = compile_and_read(make_update(config, mesh, networks, optimizer).lower(*arguments))
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--aot {topology}: {_memory_message(str(error))}") from None
-    figures = _figures(compiled, config.batch_size / mesh.size, config.accumulation)
+    figures = _figures(compiled, text, config.batch_size / mesh.size, config.accumulation)
     kind = devices[0].device_kind
     rows = {
         "devices": f"{mesh.size} x {kind}, data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}",
@@ -74,13 +74,10 @@ def report_aot(config: TrainConfig, topology: str, make_update: Callable[..., An
     return "\n".join([*notes, *(f"{name:<{width}}  {value}" for name, value in rows.items())])
 
 
-def _figures(compiled: Any, samples: float, parts: int) -> dict[str, str]:
+def _figures(compiled: Any, text: str, samples: float, parts: int) -> dict[str, str]:
     cost, held = compiled.cost_analysis(), held_bytes(compiled)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    text, flops = compiled.as_text(), cost["flops"] / 1e12
-    # By channel: the compiler repeats a transfer in the text of everything it is fused with.
-    channels = {c: set(re.findall(rf" {c}(?:-start)?\(.*?channel_id=(\d+)", text)) for c in COLLECTIVES}
-    counts = {c: len(found) for c, found in channels.items()}
+    flops = cost["flops"] / 1e12
     return {
         "weights, optimiser, batch": f"{held / 1e9:.2f} GB per device",
         "temporaries": f"{temporaries / 1e9:.2f} GB per device",
@@ -88,8 +85,14 @@ def _figures(compiled: Any, samples: float, parts: int) -> dict[str, str]:
         # XLA counts the body of the loop over parts once, and the optimiser is in the count of one part.
         "FLOPs": f"{parts * flops:.2f} T per device, {parts * flops / samples:.2f} T a sample",
         "HBM traffic": f"{parts * cost['bytes accessed'] / 1e9:.0f} GB per device",
-        "collectives": ", ".join(f"{n} {c}" for c, n in counts.items() if n) or "none",
+        "collectives": _collectives(text),
     }
+
+
+def _collectives(text: str) -> str:
+    # By channel: the compiler repeats a transfer in the text of everything it is fused with.
+    channels = {c: set(re.findall(rf" {c}(?:-start)?\(.*?channel_id=(\d+)", text)) for c in COLLECTIVES}
+    return ", ".join(f"{len(found)} {c}" for c, found in channels.items() if found) or "none"
 
 
 def _stand_ins(config: TrainConfig) -> tuple[list[str], TrainConfig]:
