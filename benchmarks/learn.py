@@ -13,6 +13,7 @@ whose hole was inpainted. Needs the `train` and `eval` extras.
 
 import argparse
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from pathlib import Path
 from benchmarks.common import Row, parser, report, told
 from benchmarks.learn_config import SIZE, get_config
 from benchmarks.learn_perceptual import train_perceptual
+from moebius_jax.files import replace_when_complete
 from moebius_jax.weights.folder import read_config
 
+Figures = dict[str, float]
 ROOT = Path(__file__).parents[1]
 STUDENTS = {
     "task (Table 2, row 10)": "task",
@@ -91,30 +94,48 @@ def is_trained(workdir: Path, steps: int) -> bool:
 
 def score(args: argparse.Namespace) -> int:
     """Task loss, and LPIPS and L1 inside the hole of inpainted held-out squares."""
-    return report(told(scores(args)), args)
+    return report(told(scores(args.work)), args)
 
 
-def scores(args: argparse.Namespace) -> Iterator[Row]:
+def scores(work: Path) -> Iterator[Row]:
     """A row for the teacher, and one for each student, over the seeds whose training has ended."""
-    trained = {"the teacher, task": "learn_teacher"}
-    trained |= {name: f"learn_student_{i}_seed_*" for i, name in enumerate(STUDENTS)}
-    for name, folders in trained.items():
-        if models := sorted(args.work.glob(f"{folders}/model")):
-            found = [score_one(model, args.work) for model in models]
-            yield {"trained on": name, "seeds": len(found)} | summary(found)
+    teacher = score_one(work / "learn_teacher", work)
+    yield {"trained on": "the teacher, task", "seeds": 1} | {key: f"{v:.4f}" for key, v in teacher.items()}
+    alone: dict[str, Figures] = {}
+    for i, name in enumerate(STUDENTS):
+        folders = sorted(work.glob(f"learn_student_{i}_seed_*/model"))
+        found = {model.parent.name.rpartition("_")[2]: score_one(model.parent, work) for model in folders}
+        alone = alone or found  # the first row's
+        if found:
+            yield {"trained on": name, "seeds": len(found)} | summary(found, alone)
 
 
-def summary(found: list[dict[str, float]]) -> Row:
-    """Mean of each figure, and its standard deviation (of a sample)."""
-    row: Row = {}
-    for key in found[0]:
-        values = [one[key] for one in found]
-        row[key] = statistics.mean(values)
-        row[f"{key} ±"] = statistics.stdev(values) if len(values) > 1 else ""
+def summary(found: dict[str, Figures], alone: dict[str, Figures]) -> Row:
+    """Mean and standard deviation (of a sample) over seeds, and the same of differences.
+
+    Args:
+        found: figures by seed.
+        alone: those of students of the same seeds, and so the same first weights, noise and data, that were
+            trained on the task loss alone.
+    """
+
+    def cell(values: list[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.4f}{spread}"
+
+    keys, both = next(iter(found.values())), found.keys() & alone.keys()
+    row = {key: cell([one[key] for one in found.values()]) for key in keys}
+    if found is not alone and both:
+        row |= {
+            f"{key} - task's": cell([found[s][key] - alone[s][key] for s in sorted(both)]) for key in keys
+        }
     return row
 
 
-def score_one(model: Path, work: Path) -> dict[str, float]:
+def score_one(folder: Path, work: Path) -> Figures:
+    """The figures of a finished run, which are kept beside its model."""
+    if (kept := folder / "score.json").exists():
+        return json.loads(kept.read_text())
     from moebius_jax import MoebiusInpaintPipeline, evaluate
     from moebius_jax.data.datasets import LatentDataset, Source
     from moebius_jax.sharding import make_mesh
@@ -122,7 +143,7 @@ def score_one(model: Path, work: Path) -> dict[str, float]:
     from moebius_jax.training.validation import Validation
     from moebius_jax.weights.tensors import network_tensors
 
-    pipeline = MoebiusInpaintPipeline.from_pretrained(model)
+    pipeline = MoebiusInpaintPipeline.from_pretrained(folder / "model")
     config, mesh = get_config().replace(student=pipeline.unet.config), make_mesh()
     held_out = LatentDataset(
         Source(path=work / "learn_latents_held_out", latent_shape=config.student.latent_shape)
@@ -136,8 +157,10 @@ def score_one(model: Path, work: Path) -> dict[str, float]:
         mask_kind="lama_medium",
         guidance_scale=1.0,  # these networks were never shown foreground samples
     ).summary
-    quality = {key: found[key]["hole"] for key in ("lpips_alex", "l1")}
-    return validation(network_tensors(pipeline.unet)) | quality
+    figures = validation(network_tensors(pipeline.unet)) | {k: found[k]["hole"] for k in ("lpips_alex", "l1")}
+    with replace_when_complete(kept, overwrite=True) as partial:
+        partial.write_text(json.dumps(figures))
+    return figures
 
 
 STAGES = {"train": train, "score": score}
