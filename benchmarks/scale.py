@@ -114,8 +114,7 @@ def rows(args: argparse.Namespace, schedules: Path) -> Iterator[Row]:
 def main() -> int:
     args = parse()
     with tempfile.TemporaryDirectory() as schedules:
-        found = told(rows(args, Path(schedules)))
-        return run(lambda: report(found, args, device=", ".join(args.topologies)))
+        return run(lambda: report(told(rows(args, Path(schedules))), args, device=", ".join(args.topologies)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PEAKS = {
     "TPU v5 lite": (197e12, 0.819e12),
     "TPU v5e": (197e12, 0.819e12),
     "TPU v4": (275e12, 1.2e12),
+    "TPU v5": (459e12, 2.765e12),  # v5p
     "TPU v6 lite": (918e12, 1.64e12),
 }
 
@@ -104,8 +105,11 @@ def slice_devices(topology: str) -> list[jax.Device]:
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     jax.config.update("jax_platforms", "cpu")
+    # libtpu's own choice for v4 is a device for each of a chip's two cores; a real slice's are whole chips.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        return list(found.devices)
     except Exception as error:  # libtpu missing, or whatever it makes of the name
         raise UserError(
             f'compiling for {topology}: {first_line(error)}. It needs libtpu (pip install -e ".[aot]") and a '

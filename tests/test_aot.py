@@ -5,8 +5,10 @@ import types
 
 import jax
 import pytest
+from jax.experimental import topologies
 
-from moebius_jax.hardware import compile_and_read
+from moebius_jax.errors import UserError
+from moebius_jax.hardware import compile_and_read, slice_devices
 from moebius_jax.training import aot
 
 PROGRAM = """
@@ -63,3 +65,34 @@ def test_a_program_jax_cannot_read_is_read_as_the_compiler_wrote_it(files):
     else:
         with pytest.raises(jax.errors.JaxRuntimeError):
             compile_and_read(lowered)
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"), [("v4:2x2x4", {"chip_config_name": "megacore"}), ("v5e:4x8", {})]
+)
+def test_a_slices_devices_are_whole_chips(monkeypatch, topology, options):
+    for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "")
+    asked = []
+
+    def describe(**asked_for):
+        asked.append(asked_for)
+        return types.SimpleNamespace(devices=(1, 2))
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    assert slice_devices(topology) == [1, 2]
+    assert asked == [{"platform": "tpu", "topology_name": topology, **options}]
+
+
+def test_a_slice_nobody_knows_is_one_line(monkeypatch):
+    for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "")
+
+    def describe(**_):
+        raise RuntimeError("NOT_FOUND: v99\nand a trace")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    with pytest.raises(
+        UserError, match=r"^compiling for v99:1x1: NOT_FOUND: v99. It needs libtpu .*v6e:4x4$"
+    ):
+        slice_devices("v99:1x1")

@@ -24,7 +24,7 @@ from moebius_jax.training.networks import load_frozen
 from moebius_jax.training.optimizer import run_optimizer
 from moebius_jax.training.state import abstract_state
 
-HBM_GB = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v4": 32, "TPU v5p": 95, "TPU v6 lite": 32}
+HBM_GB = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v4": 32, "TPU v5": 95, "TPU v6 lite": 32}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
