@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from moebius_jax.files import replace_when_complete
+from moebius_jax.hardware import compile_and_read
 
 Row = dict[str, Any]
 Call = Callable[..., Any]
@@ -63,6 +64,12 @@ def compiled_in(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float
     """The program and how many seconds it took."""
     start = time.perf_counter()
     return lowered.compile(), time.perf_counter() - start
+
+
+def read_in(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str, float]:
+    """A program for a TPU slice, its text, and how many seconds it took."""
+    start = time.perf_counter()
+    return *compile_and_read(lowered), time.perf_counter() - start
 
 
 def told(rows: Iterable[Row]) -> list[Row]:

@@ -35,6 +35,7 @@ STUDENTS = {
     "coarse + fine + task (row 3)": "coarse,fine,task",
     "all four (row 4; Table 2, row 9)": "coarse,fine,task,perceptual",
 }
+TASK_ALONE = next(iter(STUDENTS))
 
 
 def parse() -> argparse.Namespace:
@@ -72,12 +73,11 @@ def train(args: argparse.Namespace) -> int:
     if not is_trained(teacher, args.teacher_steps):
         own = f"steps={args.teacher_steps}"
         run("train.py", "benchmarks/learn_teacher.py", "--workdir", teacher, *common, own)
-    common.append(f"teacher={teacher / 'model' / 'unet'}")
+    common += [f"teacher={teacher / 'model' / 'unet'}", f"loss.perceptual.network={metric}"]
     for seed, i in itertools.product(args.seeds, args.only):
         student, terms = work / f"learn_student_{i}_seed_{seed}", list(STUDENTS.values())[i]
         if not is_trained(student, args.student_steps):
             own = [f"loss.terms={terms}", f"seed={seed}", f"steps={args.student_steps}"]
-            own += [f"loss.perceptual.network={metric}"] * ("perceptual" in terms)
             run("train.py", config, "--workdir", student, *common, *own)
     return 0
 
@@ -99,15 +99,16 @@ def score(args: argparse.Namespace) -> int:
 
 def scores(work: Path) -> Iterator[Row]:
     """A row for the teacher, and one for each student, over the seeds whose training has ended."""
-    teacher = score_one(work / "learn_teacher", work)
-    yield {"trained on": "the teacher, task", "seeds": 1} | {key: f"{v:.4f}" for key, v in teacher.items()}
+    runs = {"the teacher, task": "learn_teacher"}
+    runs |= {name: f"learn_student_{i}_seed_*" for i, name in enumerate(STUDENTS)}
     alone: dict[str, Figures] = {}
-    for i, name in enumerate(STUDENTS):
-        folders = sorted(work.glob(f"learn_student_{i}_seed_*/model"))
-        found = {model.parent.name.rpartition("_")[2]: score_one(model.parent, work) for model in folders}
-        alone = alone or found  # the first row's
+    for name, folders in runs.items():
+        models = sorted(work.glob(f"{folders}/model"))
+        found = {model.parent.name.rpartition("_")[2]: score_one(model.parent, work) for model in models}
         if found:
             yield {"trained on": name, "seeds": len(found)} | summary(found, alone)
+        if name == TASK_ALONE:
+            alone = found
 
 
 def summary(found: dict[str, Figures], alone: dict[str, Figures]) -> Row:
@@ -123,12 +124,10 @@ def summary(found: dict[str, Figures], alone: dict[str, Figures]) -> Row:
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.4f}{spread}"
 
-    keys, both = next(iter(found.values())), found.keys() & alone.keys()
+    keys, both = next(iter(found.values())), sorted(found.keys() & alone.keys())
     row = {key: cell([one[key] for one in found.values()]) for key in keys}
-    if found is not alone and both:
-        row |= {
-            f"{key} - task's": cell([found[s][key] - alone[s][key] for s in sorted(both)]) for key in keys
-        }
+    if both:
+        row |= {f"{key} - task's": cell([found[s][key] - alone[s][key] for s in both]) for key in keys}
     return row
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from benchmarks import hlo
-from benchmarks.common import Row, compiled_in, median_seconds, parser, report, told
+from benchmarks.common import Row, compiled_in, median_seconds, parser, read_in, report, told
 from benchmarks.programs import core, core_inputs, placed
 from moebius_jax.diffusion.denoise import inpaint_latents, single_step
 from moebius_jax.hardware import PEAKS, slice_devices
@@ -109,7 +109,7 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
     arguments = placed(params, replicated(mesh)), *placed(inputs[:4], batch_sharding(mesh))
     arguments += placed(inputs[4:], replicated(mesh))
     lower = with_mesh(inpaint_latents.lower, mesh)
-    compiled, seconds = compiled_in(lower(graphdef, *arguments, guided=True))
+    compiled, text, seconds = read_in(lower(graphdef, *arguments, guided=True))
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     peak_flops, peak_bytes = PEAKS[mesh.devices.flat[0].device_kind]
     # XLA counts the body of the loop once: these are one step's figures, on one device.
@@ -122,7 +122,7 @@ def compile_for(mesh: Mesh, args: argparse.Namespace, dtype: str, batch: int) ->
         "bound_ms": 1e3 * max(cost["flops"] / peak_flops, cost["bytes accessed"] / peak_bytes),
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
-        "collectives": sum(count for count, _ in hlo.collectives(compiled.as_text()).values()),
+        "collectives": sum(count for count, _ in hlo.collectives(text).values()),
         "compile_s": seconds,
     }
 

@@ -17,16 +17,15 @@ import itertools
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import hlo, mosaic
-from benchmarks.common import Row, parser, report, told
+from benchmarks.common import Row, parser, read_in, report, told
 from benchmarks.train import SIZES, abstract_step, configure
 from moebius_jax.cli.terminal import run
-from moebius_jax.hardware import compile_and_read, held_bytes, slice_devices
+from moebius_jax.hardware import held_bytes, slice_devices
 from moebius_jax.models.forms import platform_of
 from moebius_jax.sharding import make_mesh
 from moebius_jax.training.batches import check_batch
@@ -58,9 +57,7 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None, sch
     config = config.replace(fsdp=args.fsdp, accumulation=args.accumulation)
     mesh = make_mesh(devices, fsdp=config.fsdp)
     check_batch(config, mesh)
-    lowered, started = abstract_step(config, mesh), time.perf_counter()
-    compiled, text = compile_and_read(lowered)
-    seconds = time.perf_counter() - started
+    compiled, text, seconds = read_in(abstract_step(config, mesh))
     found = hlo.collectives(text)
     moving, hopping = link_seconds(found, topology)
     target = topology.partition(":")[0]

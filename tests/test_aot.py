@@ -47,51 +47,57 @@ def test_a_program_is_read_as_jax_gives_it():
     assert text == lowered.compile().as_text()
 
 
-@pytest.mark.parametrize(
-    "files", [{}, {"0.f.after_codegen.txt": "small", "1.step.after_codegen.txt": "the step"}]
-)
-def test_a_program_jax_cannot_read_is_read_as_the_compiler_wrote_it(files):
+def written_by_compiler(**files):
+    """A step that jax cannot read, whose compiler writes these files."""
+
     def as_text():
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     def compile_(compiler_options):
         for name, text in files.items():
-            (pathlib.Path(compiler_options["xla_dump_to"]) / name).write_text(text)
+            (pathlib.Path(compiler_options["xla_dump_to"]) / f"{name}.after_codegen.txt").write_text(text)
         return types.SimpleNamespace(as_text=as_text)
 
-    lowered = types.SimpleNamespace(compile=compile_)
-    if files:
-        assert compile_and_read(lowered)[1] == "the step"
-    else:
-        with pytest.raises(jax.errors.JaxRuntimeError):
-            compile_and_read(lowered)
+    return types.SimpleNamespace(compile=compile_)
+
+
+def test_a_program_jax_cannot_read_is_read_as_the_compiler_wrote_it():
+    assert compile_and_read(written_by_compiler(f="small", step="the step"))[1] == "the step"
+
+
+def test_a_program_nobody_can_read_is_an_error():
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_and_read(written_by_compiler())
+
+
+@pytest.fixture
+def describing(monkeypatch):
+    """Puts a function in the place of libtpu's description of slices; the environment is left as it was."""
+    for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "")
+    return lambda describe: monkeypatch.setattr(topologies, "get_topology_desc", describe)
 
 
 @pytest.mark.parametrize(
     ("topology", "options"), [("v4:2x2x4", {"chip_config_name": "megacore"}), ("v5e:4x8", {})]
 )
-def test_a_slices_devices_are_whole_chips(monkeypatch, topology, options):
-    for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
-        monkeypatch.setenv(name, "")
+def test_a_slices_devices_are_whole_chips(describing, topology, options):
     asked = []
 
     def describe(**asked_for):
         asked.append(asked_for)
         return types.SimpleNamespace(devices=(1, 2))
 
-    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    describing(describe)
     assert slice_devices(topology) == [1, 2]
     assert asked == [{"platform": "tpu", "topology_name": topology, **options}]
 
 
-def test_a_slice_nobody_knows_is_one_line(monkeypatch):
-    for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
-        monkeypatch.setenv(name, "")
-
+def test_a_slice_nobody_knows_is_one_line(describing):
     def describe(**_):
         raise RuntimeError("NOT_FOUND: v99\nand a trace")
 
-    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    describing(describe)
     with pytest.raises(
         UserError, match=r"^compiling for v99:1x1: NOT_FOUND: v99. It needs libtpu .*v6e:4x4$"
     ):

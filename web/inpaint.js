@@ -3,6 +3,7 @@
 import { foldIn, key, normal } from "./random.js";
 import { enlarge, planTiles } from "./enlarge.js";
 import { resizeHole, resizeSquare } from "./resize.js";
+import { rounded } from "./rounding.js";
 import { extract, planWindows } from "./windows.js";
 import { paste } from "./paste.js";
 
@@ -111,7 +112,7 @@ export class Inpainter {
     }
     const { images } = await this.run("decoder", { latents: [latents, [1, ...shape]] });
     if (!images.every(Number.isFinite)) throw new Error("the network produced NaN or infinite numbers");
-    return Uint8Array.from(images, (value) => Math.round(Math.min(Math.max(value / 2 + 0.5, 0), 1) * 255));
+    return Uint8Array.from(images, (value) => rounded((value / 2 + 0.5) * 255));
   }
 
   async encode(image, noise) {
