@@ -80,7 +80,10 @@ def compile_and_read(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
         jax.errors.JaxRuntimeError: it cannot be compiled, or read in either way.
     """
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        # Its analyses of buffers, which nobody reads, would be the most of it.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options["xla_dump_buffer_assignment_analysis"] = False
+        compiled = lowered.compile(compiler_options=options)
         try:
             return compiled, compiled.as_text()
         except jax.errors.JaxRuntimeError:
