@@ -20,7 +20,7 @@ $(VENV)/.installed: $(VENV)/.runs
 
 sample: $(VENV)/.runs  ## inpaint a photograph with the network that comes along; look at outputs/sample_grid.png
 	$(BIN)/python sample.py --model tiny --image examples/coffee.jpg --mask examples/coffee_mask.png \
-		--output outputs/sample.png --match-color --grid --overwrite
+		--output outputs/sample.png --grid --overwrite
 	@echo "original | mask | result: outputs/sample_grid.png"
 
 $(VENV)/.serves: $(VENV)/.runs

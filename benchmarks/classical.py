@@ -85,7 +85,7 @@ def main() -> int:
     options.add_argument("--steps", type=int, help="default: the model's")
     options.add_argument("--scheduler", help="default: the model's")
     options.add_argument("--refine", type=float, help="as sample.py's; default: the model's")
-    options.add_argument("--match-color", action="store_true", help="as sample.py's")
+    options.add_argument("--no-match-color", action="store_true", help="as sample.py's")
     options.add_argument("--picture", type=Path, help="original, hole, all methods: best, median, worst case")
     add = options.add_argument
     add("--against", nargs="*", choices=CLASSICS, default=CLASSICS, help="the last takes minutes at 512 px")
@@ -97,7 +97,7 @@ def main() -> int:
     settings = {
         "num_inference_steps": args.steps,
         "scheduler": args.scheduler,
-        "match_color": args.match_color,
+        "match_color": not args.no_match_color,
         "refine": args.refine,
     }
     for name, method in methods(args.model, settings).items():

@@ -9,7 +9,7 @@ import pytest
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.imaging.crop import cut
-from moebius_jax.imaging.enlarge import Enlargement, Tile, sides, starts
+from moebius_jax.imaging.enlarge import GRAIN, Enlargement, Tile, sides, starts
 from moebius_jax.imaging.regions import plan_windows
 from moebius_jax.inpaint.sampler import Sampler, SamplingOptions
 from moebius_jax.inpaint.stream import AHEAD, InpaintOptions, Item, inpaint_stream
@@ -74,7 +74,8 @@ def test_a_model_that_knows_the_picture_restores_it(scene):
 
     painted, seen = enlarged(scene, model)
     assert painted.shape == (scene[2].side, scene[2].side, 3)
-    np.testing.assert_array_equal(painted, whole(scene)[0])
+    # Enlarging rounds, and what is less than grain is not put right.
+    assert np.abs(painted.astype(int) - whole(scene)[0]).max() < GRAIN
     numbers = [tile.number for tiles in seen for tile in tiles]
     assert numbers == list(range(1, len(numbers) + 1))
     assert len(seen) == len(sides(scene[2].side, S)) > 1
@@ -145,7 +146,7 @@ def test_a_lone_pixel_is_painted_at_its_full_size():
 
 
 def test_tiles_fade_into_each_other():
-    """Two that overlap, one painted with a slope of light to the right: no step between them."""
+    """Two that overlap, one painted as a chessboard: it grows fainter from column to column."""
     rgb, hole = np.full((32, 56, 3), 100, np.uint8), np.zeros((32, 56), bool)
     hole[10:20, 4:52] = True
     (window,) = plan_windows(hole, S, margin=4)
@@ -153,13 +154,17 @@ def test_tiles_fade_into_each_other():
     enlargement = Enlargement(rgb, window, image, square, image)
     tiles = enlargement.next_tiles()
     assert len({tile.left for tile in tiles}) == 2
-    slope = np.linspace(-40, 40, S)[None, :, None]
+    chessboard = np.where(np.indices((S, S)).sum(0) % 2, 60, -60)[..., None]
     for tile in tiles:
-        bright = 100 + slope * (tile.left == 0) + np.zeros((S, S, 3))
-        enlargement.put(tile, bright.astype(np.uint8))
-    line = enlargement.painted[len(enlargement.painted) // 2, :, 0].astype(int)
-    assert np.abs(np.diff(line)).max() <= 8
-    assert line.max() > 115
+        squares = 100 + chessboard * (tile.left == 0) + np.zeros((S, S, 3))
+        enlargement.put(tile, squares.astype(np.uint8))
+    size = len(enlargement.painted)
+    contrast = np.abs(enlargement.painted[size // 2, :, 0].astype(int) - 100)
+    assert contrast[:10].min() > 50
+    assert contrast[S:].max() == 0
+    overlap = contrast[size - S : S + 1]
+    assert -np.diff(overlap).min() <= 12
+    assert (np.diff(overlap) <= 0).all()
 
 
 class Flat:

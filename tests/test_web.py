@@ -215,7 +215,7 @@ def test_pasting_is_pythons(javascript, blur):
             number=number,
             blur=blur,
         )
-        theirs = crop.paste(rgb, result, window, blur=blur, match_color=False)
+        theirs = crop.paste(rgb, result, window, blur=blur, match_color=True)
         np.testing.assert_array_equal(np.reshape(ours, rgb.shape), theirs)
 
 

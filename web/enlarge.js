@@ -1,12 +1,14 @@
 // A window that was painted smaller than it is, painted again in tiles: moebius_jax/imaging/enlarge.py in JavaScript.
 
+import { membrane } from "./membrane.js";
+import { coarse } from "./pyramid.js";
 import { resizeHole, resizeSquare } from "./resize.js";
 import { rounded, toEven } from "./rounding.js";
-import { bounds } from "./windows.js";
 
 const LEAST_FACTOR = 1.25; // a picture that is enlarged by less is sharp enough
 const STRIDE = 0.75; // of a tile: from one to the next
-const BORDER = 10; // pixels by which the box around the hole is larger than the hole, both sides together
+const FINE = 3; // halvings that take away what a tile may add
+const GRAIN = 3; // grey levels: what a tile adds is less by so much, and nothing below
 
 /** The sizes a window is painted again at, each with the tiles that hold a part of its hole: {number, top, left}. */
 export function planTiles(window, height, width, size) {
@@ -32,8 +34,9 @@ export function planTiles(window, height, width, size) {
  */
 export async function enlarge(window, stages, first, paint) {
   const { size } = first;
-  const shift = colorShift(first.image, first.painted, first.hole, size);
-  let [picture, from] = [Uint8Array.from(first.painted, (level, i) => rounded(level + shift[i % 3])), size];
+  const difference = Float64Array.from(first.image, (level, i) => level - first.painted[i]);
+  const added = membrane(difference, first.hole.map((inside) => !inside), size, size);
+  let [picture, from] = [Uint8Array.from(first.painted, (level, i) => rounded(level + added[i])), size];
   for (const { side, tiles } of stages) {
     const known = resizeSquare(window.rgb, window.side, side, 3);
     const open = resizeHole(window.hole, window.side, side);
@@ -54,41 +57,24 @@ export async function enlarge(window, stages, first, paint) {
   return picture;
 }
 
-/** A tile fades out towards its edges, and keeps the mean colour it started from. */
+/** A tile fades out towards its edges, and adds what is fine alone. */
 function add({ side, colors, weights }, size, { top, left }, image, painted) {
-  const [before, after] = [means(image), means(painted)];
+  const detail = fine(Float64Array.from(painted, (level, i) => level - image[i]), size);
   const ramp = (i) => Math.min(i + 1, size - i);
   for (let y = 0; y < size; y++) {
     for (let x = 0; x < size; x++) {
       const weight = Math.min(ramp(y), ramp(x)) / size;
-      const at = (top + y) * side + left + x;
+      const [at, here] = [(top + y) * side + left + x, y * size + x];
       weights[at] += weight;
-      for (let c = 0; c < 3; c++) {
-        colors[3 * at + c] += weight * (painted[3 * (y * size + x) + c] + before[c] - after[c]);
-      }
+      for (let c = 0; c < 3; c++) colors[3 * at + c] += weight * (image[3 * here + c] + detail[3 * here + c]);
     }
   }
 }
 
-/** How much the colours of `original` differ from those of `result` just around the hole. */
-function colorShift(original, result, hole, size) {
-  const [first, last, low, high] = bounds(hole, size, size);
-  const [rows, columns] = [stretch(first, last, size), stretch(low, high, size)];
-  const shift = [0, 0, 0];
-  let count = 0;
-  for (let y = rows[0]; y <= rows[1]; y++) {
-    for (let x = columns[0]; x <= columns[1]; x++) {
-      if (hole[y * size + x]) continue;
-      count += 1;
-      for (let c = 0; c < 3; c++) shift[c] += original[3 * (y * size + x) + c] - result[3 * (y * size + x) + c];
-    }
-  }
-  return shift.map((difference) => (count ? difference / count : 0));
-}
-
-function stretch(low, high, length) {
-  const [centre, half] = [Math.floor((low + high) / 2), Math.floor((high - low + 1 + BORDER) / 2)];
-  return [Math.max(centre - half, 0), Math.min(centre + half, length - 1)];
+/** What a tile adds to the picture it began from, of what it changed. */
+function fine(change, size) {
+  const { values } = coarse({ values: change, height: size, width: size }, FINE);
+  return change.map((level, i) => Math.sign(level - values[i]) * Math.max(Math.abs(level - values[i]) - GRAIN, 0));
 }
 
 /** Sizes to paint a window of `side` pixels at, after `size`, growing evenly by a factor of 2 or less. */
@@ -123,10 +109,4 @@ function cutTile(data, side, size, { top, left }, channels) {
     out.set(data.subarray(start, start + size * channels), y * size * channels);
   }
   return out;
-}
-
-function means(rgb) {
-  const sum = [0, 0, 0];
-  rgb.forEach((level, i) => (sum[i % 3] += level));
-  return sum.map((total) => (3 * total) / rgb.length);
 }

@@ -41,7 +41,7 @@ export class Inpainter {
    * refine: whether a large hole is painted again in tiles, where the model is meant to be.
    */
   async inpaint(rgb, hole, height, width, options = {}) {
-    const { seed = 0, index = 0, blur = 4, refine = true, onStep = () => {} } = options;
+    const { seed = 0, index = 0, blur = 0, refine = true, onStep = () => {} } = options;
     // Exports of before had no schedule of their own.
     const { solver = this.manifest.solver ?? "ddim", steps = this.manifest.steps ?? 20 } = options;
     const { guidanceScale = this.manifest.guidance_scale } = options;

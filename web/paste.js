@@ -1,10 +1,14 @@
 // The result back into the photo: moebius_jax/imaging/crop.py's `paste` in JavaScript.
 
+import { membrane } from "./membrane.js";
 import { resizeSquare } from "./resize.js";
 import { rounded } from "./rounding.js";
 import { bounds } from "./windows.js";
 
-/** Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square. */
+/**
+ * Changes `rgb` ([height, width, 3]) where the window's hole is, fading out over `blur` pixels of the model's square;
+ * colours are made to agree with the photo's where the fill ends.
+ */
 export function paste(rgb, height, width, result, size, window, blur) {
   const { top, left, side, labels, members } = window;
   const rows = [Math.max(top, 0), Math.min(top + side, height)];
@@ -17,13 +21,24 @@ export function paste(rgb, height, width, result, size, window, blur) {
   const filled = resizeSquare(result, size, side, 3);
   const fade = Math.min(blur * Math.max(1, side / size), room(hole, h, w, window, height, width) + 1);
   const weight = feather(hole, h, w, fade);
+  const [difference, known] = [new Float64Array(3 * h * w), new Uint8Array(h * w)];
+  const inPhoto = (y, x) => (y + rows[0]) * width + x + columns[0];
+  const inResult = (y, x) => (y + rows[0] - top) * side + x + columns[0] - left;
+  for (let y = 0; y < h; y++) {
+    for (let x = 0; x < w; x++) {
+      const at = y * w + x;
+      known[at] = !weight[at];
+      for (let c = 0; c < 3; c++) difference[3 * at + c] = rgb[3 * inPhoto(y, x) + c] - filled[3 * inResult(y, x) + c];
+    }
+  }
+  const added = membrane(difference, known, h, w);
   for (let y = 0; y < h; y++) {
     for (let x = 0; x < w; x++) {
       const share = weight[y * w + x];
       if (!share) continue;
       for (let c = 0; c < 3; c++) {
-        const at = ((y + rows[0]) * width + x + columns[0]) * 3 + c;
-        const fill = filled[((y + rows[0] - top) * side + x + columns[0] - left) * 3 + c];
+        const at = 3 * inPhoto(y, x) + c;
+        const fill = filled[3 * inResult(y, x) + c] + added[3 * (y * w + x) + c];
         rgb[at] = rounded(fill * share + rgb[at] * (1 - share));
       }
     }

@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--mask-blur",
         type=float,
-        default=4.0,
         metavar="PX",
-        help="width of the soft edge, in pixels of the 512 px square, or of a refined picture (default 4)",
+        help="width of a soft edge around the hole, in pixels of the 512 px square, or of a refined picture "
+        "(default 0: matched colours leave no edge to hide; 4 where they are not matched)",
     )
     add(
         "--padding-mask-crop",
@@ -125,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PX",
         help="context kept around the mask (default: half its size)",
     )
-    add("--match-color", action="store_true", help="match the fill's colours to the image around it")
+    add(
+        "--match-color",
+        action=argparse.BooleanOptionalAction,
+        help="make the fill's colours agree with the image's all along the edge (default: yes; with --mode "
+        "release no, and if so on average, as the release can)",
+    )
     add(
         "--mode",
         choices=("crop", "release"),

@@ -37,7 +37,7 @@ class Wishes:
     seed: int = 0
     results: int = 1
     mask_dilation: int = 0
-    mask_blur: float = 4.0
+    mask_blur: float = 0.0
     refine: float | None = None
 
 

@@ -12,7 +12,7 @@ from moebius_jax.evaluation.protocols import Protocol
 from moebius_jax.evaluation.published import GUIDANCE
 from moebius_jax.evaluation.settings import ScoringSettings
 from moebius_jax.inpaint.sampler import SamplingOptions
-from moebius_jax.inpaint.stream import InpaintOptions
+from moebius_jax.inpaint.stream import UNMATCHED_BLUR, InpaintOptions
 from moebius_jax.schema import AtLeastOne, File, Seed, checked, one_of
 
 PAPER = {"num_inference_steps": 20, "scheduler": "ddim"}
@@ -30,7 +30,8 @@ class BenchmarkSettings(ScoringSettings):
         mask_kind, mask_ratio, mask_seed: what masks are drawn from where no set is given.
         guidance_scale, num_inference_steps, scheduler, strength: None is the protocol's, or the paper's (of
             strength, where it says nothing, the release's); of one's own images, the model's.
-        mask_blur, seed: see `InpaintOptions` and the pipeline.
+        mask_blur, seed: see `InpaintOptions` and the pipeline. Colours are not matched: the paper
+            speaks of no such step.
         guidance_sweep, steps_sweep: values of a sweep, empty for the usual ones; None for no sweep.
         scheduler_sweep: every scheduler.
 
@@ -49,7 +50,7 @@ class BenchmarkSettings(ScoringSettings):
     num_inference_steps: int | None = None
     scheduler: str | None = None
     strength: float | None = None
-    mask_blur: float = InpaintOptions().mask_blur
+    mask_blur: float = UNMATCHED_BLUR
     seed: Seed = 0
     guidance_sweep: Sequence[float] | None = None
     steps_sweep: Sequence[int] | None = None

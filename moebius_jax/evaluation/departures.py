@@ -10,11 +10,11 @@ from moebius_jax.evaluation.inputs import Inputs
 from moebius_jax.evaluation.masks import MaskSpec
 from moebius_jax.evaluation.protocols import Protocol
 from moebius_jax.inpaint.sampler import SamplingOptions
-from moebius_jax.inpaint.stream import InpaintOptions
+from moebius_jax.inpaint.stream import UNMATCHED_BLUR
 from moebius_jax.models import UNetConfig
 
 # Of these the paper says nothing.
-_OURS = {"strength": SamplingOptions().strength, "mask_blur": InpaintOptions().mask_blur}
+_OURS = {"strength": SamplingOptions().strength, "mask_blur": UNMATCHED_BLUR}
 
 
 def choices(sampling: SamplingOptions, mask_blur: float) -> list[str]:

@@ -325,7 +325,9 @@ class Benchmark:
             problems = paint(
                 pipe.sampler,
                 cases,
-                InpaintOptions(invert_mask=settings.invert_masks, mask_blur=settings.mask_blur),
+                InpaintOptions(
+                    invert_mask=settings.invert_masks, mask_blur=settings.mask_blur, match_color=False
+                ),
                 plan.sampling,
                 size=settings.size,
                 seed=settings.seed,

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from moebius_jax.imaging.color import color_shift
+from moebius_jax.imaging.membrane import membrane
 from moebius_jax.imaging.regions import Window
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -45,14 +45,16 @@ def paste(
 
     The hole is replaced whole; around it the result fades out over `blur` pixels (measured at the model's
     resolution: a window that was shrunk three times fades over three times as many). Pixels farther away
-    keep their exact values.
+    keep their exact values. With no fade and matched colours there is no edge to hide: docs/inference.md,
+    "Pasting".
 
     Args:
         rgb: the image.
         result: the model's picture of the window, S x S.
         window: where it was cut.
         blur: width of the fade in pixels, 0 for none.
-        match_color: shift the result's colours so that they agree with the image around the hole.
+        match_color: add to the result how much the image differs from it where the result ends, continued
+            inwards.
     """
     inside, hole = window.inside, window.hole
     filled = resized(result, window.side)[window.covered]
@@ -62,7 +64,7 @@ def paste(
     original = rgb[inside].astype(np.float64)
     fill = filled.astype(np.float64)
     if match_color:
-        fill = fill + color_shift(original, fill, hole)
+        fill = fill + membrane(original - fill, weight[..., 0] == 0)
     blended = rounded(fill * weight + original * (1 - weight))
     out = rgb.copy()
     out[inside] = np.where(weight > 0, blended, rgb[inside])

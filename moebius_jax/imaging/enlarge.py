@@ -1,7 +1,7 @@
 """A window that was painted smaller than it is, painted again in tiles: at growing sizes, up to its own.
 
 Each size starts from the one before, enlarged. Its tiles overlap by a quarter or more, fade into each other
-and keep the mean colour they started from: from tile to tile it would drift.
+and add what is fine alone: colours would drift from tile to tile.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ import math
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from moebius_jax.imaging.color import color_shift
 from moebius_jax.imaging.crop import cut, resized, resized_hole, rounded
+from moebius_jax.imaging.membrane import membrane
+from moebius_jax.imaging.pyramid import coarse
 from moebius_jax.imaging.regions import Window
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -20,6 +21,8 @@ Square = UInt8[np.ndarray, "S S 3"]
 
 LEAST_FACTOR = 1.25  # a picture that is enlarged by less is sharp enough
 STRIDE = 0.75  # of a tile: from one to the next
+FINE = 3  # halvings that take away what a tile may add
+GRAIN = 3.0  # grey levels: what a tile adds is less by so much, and nothing below, or skies would be grainy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,7 @@ class Enlargement:
         self._sides = sides(window.side, self._size)
         self._number = 0
         # Whether or not it is wished for in the end: tiles go on from the fill, and would paint the edge.
-        shift = color_shift(image.astype(np.float64), painted.astype(np.float64), hole)
-        self.painted = rounded(painted + shift)
+        self.painted = rounded(painted + membrane(image.astype(np.float64) - painted, ~hole))
 
     def next_tiles(self) -> list[Tile]:
         """Goes on to the next size; no tiles when the picture is as large as the window."""
@@ -85,7 +87,7 @@ class Enlargement:
         here = slice(tile.top, tile.top + size), slice(tile.left, tile.left + size)
         ramp = np.minimum(np.arange(size) + 1, size - np.arange(size))
         weight = np.minimum.outer(ramp, ramp)[..., None] / size
-        self._sum[here] += weight * (painted + (tile.image.mean((0, 1)) - painted.mean((0, 1))))
+        self._sum[here] += weight * (tile.image + _fine(painted.astype(np.float64) - tile.image))
         self._weight[here] += weight
         self._missing -= 1
         if self._missing:
@@ -94,6 +96,12 @@ class Enlargement:
         self.painted = np.where(self._weight > 0, mean, self.painted)
         del self._sum, self._weight  # as large as the window, four times
         return True
+
+
+def _fine(change: np.ndarray) -> np.ndarray:
+    """What a tile adds to the picture it began from, of what it changed."""
+    detail = change - coarse(change, FINE)
+    return np.sign(detail) * np.maximum(np.abs(detail) - GRAIN, 0)
 
 
 def sides(side: int, size: int) -> list[int]:

@@ -25,6 +25,7 @@ Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
 LARGEST_WINDOW = 2**14  # pixels a side: some 20 GB while it is pasted
 MOST_WINDOWS = 2**12  # of an image: their tiles are numbered from there on, so that no two squares draw alike
+UNMATCHED_BLUR = 4.0  # pixels: hides an edge, where nothing else does
 AHEAD = 4  # batches of items that may wait for one before them, in memory
 
 
@@ -38,9 +39,11 @@ class InpaintOptions:
         invert_mask: black = repaint.
         mask_dilation: side of the square masks are dilated with, in pixels of the image ("crop") or of the
             model ("release").
-        mask_blur: pixels over which the result fades into the image; "crop" only.
+        mask_blur: pixels over which the result fades into the image; "crop" only. None: 0 where colours are
+            matched, else 4.
         padding_mask_crop: pixels of context around a region; None leaves half its size. "crop" only.
-        match_color: shift the result's colours to agree with the image around the hole.
+        match_color: the result's colours are made to agree with the image's around the hole: all along its
+            edge ("crop"), on average ("release", as the release can). None: in "crop" mode alone.
         paste: keep the known pixels of the original; False returns the model's whole picture ("release"
             only).
 
@@ -51,14 +54,22 @@ class InpaintOptions:
     mode: Mode = "crop"
     invert_mask: bool = False
     mask_dilation: AtLeastZero = 0
-    mask_blur: AtLeast0 = 4.0
+    mask_blur: AtLeast0 | None = None
     padding_mask_crop: AtLeastZero | None = None
-    match_color: bool = False
+    match_color: bool | None = None
     paste: bool = True
 
     def __post_init__(self) -> None:
         if self.mode == "crop" and not self.paste:
             raise UserError("paste=False needs mode='release': a cropped result has no other place to go")
+
+    @property
+    def matches_color(self) -> bool:
+        return self.mode == "crop" if self.match_color is None else self.match_color
+
+    @property
+    def blur(self) -> float:
+        return self.mask_blur if self.mask_blur is not None else 0.0 if self.matches_color else UNMATCHED_BLUR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,7 +316,7 @@ def _put(row: _Row, image: Rgb, options: InpaintOptions, sampling: SamplingOptio
     if window is None:
         job.rgb = image
         if options.paste:
-            job.rgb = release.paste(row.image, image, row.hole, compensate=options.match_color)
+            job.rgb = release.paste(row.image, image, row.hole, compensate=options.matches_color)
         return []
     enlargement = row.enlargement
     if enlargement is not None and not enlargement.put(row.tile, image):
@@ -316,7 +327,7 @@ def _put(row: _Row, image: Rgb, options: InpaintOptions, sampling: SamplingOptio
         job.left += len(tiles)
         return [_tile_row(tile, enlargement, row) for tile in tiles]
     result = image if enlargement is None else enlargement.painted
-    job.rgb = crop.paste(job.rgb, result, window, blur=options.mask_blur, match_color=options.match_color)
+    job.rgb = crop.paste(job.rgb, result, window, blur=options.blur, match_color=options.matches_color)
     return []
 
 
