@@ -194,7 +194,7 @@ class TestCutAndPaste:
     def test_match_color_removes_a_constant_shift(self, photo, mask):
         (window,) = plan_windows(mask > 127, 64, margin=12)
         image, _ = crop.cut(photo // 2, mask > 127, window, window.side)
-        pasted = crop.paste(photo // 2, image + 40, window, blur=0, match_color=True)
+        pasted = crop.paste(photo // 2, image + 25, window, blur=0, match_color=True)
         np.testing.assert_array_equal(pasted, photo // 2)
 
 

@@ -113,6 +113,19 @@ class TestPasting:
         found = crop.paste(rgb, painted, first, blur=0, match_color=True)
         np.testing.assert_array_equal(found[20:24, 20:24], expected[20:24, 20:24])
 
+    def test_what_the_network_did_not_paint_does_not_bleed(self, scene):
+        """The rim of an object that is to go, white along one side of the hole."""
+        rgb, hole = scene
+        first = plan_windows(hole, 64)[0]
+        image = crop.cut(rgb, hole, first, first.side)[0]
+        rgb[20:50, 12:15] = 255
+        pasted = crop.paste(rgb, image, first, blur=0, match_color=True)
+        brighter = (
+            pasted[20:50, 15:45].astype(int)
+            - (image[20 - first.top : 50 - first.top, 15 - first.left :][:, :30])
+        )
+        assert 5 < brighter.max() <= 32
+
     def test_a_fade_begins_where_the_fill_agrees(self, scene):
         rgb, hole = scene
         first = plan_windows(hole, 64)[0]

@@ -1,6 +1,6 @@
 // A window that was painted smaller than it is, painted again in tiles: moebius_jax/imaging/enlarge.py in JavaScript.
 
-import { membrane } from "./membrane.js";
+import { correction } from "./membrane.js";
 import { coarse } from "./pyramid.js";
 import { resizeHole, resizeSquare } from "./resize.js";
 import { rounded, toEven } from "./rounding.js";
@@ -34,8 +34,7 @@ export function planTiles(window, height, width, size) {
  */
 export async function enlarge(window, stages, first, paint) {
   const { size } = first;
-  const difference = Float64Array.from(first.image, (level, i) => level - first.painted[i]);
-  const added = membrane(difference, first.hole.map((inside) => !inside), size, size);
+  const added = correction(first.image, first.painted, first.hole.map((inside) => !inside), size, size);
   let [picture, from] = [Uint8Array.from(first.painted, (level, i) => rounded(level + added[i])), size];
   for (const { side, tiles } of stages) {
     const known = resizeSquare(window.rgb, window.side, side, 3);

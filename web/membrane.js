@@ -4,6 +4,13 @@ import { doubled, halved } from "./pyramid.js";
 import { bounds } from "./windows.js";
 
 const SWEEPS = 4;
+const MOST = 32; // grey levels a network may be off; what differs by more is something it did not paint
+
+/** What to add to `painted` so that it meets `image` (both [height, width, 3]) at the edge of what is `known`. */
+export function correction(image, painted, known, height, width) {
+  const difference = Float64Array.from(image, (level, i) => Math.min(Math.max(level - painted[i], -MOST), MOST));
+  return membrane(difference, known, height, width);
+}
 
 /** `difference` ([height, width, 3]) where it is `known` ([height, width]), and its continuation elsewhere. */
 export function membrane(difference, known, height, width) {

@@ -1,6 +1,6 @@
 // The result back into the photo: moebius_jax/imaging/crop.py's `paste` in JavaScript.
 
-import { membrane } from "./membrane.js";
+import { correction } from "./membrane.js";
 import { resizeSquare } from "./resize.js";
 import { rounded } from "./rounding.js";
 import { bounds } from "./windows.js";
@@ -21,25 +21,21 @@ export function paste(rgb, height, width, result, size, window, blur) {
   const filled = resizeSquare(result, size, side, 3);
   const fade = Math.min(blur * Math.max(1, side / size), room(hole, h, w, window, height, width) + 1);
   const weight = feather(hole, h, w, fade);
-  const [difference, known] = [new Float64Array(3 * h * w), new Uint8Array(h * w)];
-  const inPhoto = (y, x) => (y + rows[0]) * width + x + columns[0];
-  const inResult = (y, x) => (y + rows[0] - top) * side + x + columns[0] - left;
+  const [photo, fill] = [new Uint8Array(3 * h * w), new Uint8Array(3 * h * w)];
   for (let y = 0; y < h; y++) {
-    for (let x = 0; x < w; x++) {
-      const at = y * w + x;
-      known[at] = !weight[at];
-      for (let c = 0; c < 3; c++) difference[3 * at + c] = rgb[3 * inPhoto(y, x) + c] - filled[3 * inResult(y, x) + c];
-    }
+    const [inPhoto, inFilled] = [(y + rows[0]) * width + columns[0], (y + rows[0] - top) * side + columns[0] - left];
+    photo.set(rgb.subarray(3 * inPhoto, 3 * (inPhoto + w)), 3 * y * w);
+    fill.set(filled.subarray(3 * inFilled, 3 * (inFilled + w)), 3 * y * w);
   }
-  const added = membrane(difference, known, h, w);
+  const added = correction(photo, fill, Uint8Array.from(weight, (share) => !share), h, w);
   for (let y = 0; y < h; y++) {
     for (let x = 0; x < w; x++) {
       const share = weight[y * w + x];
       if (!share) continue;
       for (let c = 0; c < 3; c++) {
-        const at = 3 * inPhoto(y, x) + c;
-        const fill = filled[3 * inResult(y, x) + c] + added[3 * (y * w + x) + c];
-        rgb[at] = rounded(fill * share + rgb[at] * (1 - share));
+        const at = 3 * (y * w + x) + c;
+        const to = 3 * ((y + rows[0]) * width + x + columns[0]) + c;
+        rgb[to] = rounded((fill[at] + added[at]) * share + photo[at] * (1 - share));
       }
     }
   }

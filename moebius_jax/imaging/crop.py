@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from moebius_jax.imaging.membrane import membrane
+from moebius_jax.imaging.membrane import correction
 from moebius_jax.imaging.regions import Window
 
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -64,7 +64,7 @@ def paste(
     original = rgb[inside].astype(np.float64)
     fill = filled.astype(np.float64)
     if match_color:
-        fill = fill + membrane(original - fill, weight[..., 0] == 0)
+        fill = fill + correction(original, fill, weight[..., 0] == 0)
     blended = rounded(fill * weight + original * (1 - weight))
     out = rgb.copy()
     out[inside] = np.where(weight > 0, blended, rgb[inside])

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from moebius_jax.imaging.crop import cut, resized, resized_hole, rounded
-from moebius_jax.imaging.membrane import membrane
+from moebius_jax.imaging.membrane import correction
 from moebius_jax.imaging.pyramid import coarse
 from moebius_jax.imaging.regions import Window
 
@@ -59,7 +59,7 @@ class Enlargement:
         self._sides = sides(window.side, self._size)
         self._number = 0
         # Whether or not it is wished for in the end: tiles go on from the fill, and would paint the edge.
-        self.painted = rounded(painted + membrane(image.astype(np.float64) - painted, ~hole))
+        self.painted = rounded(painted + correction(image.astype(np.float64), painted, ~hole))
 
     def next_tiles(self) -> list[Tile]:
         """Goes on to the next size; no tiles when the picture is as large as the window."""

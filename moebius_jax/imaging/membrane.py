@@ -11,6 +11,15 @@ from moebius_jax.imaging.pyramid import doubled, halved
 
 SWEEPS = 4  # over the map at every size; with twice as many it moves by a quarter of a grey level
 
+MOST = 32.0  # grey levels a network may be off; what differs by more is something it did not paint
+
+
+def correction(
+    image: Float[np.ndarray, "H W C"], painted: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"]
+) -> Float[np.ndarray, "H W C"]:
+    """What to add to `painted` so that it meets `image` at the edge of what is known."""
+    return membrane(np.clip(image - painted, -MOST, MOST), known)
+
 
 def membrane(
     difference: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"]
