@@ -19,8 +19,8 @@ $(VENV)/.installed: $(VENV)/.runs
 	touch $@
 
 sample: $(VENV)/.runs  ## inpaint a photograph with the network that comes along; look at outputs/sample_grid.png
-	$(BIN)/python sample.py --model tiny --image examples/coffee.jpg --mask examples/coffee_mask.png \
-		--output outputs/sample.png --grid --overwrite
+	$(BIN)/python sample.py --model tiny --image examples/gallery/peaks.jpg --mask examples/gallery/peaks_mask.png \
+		--output outputs/sample.png --mask-dilation 13 --grid --overwrite
 	@echo "original | mask | result: outputs/sample_grid.png"
 
 $(VENV)/.serves: $(VENV)/.runs

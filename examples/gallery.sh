@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 for case in coffee gallery/rocket gallery/peaks gallery/dandelion gallery/astronaut gallery/cat; do
   name=$(basename "$case")
   python sample.py --model tiny --image "examples/$case.jpg" --mask "examples/${case}_mask.png" \
-    --output "outputs/gallery/$name.png" --mask-dilation 5 --grid --overwrite
+    --output "outputs/gallery/$name.png" --mask-dilation 13 --grid --overwrite
 done
