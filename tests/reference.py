@@ -6,15 +6,16 @@ import numpy as np
 import torch
 
 # torchvision from PyPI is built for CUDA; beside torch's CPU build its operators are missing, and it wants to
-# describe two of them when it is imported. Nothing here calls them.
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    try:
+# describe two of them when it is imported. Nothing here calls them. Where they are there, a second definition
+# would abort the process.
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
         _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:  # a build that has them
-        break
 
-import pytorch_fid.inception  # noqa: E402
+import pytorch_fid.inception
 
 
 def seeded_inception(monkeypatch) -> torch.nn.Module:
