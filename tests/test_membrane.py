@@ -1,4 +1,4 @@
-"""The continuation of colour differences into a hole, against the equation it stands for."""
+"""Colours that agree at a hole's edge: the membrane and its equation, pasting, and what tiles add."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ def solved(difference, known):
     """The mean of its neighbours at every unknown position, by a direct solver."""
     H, W = known.shape
     at = np.arange(H * W).reshape(H, W)
-    rows = [np.concatenate([at[1:].ravel(), at[:-1].ravel(), at[:, 1:].ravel(), at[:, :-1].ravel()])]
+    rows = np.concatenate([at[1:].ravel(), at[:-1].ravel(), at[:, 1:].ravel(), at[:, :-1].ravel()])
     columns = np.concatenate([at[:-1].ravel(), at[1:].ravel(), at[:, :-1].ravel(), at[:, 1:].ravel()])
-    beside = sparse.csr_matrix((np.ones(columns.size), (rows[0], columns)), (H * W, H * W))
+    beside = sparse.csr_matrix((np.ones(columns.size), (rows, columns)), (H * W, H * W))
     laplacian = sparse.diags(np.asarray(beside.sum(1)).ravel()) - beside
     hole = ~known.ravel()
     flat = difference.reshape(H * W, -1)

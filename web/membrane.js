@@ -8,13 +8,14 @@ const MOST = 32; // grey levels a network may be off; what differs by more is so
 
 /** What to add to `painted` so that it meets `image` (both [height, width, 3]) at the edge of what is `known`. */
 export function correction(image, painted, known, height, width) {
-  const difference = Float64Array.from(image, (level, i) => Math.min(Math.max(level - painted[i], -MOST), MOST));
+  const difference = new Float64Array(image.length); // by hand: `from` with a function takes ten times as long
+  for (let i = 0; i < image.length; i++) difference[i] = Math.min(Math.max(image[i] - painted[i], -MOST), MOST);
   return membrane(difference, known, height, width);
 }
 
-/** `difference` ([height, width, 3]) where it is `known` ([height, width]), and its continuation elsewhere. */
-export function membrane(difference, known, height, width) {
-  const out = Float64Array.from(difference, (value, i) => (known[Math.floor(i / 3)] ? value : 0));
+/** Puts into `out` ([height, width, 3]) its continuation where it is not `known` ([height, width]), and returns it. */
+export function membrane(out, known, height, width) {
+  for (let i = 0; i < out.length; i++) if (!known[Math.floor(i / 3)]) out[i] = 0;
   if (known.every(Boolean) || !known.some(Boolean)) return out;
   const [first, last, low, high] = bounds(known.map((inside) => !inside), height, width);
   const [top, left] = [Math.max(first - 1, 0), Math.max(low - 1, 0)];

@@ -27,7 +27,9 @@ export function paste(rgb, height, width, result, size, window, blur) {
     photo.set(rgb.subarray(3 * inPhoto, 3 * (inPhoto + w)), 3 * y * w);
     fill.set(filled.subarray(3 * inFilled, 3 * (inFilled + w)), 3 * y * w);
   }
-  const added = correction(photo, fill, Uint8Array.from(weight, (share) => !share), h, w);
+  const known = new Uint8Array(h * w);
+  for (let i = 0; i < known.length; i++) known[i] = weight[i] === 0;
+  const added = correction(photo, fill, known, h, w);
   for (let y = 0; y < h; y++) {
     for (let x = 0; x < w; x++) {
       const share = weight[y * w + x];

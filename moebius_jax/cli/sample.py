@@ -26,7 +26,7 @@ _DESCRIPTION = """\
 Repaint the masked part of an image, or of every image in a folder, with Moebius.
 
 White in the mask is repainted, black is kept. Images may have any size; the result has the same size, and
-pixels the mask (with its soft edge) does not reach keep their exact values.
+pixels outside the mask keep their exact values (beyond the soft edge, where there is one).
 """
 
 _EXAMPLES = """\

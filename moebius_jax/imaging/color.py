@@ -1,4 +1,4 @@
-"""How much a result's colours differ from the image's just around the hole."""
+"""How much a result's colours differ from the image's just around the hole, on average, as in the release."""
 
 import numpy as np
 from jaxtyping import Bool, Float

@@ -53,8 +53,7 @@ def paste(
         result: the model's picture of the window, S x S.
         window: where it was cut.
         blur: width of the fade in pixels, 0 for none.
-        match_color: add to the result how much the image differs from it where the result ends, continued
-            inwards.
+        match_color: add to the result how much the image differs from it where the result ends (membrane.py).
     """
     inside, hole = window.inside, window.hole
     filled = resized(result, window.side)[window.covered]

@@ -21,7 +21,7 @@ Square = UInt8[np.ndarray, "S S 3"]
 
 LEAST_FACTOR = 1.25  # a picture that is enlarged by less is sharp enough
 STRIDE = 0.75  # of a tile: from one to the next
-FINE = 3  # halvings that take away what a tile may add
+FINE = 3  # 2³ = 8 pixels: a tile adds what is finer
 GRAIN = 3.0  # grey levels: what a tile adds is less by so much, and nothing below, or skies would be grainy
 
 
@@ -58,7 +58,7 @@ class Enlargement:
         self._rgb, self._window, self._size = rgb, window, painted.shape[0]
         self._sides = sides(window.side, self._size)
         self._number = 0
-        # Whether or not it is wished for in the end: tiles go on from the fill, and would paint the edge.
+        # With match_color=False, too: tiles go on from the fill, and would paint the edge.
         self.painted = rounded(painted + correction(image.astype(np.float64), painted, ~hole))
 
     def next_tiles(self) -> list[Tile]:

@@ -23,7 +23,7 @@ from moebius_jax.schema import AtLeast0, AtLeastZero, checked
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 Mode = Literal["crop", "release"]
-LARGEST_WINDOW = 2**14  # pixels a side: some 20 GB while it is pasted
+LARGEST_WINDOW = 2**14  # pixels a side: 20 to 60 GB while it is pasted
 MOST_WINDOWS = 2**12  # of an image: their tiles are numbered from there on, so that no two squares draw alike
 UNMATCHED_BLUR = 4.0  # pixels: hides an edge, where nothing else does
 AHEAD = 4  # batches of items that may wait for one before them, in memory
@@ -39,8 +39,8 @@ class InpaintOptions:
         invert_mask: black = repaint.
         mask_dilation: side of the square masks are dilated with, in pixels of the image ("crop") or of the
             model ("release").
-        mask_blur: pixels over which the result fades into the image; "crop" only. None: 0 where colours are
-            matched, else 4.
+        mask_blur: width of the fade of the result into the image, in pixels of the model's square (of a
+            refined picture, the image's); "crop" only. None: 0 where colours are matched, else 4.
         padding_mask_crop: pixels of context around a region; None leaves half its size. "crop" only.
         match_color: the result's colours are made to agree with the image's around the hole: all along its
             edge ("crop"), on average ("release", as the release can). None: in "crop" mode alone.
@@ -65,11 +65,15 @@ class InpaintOptions:
 
     @property
     def matches_color(self) -> bool:
+        """`match_color`, or what it is by default."""
         return self.mode == "crop" if self.match_color is None else self.match_color
 
     @property
     def blur(self) -> float:
-        return self.mask_blur if self.mask_blur is not None else 0.0 if self.matches_color else UNMATCHED_BLUR
+        """`mask_blur`, or what it is by default."""
+        if self.mask_blur is not None:
+            return self.mask_blur
+        return 0.0 if self.matches_color else UNMATCHED_BLUR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
