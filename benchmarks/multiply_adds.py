@@ -79,7 +79,7 @@ def _walk(jaxpr: Any, depends: Iterable[bool]) -> tuple[MultiplyAdds, list[bool]
             program, times = inner
             done, results = _walk(program, operands)
             if eqn.primitive.name == "scan":  # what a turn hands to the next may vary only after some turns
-                first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+                first, carried = _carried(eqn, program)
                 while any(
                     r and not o for r, o in zip(results, operands[first : first + carried], strict=False)
                 ):
@@ -91,6 +91,17 @@ def _walk(jaxpr: Any, depends: Iterable[bool]) -> tuple[MultiplyAdds, list[bool]
             total += _primitive(eqn, operands)
         varies |= dict(zip(eqn.outvars, results, strict=True))
     return total, [not isinstance(v, core.Literal) and varies[v] for v in jaxpr.outvars]
+
+
+def _carried(scan: Any, program: Any) -> tuple[int, int]:
+    """Where in a scan's operands those begin that a turn hands to the next, and their number.
+
+    Read from shapes: jax 0.10 and 0.11 name them differently. What is scanned or stacked has a dimension more
+    outside than inside.
+    """
+    carried = sum(o.aval.ndim == i.aval.ndim for o, i in zip(scan.outvars, program.outvars, strict=True))
+    scanned = sum(o.aval.ndim > i.aval.ndim for o, i in zip(scan.invars, program.invars, strict=True))
+    return len(scan.invars) - carried - scanned, carried
 
 
 def _inner(eqn: Any) -> tuple[Any, int] | None:
