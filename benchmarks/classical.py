@@ -9,6 +9,7 @@ biharmonic equation. Means with 95 % intervals of 10,000 bootstrap draws; pictur
 and the worst case with `--picture`. Needs the `eval` extra and opencv-python-headless.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def main() -> int:
     options.add_argument("--steps", type=int, help="default: the model's")
     options.add_argument("--scheduler", help="default: the model's")
     options.add_argument("--refine", type=float, help="as sample.py's; default: the model's")
-    options.add_argument("--no-match-color", action="store_true", help="as sample.py's")
+    options.add_argument("--match-color", action=argparse.BooleanOptionalAction, help="as sample.py's")
     options.add_argument("--picture", type=Path, help="original, hole, all methods: best, median, worst case")
     add = options.add_argument
     add("--against", nargs="*", choices=CLASSICS, default=CLASSICS, help="the last takes minutes at 512 px")
@@ -97,7 +98,7 @@ def main() -> int:
     settings = {
         "num_inference_steps": args.steps,
         "scheduler": args.scheduler,
-        "match_color": not args.no_match_color,
+        "match_color": args.match_color,
         "refine": args.refine,
     }
     for name, method in methods(args.model, settings).items():

@@ -120,11 +120,8 @@ class TestPasting:
         image = crop.cut(rgb, hole, first, first.side)[0]
         rgb[20:50, 12:15] = 255
         pasted = crop.paste(rgb, image, first, blur=0, match_color=True)
-        brighter = (
-            pasted[20:50, 15:45].astype(int)
-            - (image[20 - first.top : 50 - first.top, 15 - first.left :][:, :30])
-        )
-        assert 5 < brighter.max() <= 32
+        brighter = pasted[first.inside].astype(int) - image[first.covered]
+        assert 5 < brighter[first.hole].max() <= 32
 
     def test_a_fade_begins_where_the_fill_agrees(self, scene):
         rgb, hole = scene
@@ -132,9 +129,9 @@ class TestPasting:
         image = crop.cut(rgb, hole, first, first.side)[0]
         stained = rgb.copy()
         near = crop.feather(first.hole, 3) > 0
-        stained[first.inside][near & ~first.hole] = (
-            0  # the rim of what is to go, which the network does not paint
-        )
+        # The rim of what is to go, which the network does not paint.
+        stained[first.inside][near & ~first.hole] = 0
+
         pasted = crop.paste(stained, image, first, blur=3, match_color=True)
         np.testing.assert_array_equal(pasted[first.inside][first.hole], rgb[first.inside][first.hole])
 
@@ -158,7 +155,10 @@ class TestTiles:
 
     def test_grain_is_not_added(self, begun):
         rng = np.random.default_rng(0)
-        faint = lambda tile: np.uint8(tile.image + rng.integers(0, 3, tile.image.shape))  # noqa: E731
+
+        def faint(tile):
+            return np.uint8(tile.image + rng.integers(0, 3, tile.image.shape))
+
         np.testing.assert_array_equal(self.last(begun, faint), 120)
 
     def test_colours_are_not_changed(self, begun):

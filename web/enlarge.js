@@ -7,7 +7,7 @@ import { rounded, toEven } from "./rounding.js";
 
 const LEAST_FACTOR = 1.25; // a picture that is enlarged by less is sharp enough
 const STRIDE = 0.75; // of a tile: from one to the next
-const FINE = 3; // halvings that take away what a tile may add
+const FINE = 3; // 2³ = 8 pixels: a tile adds what is finer
 const GRAIN = 3; // grey levels: what a tile adds is less by so much, and nothing below
 
 /** The sizes a window is painted again at, each with the tiles that hold a part of its hole: {number, top, left}. */

@@ -16,7 +16,7 @@ export function correction(image, painted, known, height, width) {
 /** Puts into `out` ([height, width, 3]) its continuation where it is not `known` ([height, width]), and returns it. */
 export function membrane(out, known, height, width) {
   for (let i = 0; i < out.length; i++) if (!known[Math.floor(i / 3)]) out[i] = 0;
-  if (known.every(Boolean) || !known.some(Boolean)) return out;
+  if (known.every(Boolean)) return out;
   const [first, last, low, high] = bounds(known.map((inside) => !inside), height, width);
   const [top, left] = [Math.max(first - 1, 0), Math.max(low - 1, 0)];
   const [h, w] = [Math.min(last + 2, height) - top, Math.min(high + 2, width) - left];

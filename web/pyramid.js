@@ -27,12 +27,12 @@ export function doubled(map, height, width) {
   const { values: small, height: h, width: w } = map;
   const tall = new Float64Array(3 * height * w);
   for (let y = 0; y < height; y++) {
-    const [near, far] = weighed(y, h);
+    const [near, far] = sources(y, h);
     for (let i = 0; i < 3 * w; i++) tall[3 * y * w + i] = (3 * small[3 * near * w + i] + small[3 * far * w + i]) / 4;
   }
   const values = new Float64Array(3 * height * width);
   for (let x = 0; x < width; x++) {
-    const [near, far] = weighed(x, w);
+    const [near, far] = sources(x, w);
     for (let y = 0; y < height; y++) {
       for (let c = 0; c < 3; c++) {
         const [a, b] = [tall[3 * (y * w + near) + c], tall[3 * (y * w + far) + c]];
@@ -44,7 +44,7 @@ export function doubled(map, height, width) {
 }
 
 /** Which of `n` positions a position of twice as many lies in, and which it lies next to. */
-function weighed(position, n) {
+function sources(position, n) {
   const near = Math.floor(position / 2);
   return [near, Math.min(Math.max(near + (position % 2 ? 1 : -1), 0), n - 1)];
 }

@@ -30,7 +30,7 @@ def membrane(
     Zero where nothing is known. Of float64 and in sums of one order: web/membrane.js repeats it to the bit.
     """
     out = np.where(known[..., None], difference, 0.0)
-    if known.all() or not known.any():
+    if known.all():
         return out
     box = _box((~known).any(1)), _box((~known).any(0))
     out[box] = _continued(out[box], known[box])
@@ -49,10 +49,8 @@ def _continued(values: np.ndarray, known: np.ndarray) -> np.ndarray:
         return values
     H, W, C = values.shape
     around = np.zeros((H + 2, W + 2, C))
-    values, around[1:-1, 1:-1] = (
-        around[1:-1, 1:-1],
-        np.where(known[..., None], values, doubled(_continued(*halved(values, known)))[:H, :W]),
-    )
+    found = around[1:-1, 1:-1]
+    found[...] = np.where(known[..., None], values, doubled(_continued(*halved(values, known)))[:H, :W])
     y, x = np.ogrid[:H, :W]
     neighbours = (4 - (y == 0) - (y == H - 1) - (x == 0) - (x == W - 1))[..., None]
     # The fields of a chessboard, one colour after the other: a field's neighbours are of the other.
@@ -62,5 +60,5 @@ def _continued(values: np.ndarray, known: np.ndarray) -> np.ndarray:
         total = around[row:H:2, left + 1 : W + 1 : 2] + around[row + 2 :: 2, left + 1 : W + 1 : 2]
         total += around[row + 1 : H + 1 : 2, left:W:2]
         total += around[row + 1 : H + 1 : 2, left + 2 :: 2]
-        np.divide(total, neighbours[here], out=values[here], where=~known[here][..., None])
-    return values
+        np.divide(total, neighbours[here], out=found[here], where=~known[here][..., None])
+    return found
