@@ -41,6 +41,7 @@ FREE = frozenset(
 )
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+WINDOW = 15  # of the student's Local-λ, a side
 _ON_CHIP = "S(1)"  # TPU: in vector memory, not in HBM
 
 
@@ -299,8 +300,22 @@ def _local_lambda_flops(operands: list[Array]) -> int:
         return _tpu_lambda_flops(operands, on_window=2, on_depth=1)
     on_window, q, val, *_ = (array.dims for array in operands)
     B, H, W, h, p, _ = on_window
-    tiles = B * H * -(-W // 16) * -(-val[-1] // 64)
-    return tiles * 2 * (16 * h) * 64 * (32 * p + 32 * -(-q[-1] // 32))
+    return _gpu_lambda_flops((B, H, W, h, val[-1]), sums=32 * p + 32 * -(-q[-1] // 32))
+
+
+def _on_window_gradient_flops(operands: list[Array]) -> int:
+    return _gpu_lambda_flops(operands[0].dims, sums=32 * WINDOW)
+
+
+def _val_gradient_flops(operands: list[Array]) -> int:
+    on_window, cotangent = (array.dims for array in operands)
+    return _gpu_lambda_flops(cotangent, sums=32 * on_window[4])
+
+
+def _gpu_lambda_flops(heads: tuple[int, ...], sums: int) -> int:
+    """Of a map [B, H, W, h, v], in tiles of 16 columns and 64 of v that so many numbers go into."""
+    B, H, W, h, v = heads
+    return B * H * -(-W // 16) * -(-v // 64) * 2 * (16 * h) * 64 * sums
 
 
 def _tpu_lambda_flops(operands: list[Array], *, on_window: int, on_depth: int) -> int:
@@ -321,6 +336,8 @@ def _product_flops(operands: list[Array]) -> int:
 # Those without matrix products count as none.
 OWN_KERNELS = {
     "local_lambda": _local_lambda_flops,
+    "on_window_gradient": _on_window_gradient_flops,
+    "val_gradient": _val_gradient_flops,
     "local_lambda_gradient": functools.partial(_tpu_lambda_flops, on_window=5, on_depth=2),
     "product": _product_flops,
 }

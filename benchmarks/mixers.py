@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
 from moebius_jax.models.forms import position_order
-from moebius_jax.models.kernels.gpu.local_lambda import local_lambda, padded_window
+from moebius_jax.models.kernels.gpu.local_lambda import local_lambda, local_lambda_gradient, packed_window
+from moebius_jax.models.kernels.wrapped import with_gradient
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
@@ -22,7 +23,7 @@ from moebius_jax.models.parts import PositionOrder
 LEVELS = ((64, 40), (32, 80), (16, 160))  # side of the map, depth k = v, of the released levels
 HEADS, WINDOW = 8, 15
 GLA = "GLA scan"
-FUSED = "fused"  # a GPU's kernel, with the content term; its gradient is that of the other orders
+FUSED = "fused"  # a GPU's kernels, with the content term
 
 
 def forward_and_both(function: Callable[..., jax.Array], arrays: list[jax.Array], repeats: int) -> str:
@@ -56,10 +57,15 @@ def main() -> int:
         kernel, bias = draw(2, WINDOW, WINDOW, v)[0] / WINDOW, draw(3, v)[0]
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
         if name == FUSED:
-            q, val = arrays[:2]
-            call = jax.jit(functools.partial(local_lambda, dtype=q.dtype, interpret=interpret))
-            arrays = [q, draw(4, side, side, v), val, padded_window(kernel), bias]
-            return f"{1e3 * median_seconds(lambda: call(*arrays), args.repeats):.3g}"
+            q, val = arrays[0].reshape(args.batch, side, side, -1), arrays[1]
+            options = {"heads": HEADS, "side": WINDOW, "interpret": interpret}
+
+            def gradient(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+                q, val, windows, content = local_lambda_gradient(*arguments, **options)
+                return q, val, windows[0], content
+
+            call = with_gradient(functools.partial(local_lambda, dtype=q.dtype, **options), gradient)
+            return forward_and_both(call, [q, val, packed_window(kernel), draw(4, v, v)], args.repeats)
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
         picked = position_order((side, side), HEADS, v, WINDOW, args.dtype, None)
         return f"**{found}**" if name == picked else found

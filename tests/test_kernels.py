@@ -23,8 +23,10 @@ from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
 
 
-def local_lambda(order, *, heads=4, depth=24, dtype=jnp.float32):
-    sizes = BlockSizes(channels=heads * depth, map_size=16, num_heads=heads, position_order=order)
+def local_lambda(order, *, heads=4, depth=24, window=15, dtype=jnp.float32):
+    sizes = BlockSizes(
+        channels=heads * depth, map_size=16, num_heads=heads, position_order=order, window=window
+    )
     precision = Precision(dtype=dtype, stream_dtype=dtype)
     module = LocalLambda(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
     module.eval()
@@ -46,14 +48,24 @@ class TestLocalLambda:
         fused, plain = (local_lambda(order, heads=heads, depth=depth)(x) for order in ("fused", "conv3d"))
         assert synth.relative_error(fused, np.asarray(plain)) < 1e-5
 
-    def test_gradients_are_the_plain_ones(self):
-        x = maps(2, 6, 6, 32)
+    # Whole tiles and a ragged one; all heads at once and half of them; one block of values and two; windows
+    # with padding, a wide one without, and one larger than the map.
+    @pytest.mark.parametrize(
+        ("shape", "heads", "depth", "window"),
+        [((2, 6, 20), 4, 24, 15), ((1, 5, 16), 8, 40, 15), ((1, 4, 4), 2, 80, 7), ((1, 17, 18), 2, 16, 17)],
+    )
+    def test_gradients_are_the_plain_ones(self, shape, heads, depth, window):
+        x, stream = maps(*shape, heads * depth), 2 * maps(*shape, heads * depth)
+        weights = maps(*shape, 1)  # every position counts otherwise
 
-        def gradient(order):
-            module = local_lambda(order, heads=2, depth=16)
-            return jax.grad(lambda x: jnp.sum(jnp.sin(module(x))))(x)
+        def gradients(order):
+            module = local_lambda(order, heads=heads, depth=depth, window=window)
+            return jax.grad(
+                lambda module, *maps: jnp.sum(jnp.sin(module.onto(*maps)) * weights), argnums=(0, 1, 2)
+            )(module, stream, x)
 
-        assert synth.relative_error(gradient("fused"), np.asarray(gradient("conv3d"))) < 1e-5
+        for a, b in zip(*map(jax.tree.leaves, (gradients("fused"), gradients("conv3d"))), strict=True):
+            assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
     @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
     def test_half_precision_is_no_further_off(self, dtype):
@@ -65,15 +77,40 @@ class TestLocalLambda:
         )
         assert fused < 1.2 * plain
 
+    def test_half_precision_gradients_are_no_further_off(self):
+        x = maps(1, 12, 20, 96)
+
+        def gradients(order, dtype):
+            module = local_lambda(order, dtype=dtype)
+            return jax.grad(lambda m, x: jnp.sum(jnp.sin(m(x).astype(jnp.float32))), argnums=(0, 1))(
+                module, x.astype(dtype)
+            )
+
+        exact = gradients("conv3d", jnp.float32)
+        found = (gradients(order, jnp.bfloat16) for order in ("fused", "toeplitz"))
+        for a, b, reference in zip(*map(jax.tree.leaves, (*found, exact)), strict=True):
+            off, allowed = (synth.relative_error(g, np.asarray(reference)) for g in (a, b))
+            assert off < 1.3 * allowed + 1e-3
+
     def test_sharded_batch_stays_where_it_is(self):
         module, x = local_lambda("fused", heads=2, depth=16), maps(8, 6, 6, 32)
         mesh = make_mesh(jax.devices())
-        run = jax.jit(with_mesh(module.__call__, mesh))
-        run = run.lower(jax.device_put(x, batch_sharding(mesh))).compile()
-        out = run(jax.device_put(x, batch_sharding(mesh)))
-        assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
+
+        def call(module, x):
+            def loss(module, x):
+                y = module(x)
+                return jnp.sum(jnp.sin(y)), y
+
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(module, x)
+
+        spread = jax.device_put(x, batch_sharding(mesh))
+        run = jax.jit(with_mesh(call, mesh)).lower(module, spread).compile()
+        (_, of_x), y = found = run(module, spread)
+        for a in (y, of_x):
+            assert a.sharding.is_equivalent_to(batch_sharding(mesh), a.ndim)
         assert "all-gather" not in run.as_text()
-        np.testing.assert_allclose(out, jax.jit(module)(x), atol=1e-5)
+        for a, b in zip(*map(jax.tree.leaves, (found, jax.jit(call)(module, x))), strict=True):
+            assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
 
 def test_other_numbers_of_heads_are_refused():

@@ -99,7 +99,7 @@ class TestLocalLambda:
         module, x = local_lambda("fused"), maps(1, 8, 16, 96)
         plain = module(x)
         module.freeze()
-        assert module.padded_window is not None
+        assert module.packed_window is not None
         agree(module(x, add=x), plain + x)
 
     def test_half_precision_is_no_further_off(self):
@@ -197,9 +197,13 @@ def test_a_kernel_asked_for_where_there_is_none():
 
 
 def test_upsampling_in_phases_wants_the_kernel_on_a_tpu():
-    chosen = [forms.upsampling_in_phases(dtype, "tpu") for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)]
-    assert chosen == [True, False, False]
-    assert not forms.upsampling_in_phases(jnp.bfloat16, "tpu-v4")
+    def chosen(dtype, platform="tpu", *, has_gradient=False):
+        return forms.upsampling_in_phases(dtype, platform, has_gradient=has_gradient)
+
+    assert [chosen(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)] == [True, False, False]
+    assert not chosen(jnp.bfloat16, "tpu-v4")
+    assert not chosen(jnp.bfloat16, has_gradient=True)
+    assert chosen(jnp.bfloat16, "gpu", has_gradient=True)
 
 
 def test_old_tpus_are_told_from_recent_ones():

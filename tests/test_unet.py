@@ -332,6 +332,18 @@ def test_frozen_upsampling_is_the_doubled_map(platform, dtype, stream, off, monk
     assert synth.relative_error(out, np.asarray(plain(x.astype(dtype)))) < off
 
 
+def test_gradients_of_upsampling_in_phases_are_those_of_the_doubled_map():
+    x, weights = (jnp.asarray(synth.inputs(name, (2, side, side, 8))) for name, side in (("x", 5), ("w", 10)))
+
+    def gradients(platform):
+        layer = Upsample(8, precision=Precision(platform=platform), rngs=KeyStream(jax.random.key(0)))
+        return jax.grad(lambda layer, x: jnp.sum(layer(x) * weights), argnums=(0, 1))(layer, x)
+
+    phases, doubled = (gradients(platform) for platform in ("cpu", "tpu"))
+    for a, b in zip(*map(jax.tree.leaves, (phases, doubled)), strict=True):
+        assert synth.relative_error(a, np.asarray(b)) < 1e-5
+
+
 @pytest.mark.slow
 def test_upsampling_does_not_see_the_place_in_the_batch():
     """Under AVX2, where 17 x 17 positions an item were not the same in every place."""

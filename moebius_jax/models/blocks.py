@@ -195,25 +195,28 @@ class Upsample(nnx.Module):
 
     def freeze(self) -> None:
         """For inference: the phases' kernels."""
-        if forms.upsampling_in_phases(self.conv.dtype, self.platform) and self.phases is None:
-            self.phases = nnx.data(nnx.Param(_phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)))
+        in_phases = forms.upsampling_in_phases(self.conv.dtype, self.platform, has_gradient=False)
+        if in_phases and self.phases is None:
+            self.phases = nnx.data(nnx.Param(self._phase_kernels()))
             self.conv.kernel = None
 
     def __call__(self, x: Map) -> Map:
-        if self.phases is not None and forms.tpu_kernels(self.platform):
-            return self._in_phases_on_tpu(x)
-        if self.phases is not None:
-            return self._in_phases(x)
+        if forms.upsampling_in_phases(self.conv.dtype, self.platform, has_gradient=self.phases is None):
+            return self._in_phases_on_tpu(x) if forms.tpu_kernels(self.platform) else self._in_phases(x)
         B, H, W, C = x.shape
         doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
         return self.conv(doubled)
 
+    def _phase_kernels(self) -> Float[Array, "2 2 C 4D"]:
+        return _phase_kernels(self.conv.kernel[...]).astype(self.conv.dtype)
+
     def _in_phases(self, x: Map) -> Map:
         B, H, W, _ = x.shape
+        phases = self._phase_kernels() if self.phases is None else self.phases[...]
         spare = [forms.spare_positions(n + 1, self.platform) for n in (H, W)]
         y = jax.lax.conv_general_dilated(
             x.astype(self.conv.dtype),
-            self.phases[...],
+            phases,
             window_strides=(1, 1),
             padding=[(1, 1 + more) for more in spare],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -51,10 +51,10 @@ def position_order(
         return "fused"
     if _has_tpu_kernels(dtype, platform) and local_lambda.fits(*shape, heads, depth, window):
         return "fused"
-    return unfused_position_order(shape[1], heads, depth, window, platform)
+    return _unfused_position_order(shape[1], heads, depth, window, platform)
 
 
-def unfused_position_order(
+def _unfused_position_order(
     width: int, heads: int, depth: int, window: int, platform: str | None
 ) -> PositionOrder:
     """The best of XLA's: the one with less in memory for each position, q·w on the window's rows or λp."""
@@ -123,13 +123,13 @@ def depthwise_gradient(dtype: Dtype, platform: str | None) -> DepthwiseGradient:
     return "autodiff"
 
 
-def upsampling_in_phases(dtype: Dtype, platform: str | None) -> bool:
+def upsampling_in_phases(dtype: Dtype, platform: str | None, *, has_gradient: bool) -> bool:
     """Whether a doubled map's 3x3 convolution is done as four 2x2 convolutions of the map itself."""
     # 4/9 of the multiplications. On a TPU XLA takes longer than that to interleave the results; our kernel
-    # does not.
+    # does not, but has no gradient.
     if _or_running(platform) != "tpu":
         return True
-    return _has_tpu_kernels(dtype, platform)
+    return not has_gradient and _has_tpu_kernels(dtype, platform)
 
 
 def spare_positions(side: int, platform: str | None) -> int:

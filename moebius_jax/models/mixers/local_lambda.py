@@ -1,6 +1,7 @@
 """Local-λ, the student's self mixer: lambda functions of the whole map and of a 15x15 window."""
 
 import functools
+import types
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +14,7 @@ from moebius_jax.models import forms
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.kernels.gpu import local_lambda as gpu
+from moebius_jax.models.kernels.gpu.content_lambda import content_lambda
 from moebius_jax.models.kernels.tpu import local_lambda as tpu
 from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient, with_gradient_of
 from moebius_jax.models.linear import Linear, PointwiseConv
@@ -66,7 +68,7 @@ class LocalLambda(Part):
         self.dtype = precision.dtype
         self.stream_dtype = precision.stream_dtype
         self.map_size = sizes.map_size
-        self.padded_window = self.band = None  # the window as the order reads it, once frozen
+        self.packed_window = self.band = None  # the window as the order reads it, once frozen
         self.to_all = None  # the three projections as one, once frozen
 
     def onto(self, stream: Map, x: Map) -> Map:
@@ -81,12 +83,9 @@ class LocalLambda(Part):
         kernel, bias = self.position.kernel[...], self.position.bias[...]
         q, val, kernel, bias = (a.astype(self.dtype) for a in (q, val, kernel, bias))
         order = self._order(H, W, val.shape[-1])
-        if order == "fused" and forms.tpu_kernels(self.platform):
-            y = self._fused_on_tpu(q, key, val, kernel, bias)
-            return y if add is None else add + y
-        q = q.reshape(B, H, W, self.num_heads, -1)
         if order == "fused":
             return self._fused(q, key, val, kernel, bias, add=add)
+        q = q.reshape(B, H, W, self.num_heads, -1)
         y = self._sum(q, key, val, kernel, bias, order=order).reshape(B, H, W, C)
         return y if add is None else add + y
 
@@ -110,49 +109,56 @@ class LocalLambda(Part):
         flat = key.reshape(key.shape[0], -1, key.shape[-1])  # ONNX knows a softmax over one axis only
         return jax.nn.softmax(flat.astype(jnp.float32), axis=1).astype(self.dtype).reshape(key.shape)
 
-    def _fused(self, q: Array, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
-        """Both in one kernel, differentiated as `_sum` is."""
-        B, H, W, h, _ = q.shape
-        if power_of_two(h) != h:
-            raise ValueError(f"position_order 'fused' needs a power of two of heads; num_heads is {h}")
-        others = [] if add is None else [add.reshape(B, H, W, h, -1)]
-        run = functools.partial(
-            gpu.local_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
-        )
-        run = split_over_batch(run, batched=(True, True, True, False, False, *(True for _ in others)))
-        if self.padded_window is not None:
-            return run(q, key, val, self.padded_window[...], bias, *others).reshape(B, H, W, -1)
-        order = forms.unfused_position_order(W, h, val.shape[-1], len(kernel), self.platform)
-
-        def plain(*args: Array) -> Array:
-            return sum(args[5:], self._sum(*args[:5], order=order))
-
-        def padded(q: Array, key: Array, val: Array, kernel: Array, bias: Array, *others: Array) -> Array:
-            return run(q, key, val, gpu.padded_window(kernel), bias, *others)
-
-        y = with_gradient_of(plain, padded)(q, key, val, kernel, bias, *others)
-        return y.reshape(B, H, W, -1)
-
-    def _fused_on_tpu(self, q: Map, key: Array, val: Array, kernel: Array, bias: Array) -> Map:
-        """Both in one kernel but for λc, which is small; their gradients in another."""
+    def _fused(self, q: Map, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
+        """Both in one kernel but for λc, which is small; their gradients in others."""
+        kernels = self._kernels()
         options = {
             "heads": self.num_heads,
             "side": len(kernel),
             "interpret": forms.kernels_interpreted(self.platform),
         }
-        run = functools.partial(tpu.local_lambda, dtype=self.stream_dtype, **options)
-        run = split_over_batch(run, batched=(True, True, False, True))
-        back = functools.partial(tpu.local_lambda_gradient, **options)
+        others = [] if add is None else [add]
+        run = functools.partial(kernels.local_lambda, dtype=self.stream_dtype, **options)
+        run = split_over_batch(run, batched=(True, True, False, True, *(True for _ in others)))
+        back = functools.partial(kernels.local_lambda_gradient, **options)
         back = split_over_batch(back, batched=(True, True, False, True, True))
 
-        def gradient(*args: Array) -> tuple[Array, ...]:
-            q, val, windows, content = back(*args)
-            return q, val, windows.sum(0), content
+        def gradient(q: Array, val: Array, window: Array, content: Array, *rest: Array) -> tuple[Array, ...]:
+            *add, cotangent = rest
+            q, val, windows, content = back(q, val, window, content, cotangent)
+            return q, val, windows.sum(0), content, *(cotangent for _ in add)
 
-        content = jnp.einsum("byxk,byxv->bkv", self._weights(key), val, preferred_element_type=jnp.float32)
-        content = (content + bias[:, None]).astype(self.dtype)
-        window = tpu.packed_window(kernel) if self.padded_window is None else self.padded_window[...]
-        return with_gradient(run, gradient)(q, val, window, content)
+        window = kernels.packed_window(kernel) if self.packed_window is None else self.packed_window[...]
+        return with_gradient(run, gradient)(q, val, window, self._content(key, val, bias), *others)
+
+    def _content(self, key: Array, val: Array, bias: Array) -> Float[Array, "B k v"]:
+        """λc + b."""
+
+        def plain(key: Array, val: Array, bias: Array) -> Array:
+            content = jnp.einsum(
+                "byxk,byxv->bkv", self._weights(key), val, preferred_element_type=jnp.float32
+            )
+            return (content + bias[:, None]).astype(self.dtype)
+
+        if self._kernels() is tpu:
+            return plain(key, val, bias)
+        run = functools.partial(content_lambda, interpret=forms.kernels_interpreted(self.platform))
+        run = split_over_batch(run, batched=(True, True, False))
+        return with_gradient_of(plain, run)(key, val, bias)
+
+    def _kernels(self) -> types.ModuleType:
+        """Those of this platform.
+
+        Raises:
+            ValueError: it has none, or none for this number of heads.
+        """
+        if forms.tpu_kernels(self.platform):
+            return tpu
+        if power_of_two(self.num_heads) != self.num_heads:
+            raise ValueError(
+                f"position_order 'fused' needs a power of two of heads; num_heads is {self.num_heads}"
+            )
+        return gpu
 
     def freeze(self) -> None:
         """For inference: the window as the order reads it, one projection where norms went into it."""
@@ -165,8 +171,7 @@ class LocalLambda(Part):
         kernel = self.position.kernel[...].astype(self.dtype)
         order = self._order(self.map_size, self.map_size, kernel.shape[-1])
         if order == "fused":
-            padded = tpu.packed_window if forms.tpu_kernels(self.platform) else gpu.padded_window
-            self.padded_window = nnx.data(nnx.Param(padded(kernel)))
+            self.packed_window = nnx.data(nnx.Param(self._kernels().packed_window(kernel)))
         elif order != "conv3d":
             self.band = nnx.data(nnx.Param(banded_kernel(kernel, self.map_size)))
 

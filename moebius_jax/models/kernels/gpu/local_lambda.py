@@ -1,11 +1,15 @@
-"""Local-λ on a GPU: content and position term without λp or the banded map in memory.
+"""Local-λ on a GPU, and its gradients, without λp or the banded map in memory.
 
     Y[x,h,v] = Σ_k q[x,h,k] (λc[k,v] + b[k]) + Σ_d Σ_s A[x,h,d,s-x] val[y+d,s,v]
     A[x,h,d,e] = Σ_k q[x,h,k] w[d,e,k]
 
 A, the queries on the window's weights, is one matrix product (XLA's) and N·h·p·p numbers. Where other forms
 spread it over the columns s of each row first (`position_term`, "banded"), the kernel reads it at the shifted
-address. λc is a softmax over the whole map: partial sums of pieces of it, then their combination.
+address. Backwards it writes there,
+
+    dA[x,h,d,e] = Σ_v dY[x,h,v] val[y+d,x+e,v]          dval[y+d,s,v] = Σ_xh A[x,h,d,s-x] dY[x,h,v]
+
+and the other gradients are matrix products of dA, dY and q.
 """
 
 import functools
@@ -20,188 +24,109 @@ from jaxtyping import Array, Float
 
 from moebius_jax.models.kernels.common import power_of_two
 
-Key = Float[Array, "B H W k"]
-Query = Float[Array, "B H W h k"]
+Query = Float[Array, "B H W hk"]
 Value = Float[Array, "B H W v"]
-Window = Float[Array, "p e k"]
+Window = Float[Array, "lanes k"]
+Content = Float[Array, "B k v"]
+Output = Float[Array, "B H W hv"]
+OnWindow = Float[Array, "B H W h p e"]
 
 COLUMNS = 16  # positions of a row that one program works on
 BLOCK_K, BLOCK_V = 32, 64
-ROWS = 256  # positions at a time in the content's sums
-PIECE = 1024  # positions that one program sums over
-LOWEST = -1e30  # below every key
+ROWS = 128  # pairs of a position and a head at a time, of a sum over both
 
 
 def local_lambda(
     q: Query,
-    key: Key,
     val: Value,
     window: Window,
-    bias: Float[Array, " k"],
-    *add: Float[Array, "B H W h v"],
+    content: Content,
+    *add: Output,
+    heads: int,
+    side: int,
     dtype: Dtype,
     interpret: bool = False,
-) -> Float[Array, "B H W h v"]:
+) -> Output:
     """Y of Local-λ, content and position term.
 
     Args:
-        q, val: queries, h a power of two, and values.
-        key: before its softmax over the map.
-        window: what `padded_window` makes of the position convolution's kernel; of the dtype of `q`.
-        bias: b, of the position convolution.
+        q, val: queries, all heads of a position in one row, and values.
+        window: what `packed_window` makes of the position convolution's kernel; of the dtype of `q`.
+        content: λc + b, b added to each of λc's columns; of the dtype of `q`.
         add: maps that are added to the result.
+        heads: h, a power of two.
+        side: of the window, odd.
         dtype: of the result; sums are taken in fp32.
-        interpret: run the kernels as Python would, on any machine.
+        interpret: run the kernel as Python would, on any machine.
     """
-    content = content_lambda(key, val, bias, interpret=interpret)
-    B, H, W, h, k = q.shape
-    p, width, v = *window.shape[:2], val.shape[-1]
-    on_window = jnp.einsum("byxhk,ek->byxhe", q, window.reshape(p * width, k))
+    B, H, W, channels = q.shape
+    k, v = channels // heads, val.shape[-1]
     columns = min(COLUMNS, power_of_two(W))
-    return pl.pallas_call(
-        functools.partial(_apply, shape=(H, W, h, k, v), p=p, columns=columns),
+    q, *add = (a.reshape(B, H, W, heads, -1) for a in (q, *add))
+    y = pl.pallas_call(
+        functools.partial(_apply, shape=(H, W, heads, k, v), p=side, columns=columns),
         grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
-        out_shape=jax.ShapeDtypeStruct((B, H, W, h, v), dtype),
+        out_shape=jax.ShapeDtypeStruct((B, H, W, heads, v), dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="local_lambda",
-    )(on_window.reshape(B, H, W, h, p, width), q, val, content, *add)
+    )(_on_window(q, window, side), q, val, content, *add)
+    return y.reshape(B, H, W, -1)
 
 
-def padded_window(kernel: Float[Array, "p p k"]) -> Window:
-    """The kernel [p, p, k] with its rows of offsets padded, so that those of A are aligned in memory."""
-    p = len(kernel)
-    return jnp.pad(kernel, ((0, 0), (0, power_of_two(p) - p), (0, 0)))
-
-
-def content_lambda(
-    key: Key, val: Value, bias: Float[Array, " k"], *, interpret: bool = False
-) -> Float[Array, "B k v"]:
-    """λc[k,v] + b[k], λc = Σ_n softmax_n(key)[k,n] val[v,n]; summed in fp32, in the dtype of `val`."""
-    B, k, v = len(key), key.shape[-1], val.shape[-1]
-    key, val = key.reshape(B, -1, k), val.reshape(B, -1, v)
-    N = key.shape[1]
-    pieces = pl.cdiv(N, PIECE)
-    blocks = pl.cdiv(k, BLOCK_K), pl.cdiv(v, BLOCK_V)
-    options = {
-        "compiler_params": triton.CompilerParams(num_warps=4, num_stages=2),
-        "interpret": interpret,
-    }
-    whole = jax.ShapeDtypeStruct((B, k, v), val.dtype)
-    sums = jax.ShapeDtypeStruct((B, pieces, k), jnp.float32)
-    products = jax.ShapeDtypeStruct((B, pieces, k, v), jnp.float32)
-    found = pl.pallas_call(
-        functools.partial(_content, shape=(N, k, v)),
-        grid=(B, pieces, *blocks),
-        out_shape=[whole] if pieces == 1 else [sums, sums, products],
-        name="content",
-        **options,
-    )(key, val, bias)
-    if pieces == 1:
-        return found[0]
-    return pl.pallas_call(
-        functools.partial(_joined_content, pieces=pieces, k=k, v=v),
-        grid=(B, *blocks),
-        out_shape=whole,
-        name="content_joined",
-        **options,
-    )(*found, bias)
-
-
-Sums = tuple[Array, Array, Array]  # max of the keys, Σ exp(key - max), Σ exp(key - max) val
-
-
-def _content(
-    key_ref: Array, val_ref: Array, bias_ref: Array, *out_refs: Array, shape: tuple[int, int, int]
-) -> None:
-    """Sums over one piece of the map for a block of λc, or λc + b itself if there is but one piece."""
-    N, k, v = shape
-    b, piece = pl.program_id(0), pl.program_id(1)
-    ks = pl.program_id(2) * BLOCK_K + jnp.arange(BLOCK_K)
-    vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
-    in_k, in_v = ks < k, vs < v
-
-    def body(step: Array, sums: Sums) -> Sums:
-        n = piece * PIECE + step * ROWS + jnp.arange(ROWS)
-        on_map = (n < N)[:, None]
-        key = triton.load(key_ref.at[b, n[:, None], ks[None]], mask=on_map & in_k[None], other=-jnp.inf)
-        key = key.astype(jnp.float32)
-        val = triton.load(val_ref.at[b, n[:, None], vs[None]], mask=on_map & in_v[None], other=0)
-        largest = jnp.maximum(key.max(0), LOWEST)  # where there are none: -inf - -inf is no number
-        weights = jnp.exp(key - largest[None])
-        return _with(
-            sums, (largest, weights.sum(0), triton.dot(weights.astype(val.dtype), val, trans_a=True))
-        )
-
-    largest, total, weighted = lax.fori_loop(0, pl.cdiv(min(PIECE, N), ROWS), body, _nothing())
-    inside = in_k[:, None] & in_v[None]
-    if len(out_refs) == 1:
-        _store_content(out_refs[0], bias_ref, (b, ks, vs), (in_k, inside), total, weighted)
-        return
-    largest_ref, total_ref, weighted_ref = out_refs
-    triton.store(largest_ref.at[b, piece, ks], largest, mask=in_k)
-    triton.store(total_ref.at[b, piece, ks], total, mask=in_k)
-    triton.store(weighted_ref.at[b, piece, ks[:, None], vs[None]], weighted, mask=inside)
-
-
-def _joined_content(
-    largest_ref: Array,
-    total_ref: Array,
-    weighted_ref: Array,
-    bias_ref: Array,
-    out_ref: Array,
+def local_lambda_gradient(
+    q: Query,
+    val: Value,
+    window: Window,
+    content: Content,
+    cotangent: Output,
     *,
-    pieces: int,
-    k: int,
-    v: int,
-) -> None:
-    """All pieces of a block of λc together."""
-    b = pl.program_id(0)
-    ks = pl.program_id(1) * BLOCK_K + jnp.arange(BLOCK_K)
-    vs = pl.program_id(2) * BLOCK_V + jnp.arange(BLOCK_V)
-    in_k, inside = ks < k, (ks < k)[:, None] & (vs < v)[None]
-
-    def body(piece: Array, sums: Sums) -> Sums:
-        largest, total = (
-            triton.load(ref.at[b, piece, ks], mask=in_k, other=0) for ref in (largest_ref, total_ref)
-        )
-        weighted = triton.load(weighted_ref.at[b, piece, ks[:, None], vs[None]], mask=inside, other=0)
-        return _with(sums, (largest, total, weighted))
-
-    _, total, weighted = lax.fori_loop(0, pieces, body, _nothing())
-    _store_content(out_ref, bias_ref, (b, ks, vs), (in_k, inside), total, weighted)
-
-
-def _nothing() -> Sums:
+    heads: int,
+    side: int,
+    interpret: bool = False,
+) -> tuple[Query, Value, Float[Array, "1 lanes k"], Content]:
+    """Gradients of q, val, the window (one sum for all items of the batch) and content; the last two fp32."""
+    B, H, W, channels = q.shape
+    v = val.shape[-1]
+    q, cotangent = (a.reshape(B, H, W, heads, -1) for a in (q, cotangent.astype(q.dtype)))
+    on_window = _on_window(q, window, side)
+    tiles = pl.cdiv(W, COLUMNS)
+    options = {"interpret": interpret, "compiler_params": triton.CompilerParams(num_warps=4, num_stages=3)}
+    on_window_gradient = pl.pallas_call(
+        functools.partial(_differentiate_on_window, shape=(H, W, heads, v), p=side),
+        grid=(B, H, tiles),
+        out_shape=jax.ShapeDtypeStruct(on_window.shape, q.dtype),
+        name="on_window_gradient",
+        **options,
+    )(cotangent, val)
+    val_gradient = pl.pallas_call(
+        functools.partial(_differentiate_val, shape=(H, W, heads, v), p=side),
+        grid=(B, H, tiles, pl.cdiv(v, BLOCK_V)),
+        out_shape=jax.ShapeDtypeStruct(val.shape, val.dtype),
+        name="val_gradient",
+        **options,
+    )(on_window, cotangent)
+    on_window_gradient = on_window_gradient.reshape(B, H, W, heads, -1)
+    q_gradient = jnp.einsum("byxhe,ek->byxhk", on_window_gradient, window)
+    q_gradient += jnp.einsum("byxhv,bkv->byxhk", cotangent, content)
+    summed = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     return (
-        jnp.full(BLOCK_K, LOWEST, jnp.float32),
-        jnp.zeros(BLOCK_K, jnp.float32),
-        jnp.zeros((BLOCK_K, BLOCK_V), jnp.float32),
+        q_gradient.reshape(B, H, W, channels),
+        val_gradient,
+        summed("byxhe,byxhk->ek", on_window_gradient, q)[None],
+        summed("byxhk,byxhv->bkv", q, cotangent),
     )
 
 
-def _with(sums: Sums, more: Sums) -> Sums:
-    """Sums over two parts of the map as sums over both."""
-    largest = jnp.maximum(sums[0], more[0])
-    scales = jnp.exp(sums[0] - largest), jnp.exp(more[0] - largest)
-    total = scales[0] * sums[1] + scales[1] * more[1]
-    weighted = scales[0][:, None] * sums[2] + scales[1][:, None] * more[2]
-    return largest, total, weighted
+def packed_window(kernel: Float[Array, "p p k"]) -> Window:
+    """The kernel's rows of offsets padded, so that those of A are aligned in memory, and below each other."""
+    p, _, k = kernel.shape
+    return jnp.pad(kernel, ((0, 0), (0, power_of_two(p) - p), (0, 0))).reshape(-1, k)
 
 
-def _store_content(
-    out_ref: Array,
-    bias_ref: Array,
-    place: tuple[Array, ...],
-    masks: tuple[Array, Array],
-    total: Array,
-    weighted: Array,
-) -> None:
-    b, ks, vs = place
-    in_k, inside = masks
-    bias = triton.load(bias_ref.at[ks], mask=in_k, other=0).astype(jnp.float32)
-    out = weighted / jnp.where(in_k, total, 1)[:, None] + bias[:, None]
-    triton.store(out_ref.at[b, ks[:, None], vs[None]], out.astype(out_ref.dtype), mask=inside)
+def _on_window(q: Float[Array, "B H W h k"], window: Window, side: int) -> OnWindow:
+    """A."""
+    return jnp.einsum("byxhk,ek->byxhe", q, window).reshape(*q.shape[:4], side, -1)
 
 
 def _apply(
@@ -258,3 +183,86 @@ def _apply(
     for ref in add_refs:
         total += triton.load(ref.at[place], mask=inside, other=0).astype(jnp.float32)
     triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=inside)
+
+
+def _differentiate_on_window(
+    cotangent_ref: Array, val_ref: Array, out_ref: Array, *, shape: tuple[int, ...], p: int
+) -> None:
+    """dA of some positions of one row, all heads; rows of its products are (position, head)."""
+    H, W, h, v = shape
+    b, y, tile = (pl.program_id(i) for i in range(3))
+    row = jnp.arange(COLUMNS * h)
+    x, head = tile * COLUMNS + row // h, row % h
+    on_map = x < W
+    # Columns that any of the windows reaches, padding included: what is padded becomes zero.
+    width = power_of_two(p)
+    reach = jnp.arange(power_of_two(COLUMNS + width - 1))
+    column = tile * COLUMNS + reach - p // 2
+    e = reach[None] - (row // h)[:, None]
+    in_window = (e >= 0) & (e < width) & on_map[:, None]
+    in_map = (column >= 0) & (column < W)
+    blocks = [start + jnp.arange(BLOCK_V) for start in range(0, v, BLOCK_V)]
+    cotangents = [
+        triton.load(
+            cotangent_ref.at[b, y, x[:, None], head[:, None], vs[None]],
+            mask=on_map[:, None] & (vs < v)[None],
+            other=0,
+        )
+        for vs in blocks
+    ]
+
+    def body(d: Array, _: None) -> None:
+        line = y + d - p // 2
+        total = jnp.zeros((len(row), len(reach)), jnp.float32)
+        for vs, cotangent in zip(blocks, cotangents, strict=True):
+            val = triton.load(
+                val_ref.at[b, line, column[:, None], vs[None]],
+                mask=((line >= 0) & (line < H)) & in_map[:, None] & (vs < v)[None],
+                other=0,
+            )
+            total += triton.dot(cotangent, val, trans_b=True)
+        total = jnp.where(e < p, total, 0)
+        place = b, y, x[:, None], head[:, None], d, e
+        triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=in_window)
+
+    lax.fori_loop(0, p, body, None)
+
+
+def _differentiate_val(
+    a_ref: Array, cotangent_ref: Array, out_ref: Array, *, shape: tuple[int, ...], p: int
+) -> None:
+    """dval of some columns of one row, a block of v; rows of its products are (position, head)."""
+    H, W, h, v = shape
+    b, y, tile = (pl.program_id(i) for i in range(3))
+    vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
+    in_v = vs < v
+    place = jnp.arange(COLUMNS)
+    column = tile * COLUMNS + place
+    # Positions whose windows reach any of the columns, and as many heads as there is room for.
+    positions = power_of_two(COLUMNS + p - 1)
+    at_once = max(1, min(h, ROWS // positions))
+    row = jnp.arange(positions * at_once)
+    reach, own_head = row // at_once, row % at_once
+    parts = h // at_once
+    x = tile * COLUMNS + reach - p // 2
+    e = place[None] - reach[:, None] + 2 * (p // 2)
+    in_map = (x >= 0) & (x < W)
+    in_window = (e >= 0) & (e < p) & in_map[:, None]
+
+    def body(step: Array, total: Array) -> Array:
+        d = step // parts
+        head = (step - d * parts) * at_once + own_head  # Pallas cannot translate % here
+        line = y - d + p // 2
+        on_map = (line >= 0) & (line < H)
+        a = triton.load(a_ref.at[b, line, x[:, None], head[:, None], d, e], mask=on_map & in_window, other=0)
+        cotangent = triton.load(
+            cotangent_ref.at[b, line, x[:, None], head[:, None], vs[None]],
+            mask=on_map & in_map[:, None] & in_v[None],
+            other=0,
+        )
+        return total + triton.dot(a, cotangent, trans_a=True)
+
+    steps = p * parts
+    total = lax.fori_loop(0, steps, body, jnp.zeros((COLUMNS, BLOCK_V), jnp.float32))
+    inside = (column < W)[:, None] & in_v[None]
+    triton.store(out_ref.at[b, y, column[:, None], vs[None]], total.astype(out_ref.dtype), mask=inside)

@@ -76,7 +76,7 @@ def local_lambda(
     val: Value,
     window: Window,
     content: Content,
-    *,
+    *add: Output,
     heads: int,
     side: int,
     dtype: Dtype,
@@ -88,6 +88,7 @@ def local_lambda(
         q, val: queries, all heads of a position in one row, and values.
         window: what `packed_window` makes of the position convolution's kernel; of the dtype of `q`.
         content: λc + b, b added to each of λc's columns; of the dtype of `q`.
+        add: maps that are added to the result.
         heads: h.
         side: of the window, odd.
         dtype: of the result; sums are taken in fp32.
@@ -109,7 +110,7 @@ def local_lambda(
         interpret=interpret,
         name="local_lambda",
     )(q, values, window, content)
-    return y[:, :H, :W]
+    return sum(add, y[:, :H, :W])
 
 
 def local_lambda_gradient(
