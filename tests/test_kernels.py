@@ -11,10 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moebius_jax.models import forms
 from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.kernels.gpu.gated_linear_attention import gated_linear_attention as fused_attention
 from moebius_jax.models.kernels.gpu.group_norm import group_norm
 from moebius_jax.models.kernels.gpu.product import product
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, Product
+from moebius_jax.models.mixers.gated_linear_attention import GatedLinearAttention, gated_linear_attention
 from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda
 from moebius_jax.models.mixers.local_lambda import LocalLambda
 from moebius_jax.models.norms import GroupNorm, LayerNorm
@@ -189,6 +191,38 @@ class TestInteractiveLambda:
         monkeypatch.setattr(forms, "fused_interactive_lambda", lambda *_: True)
         module.freeze()
         assert synth.relative_error(module.onto(stream, x, tokens), np.asarray(plain)) < 1e-5
+
+
+class TestGatedLinearAttention:
+    # One segment and several, whole chunks and ragged ones, of the last segment too; depths of one block and
+    # of several; gates from open to nearly shut.
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "k", "v", "strength"),
+        [(49, 2, 20, 40, 1), (256, 1, 8, 16, 0), (600, 2, 20, 40, 3), (300, 1, 40, 80, 100)],
+    )
+    def test_is_the_plain_form(self, tokens, heads, k, v, strength):
+        shape = 2, tokens, heads
+        q, key, gate = (jnp.asarray(synth.inputs(name, (*shape, k))) for name in ("q", "key", "gate"))
+        arguments = q, key, jnp.asarray(synth.inputs("val", (*shape, v))), -strength * jnp.abs(gate) / 16
+        out = fused_attention(*arguments, dtype=jnp.float32, interpret=True)
+        assert synth.relative_error(out, np.asarray(gated_linear_attention(*arguments))) < 1e-5
+
+    def test_the_module_takes_it_gradients_included(self, monkeypatch):
+        sizes = BlockSizes(channels=64, map_size=6, num_heads=2)
+        module = GatedLinearAttention(sizes, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        x = maps(2, 6, 6, 64)
+
+        def found():
+            def loss(module, x):
+                y = module(x)
+                return jnp.sum(jnp.sin(y)), y
+
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(module, x)
+
+        plain = found()
+        monkeypatch.setattr(forms, "fused_gated_linear_attention", lambda *_: True)
+        for a, b in zip(*map(jax.tree.leaves, (found(), plain)), strict=True):
+            assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
 
 class TestGroupNorm:

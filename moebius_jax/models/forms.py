@@ -95,6 +95,11 @@ def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> 
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 
+def fused_gated_linear_attention(dtype: Dtype, platform: str | None) -> bool:
+    """Whether GLA's recurrence is two kernels of ours rather than the forty of a scan of XLA's."""
+    return _has_kernels(dtype, platform)
+
+
 def depthwise_kernel(shape: tuple[int, ...], stream_dtype: Dtype, dtype: Dtype, platform: str | None) -> bool:
     """Whether a depthwise convolution of a map [B, H, W, C], and its gradients, are kernels.
 

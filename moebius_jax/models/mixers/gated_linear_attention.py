@@ -1,5 +1,6 @@
 """Gated linear attention (GLA), the teacher's self mixer, as a chunk-parallel scan."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -8,6 +9,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from moebius_jax.models import forms
+from moebius_jax.models.kernels.gpu.gated_linear_attention import gated_linear_attention as fused
+from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient_of
 from moebius_jax.models.linear import Linear
 from moebius_jax.models.norms import RMSNorm
 from moebius_jax.models.parts import BlockSizes, Part
@@ -91,6 +95,9 @@ class GatedLinearAttention(Part):
         self.norm = RMSNorm(sizes.depth, **common)
         self.o_proj = Linear(channels, channels, use_bias=False, **common)
         self.num_heads = sizes.num_heads
+        self.platform = precision.platform
+        self.dtype = precision.dtype
+        self.stream_dtype = precision.stream_dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
@@ -102,9 +109,19 @@ class GatedLinearAttention(Part):
         q, key, val = heads(self.q_proj(tokens)), heads(self.k_proj(tokens)), heads(self.v_proj(tokens))
         gate = self.decay_up(self.decay_down(tokens)).astype(jnp.float32)
         log_decay = heads(jax.nn.log_sigmoid(gate)) / GATE_TEMPERATURE
-        out = gated_linear_attention(q * q.shape[-1] ** -0.5, key, val, log_decay)
+        out = self._attend(q * q.shape[-1] ** -0.5, key, val, log_decay)
         out = self.norm(out) * jax.nn.silu(heads(self.g_proj(tokens)))
         return self.o_proj(out.reshape(B, H, W, C))
+
+    def _attend(self, *arguments: Array) -> Float[Array, "B N h v"]:
+        if not forms.fused_gated_linear_attention(self.dtype, self.platform):
+            return gated_linear_attention(*arguments)
+        run = functools.partial(
+            fused, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
+        )
+        return with_gradient_of(gated_linear_attention, split_over_batch(run, batched=(True,) * 4))(
+            *arguments
+        )
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
