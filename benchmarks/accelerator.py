@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the processes it starts
@@ -24,11 +24,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks import sample, train
 from benchmarks.common import Row, parser, report
 from moebius_jax import UNet, UNetConfig
-from moebius_jax.models import inference_copy
+from moebius_jax.models import forms, inference_copy
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 
@@ -94,21 +95,65 @@ def images(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def errors(_: argparse.Namespace) -> Iterator[Row]:
-    """Distance of the predicted noise from fp32's, of the full student with random weights; L2."""
-    key = jax.random.key(0)
-    latents = jax.random.normal(key, (2, 64, 64, 9))
-    inputs = latents, jnp.array([900, 30]), jnp.tile(jnp.arange(10)[None], (2, 1))
+    """Distance of the student's predicted noise from fp32's; full size, random weights, L2."""
+    pairs = ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")
+    found = distances(UNetConfig.student(), noise, [{"dtype": d, "stream_dtype": s} for d, s in pairs])
+    for (dtype, stream), percent in zip(pairs, found, strict=True):
+        yield {"what": f"error, {dtype}, stream {stream}", "percent": percent}
 
-    def noise(**dtypes: str) -> np.ndarray:
-        unet = UNet(UNetConfig.student(), rngs=KeyStream(key), **{k: jnp.dtype(v) for k, v in dtypes.items()})
-        unet.eval()
-        return np.asarray(jax.jit(lambda unet: unet(*inputs).sample)(inference_copy(unet)))
 
+def kernels(_: argparse.Namespace) -> Iterator[Row]:
+    """The same with our kernels and without: a larger distance with them would be a kernel's fault."""
+    half = {"dtype": "float16", "stream_dtype": "float16"}
+    mixed = {"dtype": "bfloat16", "stream_dtype": "float32"}
+    for name, config, found, dtypes in (
+        ("student", UNetConfig.student(), noise, half),
+        ("teacher", UNetConfig.teacher(), noise, half),
+        ("student's gradients", UNetConfig.student(remat=True), gradients, mixed),
+    ):
+        for setting in ("on", "off"):
+            os.environ[forms.SWITCH] = setting
+            (percent,) = distances(config, found, [dtypes])
+            yield {"what": f"error, {name}, kernels {setting}", "percent": percent}
+        del os.environ[forms.SWITCH]
+
+
+def distances(
+    config: UNetConfig, found: Callable[..., np.ndarray], dtypes: Sequence[dict[str, str]]
+) -> list[float]:
+    """How far what is found in these dtypes is from what fp32 finds, in percent."""
     with jax.default_matmul_precision("highest"):
-        exact = noise()
-    for dtype, stream in (("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
-        off = np.linalg.norm(noise(dtype=dtype, stream_dtype=stream) - exact) / np.linalg.norm(exact)
-        yield {"what": f"error, {dtype}, stream {stream}", "percent": 100 * float(off)}
+        exact = found(config)
+    return [
+        100 * float(np.linalg.norm(found(config, **pair) - exact) / np.linalg.norm(exact)) for pair in dtypes
+    ]
+
+
+def noise(config: UNetConfig, **dtypes: str) -> np.ndarray:
+    """As a network for inference predicts it."""
+    unet, inputs = _network(config, **dtypes)
+    unet.eval()
+    return np.asarray(jax.jit(lambda unet: unet(*inputs).sample)(inference_copy(unet)))
+
+
+def gradients(config: UNetConfig, **dtypes: str) -> np.ndarray:
+    """Of all weights in training, by a loss in which every number of the noise counts otherwise."""
+    unet, inputs = _network(config, **dtypes)
+    graphdef, params, rest = nnx.split(unet, nnx.Param, ...)
+    target = jax.random.normal(jax.random.key(1), (2, 64, 64, 4))
+
+    def loss(params: nnx.State, rest: nnx.State) -> jax.Array:
+        return jnp.mean(jnp.square(nnx.merge(graphdef, params, rest, copy=True)(*inputs).sample - target))
+
+    found = jax.jit(jax.grad(loss))(params, rest)
+    return np.concatenate([np.ravel(gradient) for gradient in jax.tree.leaves(found)])
+
+
+def _network(config: UNetConfig, **dtypes: str) -> tuple[UNet, tuple[jax.Array, ...]]:
+    key = jax.random.key(0)
+    unet = UNet(config, rngs=KeyStream(key), **{k: jnp.dtype(v) for k, v in dtypes.items()})
+    latents = jax.random.normal(key, (2, 64, 64, 9))
+    return unet, (latents, jnp.array([900, 30]), jnp.tile(jnp.arange(10)[None], (2, 1)))
 
 
 def training(args: argparse.Namespace) -> Iterator[Row]:
@@ -139,7 +184,7 @@ def parity(_: argparse.Namespace) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
-    part.__name__: part for part in (steps, errors, images, parity, training, mixers)
+    part.__name__: part for part in (steps, errors, images, parity, kernels, training, mixers)
 }
 
 

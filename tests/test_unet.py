@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from moebius_jax import UNet, fold_batch_norm
+from moebius_jax.errors import UserError
 from moebius_jax.models import forms, inference_copy
 from moebius_jax.models.blocks import Upsample
 from moebius_jax.models.initializers import KeyStream
@@ -306,6 +307,19 @@ def test_old_gpus_run_the_plain_forms(monkeypatch):
             forms._runs_ampere.cache_clear()
 
     assert [chosen(c) for c in ("7.5", "8.0", "9.0", "12.0", "gfx90a")] == [False, True, True, True, False]
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    def forms_of(platform):
+        depth = forms.position_order((16, 16), 8, 160, 15, jnp.bfloat16, platform)
+        return depth, forms.fused_products(jnp.bfloat16, platform)
+
+    assert [forms_of(p) for p in ("gpu", "tpu")] == [("fused", True), ("fused", False)]
+    monkeypatch.setenv("MOEBIUS_KERNELS", "off")
+    assert [forms_of(p) for p in ("gpu", "tpu")] == [("banded", False), ("banded", False)]
+    monkeypatch.setenv("MOEBIUS_KERNELS", "no")
+    with pytest.raises(UserError, match="MOEBIUS_KERNELS=no: expected on or off"):
+        forms_of("cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Which of several forms of one computation a platform runs. They differ in rounding only.
 
 Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu", "tpu" or "tpu-v4", which
-stands for those before v5; None is the running one.
+stands for those before v5; None is the running one. MOEBIUS_KERNELS=off in the environment takes XLA's forms
+everywhere: to tell whether something is a kernel's doing, and where one does not compile.
 """
 
 import functools
+import os
 from typing import Literal
 
 import jax
@@ -12,10 +14,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import lax
 
+from moebius_jax.errors import UserError
 from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.kernels.tpu import depthwise, local_lambda
 from moebius_jax.models.parts import PositionOrder
 
+SWITCH = "MOEBIUS_KERNELS"  # in the environment
 OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")  # cannot roll lanes by a stride
 
 
@@ -146,12 +150,19 @@ def spare_positions(side: int, platform: str | None) -> int:
 
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:
     """Our kernels are for half precision: they would multiply fp32 in fewer bits than asked for."""
-    return jnp.dtype(dtype).itemsize == 2 and _is_recent_gpu(platform)
+    return _kernels_wanted() and jnp.dtype(dtype).itemsize == 2 and _is_recent_gpu(platform)
 
 
 def _has_tpu_kernels(dtype: Dtype, platform: str | None) -> bool:
     """They are for bfloat16: a TPU loads no float16, and would multiply fp32 in fewer bits than asked for."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and _is_recent_tpu(platform)
+    return _kernels_wanted() and jnp.dtype(dtype) == jnp.bfloat16 and _is_recent_tpu(platform)
+
+
+def _kernels_wanted() -> bool:
+    setting = os.environ.get(SWITCH, "on")
+    if setting not in ("on", "off"):
+        raise UserError(f"{SWITCH}={setting}: expected on or off")
+    return setting == "on"
 
 
 def _is_recent_tpu(platform: str | None) -> bool:
