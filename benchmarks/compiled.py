@@ -244,7 +244,8 @@ def count(args: argparse.Namespace, schedules: Path) -> int:
         for name, lower in vae_programs(args, mesh).items():
             results |= counted(name, lower(), frozenset(), args, schedules)
     elif args.train:
-        results |= counted(f"{args.sizes}, {args.row}", *train_program(args, mesh), args, schedules)
+        name = f"{args.sizes}, {args.row}{', remat' if args.remat else ''}"
+        results |= counted(name, *train_program(args, mesh), args, schedules)
     else:
         results |= counted("denoising", *loop_program(args, mesh), args, schedules)
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {}

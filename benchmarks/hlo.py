@@ -333,9 +333,19 @@ def _product_flops(operands: list[Array]) -> int:
     return sum(2 * M * K * N for (m, K), (k, n) in pairs if (m, K, n) == (M, k, N))
 
 
+def _interactive_lambda_flops(operands: list[Array]) -> int:
+    """Of the TPU kernel's three products; the sum over k and a GPU's kernel are none."""
+    x, keys, *_ = (array.dims for array in operands)
+    if len(x) == 4:
+        return 0
+    B, N, C = x
+    return 2 * B * N * C * (C + 2 * keys[1])
+
+
 # Those without matrix products count as none.
 OWN_KERNELS = {
     "local_lambda": _local_lambda_flops,
+    "interactive_lambda": _interactive_lambda_flops,
     "on_window_gradient": _on_window_gradient_flops,
     "val_gradient": _val_gradient_flops,
     "local_lambda_gradient": functools.partial(_tpu_lambda_flops, on_window=5, on_depth=2),

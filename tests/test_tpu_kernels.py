@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synth
+from flax import nnx
 
+from moebius_jax import fold_batch_norm
 from moebius_jax.models import forms
 from moebius_jax.models.convolutions import DepthwiseConv
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.kernels.tpu.local_lambda import packed_window, packing
+from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda
 from moebius_jax.models.mixers.local_lambda import LocalLambda
+from moebius_jax.models.norms import LayerNorm
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
@@ -123,6 +127,57 @@ class TestLocalLambda:
         agree((y, (of_module, of_x)), run(module, x), 1e-5)
 
 
+@pytest.mark.usefixtures("interpreted")
+class TestInteractiveLambda:
+    def frozen(self, side, depth, monkeypatch):
+        """A module of eight heads as the kernel reads it, what norm and plain module make of maps, and these."""
+        sizes, precision = (
+            BlockSizes(channels=8 * depth, map_size=side, num_heads=8),
+            Precision(platform="tpu"),
+        )
+        module = InteractiveLambda(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
+        module.norm_q.mean, module.norm_q.scale = (nnx.Param(maps(8 * depth) + n) for n in (0, 1))
+        module = fold_batch_norm(module)
+        norm = LayerNorm(8 * depth, precision=precision, rngs=KeyStream(jax.random.key(0)))
+        norm.scale, norm.bias = nnx.Param(maps(8 * depth) + 1), nnx.Param(2 * maps(8 * depth))
+        stream, x = 2 * maps(2, side, side, 8 * depth), maps(2, side, side, 8 * depth) + 1
+        context = maps(2, 10, sizes.context_dim)
+        plain = module.onto(stream, norm(x), module.prepare(context))
+        monkeypatch.setattr(forms, "fused_interactive_lambda", lambda *_: True)
+        assert module.takes_over(norm)
+        module.to_q.take_over(norm)
+        module.freeze()
+        assert module.to_q is None
+        return module, plain, (stream, x, context)
+
+    # One program a map and several; a depth that the unrolled sum divides and one that it does not.
+    @pytest.mark.parametrize(("side", "depth"), [(16, 8), (24, 6), (32, 20)])
+    def test_is_the_plain_form(self, side, depth, monkeypatch):
+        module, plain, (stream, x, context) = self.frozen(side, depth, monkeypatch)
+        agree(module.onto(stream, x, module.prepare(context)), plain)
+
+    def test_one_context_is_every_items(self, monkeypatch):
+        module, _, (stream, x, context) = self.frozen(16, 8, monkeypatch)
+        first = module.onto(stream, x, module.prepare(context[:1]))
+        agree(first, module.onto(stream, x, module.prepare(jnp.repeat(context[:1], 2, 0))))
+
+    def test_refuses_another_map(self, monkeypatch):
+        module, _, (_, x, context) = self.frozen(16, 8, monkeypatch)
+        with pytest.raises(ValueError, match="a 8 x 16 map with 10 context tokens: the position table was"):
+            module(x[:, :8], module.prepare(context))
+        with pytest.raises(ValueError, match="with 9 context tokens"):
+            module(x, module.prepare(context[:, :9]))
+
+    def test_a_sharded_batch_stays_where_it_is(self, monkeypatch):
+        module, _, (_, x, context) = self.frozen(16, 8, monkeypatch)
+        mesh = make_mesh(jax.devices())
+        spread = jax.device_put(jnp.tile(x, (4, 1, 1, 1)), batch_sharding(mesh))
+        tokens = module.prepare(context[:1])
+        program = jax.jit(with_mesh(module.__call__, mesh)).lower(spread, tokens).compile()
+        assert "all-gather" not in program.as_text()
+        agree(program(spread, tokens)[:2], module(x, tokens))
+
+
 def test_every_offset_has_a_lane_of_its_own():
     kernel = maps(15, 15, 3)
     pack = packing(15)
@@ -176,6 +231,18 @@ class TestChoice:
         assert forms.position_order((64, 64), 8, 40, 15, jnp.bfloat16, "tpu-v4") == "toeplitz"
         assert order((512, 512)) == "toeplitz"  # its values are more than a core's memory,
         assert order((64, 64), heads=512) == "toeplitz"  # as are its rows at work
+
+    def test_of_interactive_lambda(self):
+        def chosen(positions, heads, dtype=jnp.bfloat16, platform="tpu"):
+            return forms.fused_interactive_lambda(dtype, positions, heads, platform)
+
+        assert chosen(4096, 8)
+        assert not chosen(400, 8)  # no whole registers
+        assert not chosen(4096, 4)
+        assert not chosen(4096, 8, jnp.float32)
+        assert not chosen(4096, 8, platform="tpu-v4")
+        assert chosen(400, 4, platform="gpu")
+        assert not chosen(400, 6, platform="gpu")
 
     def test_of_depthwise_convolutions(self):
         def chosen(H, W, dtype=jnp.bfloat16, platform="tpu"):

@@ -108,7 +108,7 @@ class TransformerBlock(nnx.Module):
                 continue
             # Of the part's own class only: another that is built on it may read the map in more places.
             readers = [getattr(part, reader) for reader in type(part).__dict__.get("READERS", ())]
-            if readers and all(reader.can_take_over(norm) for reader in readers):
+            if readers and (part.takes_over(norm) or all(reader.can_take_over(norm) for reader in readers)):
                 for reader in readers:
                     reader.take_over(norm)
                 setattr(self, name, None)

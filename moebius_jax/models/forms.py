@@ -16,7 +16,7 @@ from jax import lax
 
 from moebius_jax.errors import UserError
 from moebius_jax.models.kernels.common import power_of_two
-from moebius_jax.models.kernels.tpu import depthwise, local_lambda
+from moebius_jax.models.kernels.tpu import depthwise, interactive_lambda, local_lambda
 from moebius_jax.models.parts import PositionOrder
 
 SWITCH = "MOEBIUS_KERNELS"  # in the environment
@@ -94,8 +94,10 @@ def one_pass_rows(platform: str | None) -> bool:
     return _or_running(platform) == "tpu"
 
 
-def fused_interactive_lambda(dtype: Dtype, heads: int, platform: str | None) -> bool:
+def fused_interactive_lambda(dtype: Dtype, positions: int, heads: int, platform: str | None) -> bool:
     """Whether Interactive-λ is one kernel at inference rather than four matrix products with ten tokens."""
+    if _has_tpu_kernels(dtype, platform):
+        return interactive_lambda.fits(positions, heads)
     return _has_kernels(dtype, platform) and power_of_two(heads) == heads
 
 

@@ -91,7 +91,7 @@ class Linear(nnx.Linear):
         return norm.dtype == self.dtype and forms.fused_products(self.dtype, self.platform)
 
     def take_over(self, norm: nnx.LayerNorm) -> None:
-        """Does what `norm` before this layer did. For inference, before `freeze`, in fused products only."""
+        """Does what `norm` before this layer did. For inference, before `freeze`, in kernels only."""
         kernel = self.kernel[...].astype(jnp.float32)
         bias = jnp.matmul(norm.bias[...].astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
         if self.bias is not None:

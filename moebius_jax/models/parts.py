@@ -84,6 +84,11 @@ class Part(nnx.Module):
         """`stream` plus a call; a part that can add it on the way overrides this."""
         return stream + self(*args)
 
+    def takes_over(self, norm: nnx.LayerNorm) -> bool:
+        """Whether a kernel of the part's own does at inference what `norm` does before the READERS."""
+        del norm
+        return False
+
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
         """What of `Sizes` shows in released shapes; `map_size` too, where it does.

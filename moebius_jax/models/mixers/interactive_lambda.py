@@ -10,16 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moebius_jax.models import forms
-from moebius_jax.models.kernels.gpu.interactive_lambda import interactive_lambda
+from moebius_jax.models.kernels.gpu import interactive_lambda as gpu
+from moebius_jax.models.kernels.tpu import interactive_lambda as tpu
 from moebius_jax.models.kernels.wrapped import split_over_batch
 from moebius_jax.models.linear import Linear, PointwiseConv
-from moebius_jax.models.norms import BatchNorm
+from moebius_jax.models.norms import BatchNorm, LayerNorm
 from moebius_jax.models.parts import BlockSizes, Part
 from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Layout, Released, Shapes, Table
 
 Map = Float[Array, "B H W C"]
-Tokens = tuple[Float[Array, "B L k"], Float[Array, "B L v"]]
+Tokens = tuple[Float[Array, "B l k"], Float[Array, "B l v"]]  # on a TPU, frozen, as its kernel reads them
 
 POSITION_TABLE = Layout(ones=(3,))  # [N, L, k] ↔ [N, L, k, u=1]
 
@@ -49,10 +50,13 @@ class InteractiveLambda(Part):
         self.norm_q = BatchNorm(channels, precision=precision)
         self.norm_v = BatchNorm(depth, precision=precision)
         self.position_table = nnx.Param(jax.random.normal(rngs.params(), table_shape, precision.param_dtype))
+        self.size = table_shape[:2]
         self.num_heads = sizes.num_heads
         self.stream_dtype = precision.stream_dtype
         self.platform = precision.platform
         self.is_frozen = False
+        # Once frozen: to_q and the norm that it has taken over, as a TPU's kernel reads them.
+        self.packed_queries = self.packed_bias = self.norm_eps = None
         self.dtype, self.precision = precision.operands(thin=True)
 
     def prepare(self, context: Float[Array, "B L D"]) -> Tokens:
@@ -60,48 +64,72 @@ class InteractiveLambda(Part):
         key, val = self.to_k(context), self.to_v(context)
         if self.norm_v is not None:
             val = self.norm_v(val)
-        return jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype), val
+        key = jax.nn.softmax(key.astype(jnp.float32), axis=1).astype(self.dtype)
+        if self.packed_queries is None:
+            return key, val
+        return tpu.packed_tokens(key, val.astype(self.dtype), self.num_heads)
 
     def onto(self, stream: Map, x: Map, tokens: Tokens) -> Map:
         return self(x, tokens, add=stream)
 
+    def takes_over(self, norm: LayerNorm) -> bool:
+        return norm.dtype == self.dtype and self._has_kernel() and forms.tpu_kernels(self.platform)
+
     def freeze(self) -> None:
-        """For inference: takes a kernel that has no gradient, and the table as it reads it."""
+        """For inference: takes a kernel that has no gradient, and what it reads as it reads it."""
         self.is_frozen = True
-        self.position_table = nnx.Param(self.position_table[...].astype(self.dtype))
+        table = self.position_table[...].astype(self.dtype)
+        if self.to_q.norm_eps is not None and self._has_kernel() and forms.tpu_kernels(self.platform):
+            weights = self.to_q.kernel[...].astype(self.dtype), self.to_q.bias[...].astype(jnp.float32)[None]
+            packed = (nnx.data(nnx.Param(tpu.packed_queries(a, self.num_heads))) for a in weights)
+            self.packed_queries, self.packed_bias = packed
+            self.norm_eps, self.to_q = self.to_q.norm_eps, None
+            table = tpu.packed_table(table)
+        self.position_table = nnx.Param(table)
+
+    def _has_kernel(self) -> bool:
+        return forms.fused_interactive_lambda(self.dtype, self.size[0], self.num_heads, self.platform)
 
     def __call__(self, x: Map, tokens: Tokens, *, add: Map | None = None) -> Map:
         """`add`: a map added to the result. ValueError: map or context are not of the trained size."""
         B, H, W, C = x.shape
-        key, val = tokens
-        L = key.shape[1]
-        if self.position_table.shape[:2] != (H * W, L):
+        L = tokens[0].shape[1] // (1 if self.packed_queries is None else self.num_heads)
+        if self.size != (H * W, L):
             raise ValueError(
                 f"a {H} x {W} map with {L} context tokens: the position table was trained for "
-                f"{self.position_table.shape[0]} positions and {self.position_table.shape[1]} tokens"
+                f"{self.size[0]} positions and {self.size[1]} tokens"
             )
+        if self.packed_queries is not None:
+            y = self._fused_on_tpu(x.reshape(B, H * W, C), tokens).reshape(B, H, W, C)
+            return y if add is None else add + y
         q = self.to_q(x)
         if self.norm_q is not None:
             q = self.norm_q(q)
         q = q.reshape(B, H * W, self.num_heads, -1)
         table = self.position_table[...].astype(self.dtype)
-        if self.is_frozen and forms.fused_interactive_lambda(self.dtype, self.num_heads, self.platform):
-            return self._fused(q, key, val, table, add).reshape(B, H, W, C)
+        if self.is_frozen and self._has_kernel():
+            return self._fused(q, tokens, table, add).reshape(B, H, W, C)
+        key, val = tokens
         einsum = functools.partial(jnp.einsum, precision=self.precision)
         scores = einsum("bnhk,blk->bnhl", q, key) + einsum("bnhk,nlk->bnhl", q, table)
         y = einsum("bnhl,blv->bnhv", scores, val).reshape(B, H, W, C)
         return y if add is None else add + y
 
-    def _fused(
-        self, q: Array, key: Array, val: Array, table: Array, add: Map | None
-    ) -> Float[Array, "B N h v"]:
-        run = functools.partial(
-            interactive_lambda, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
-        )
-        key, val = (jnp.broadcast_to(a, (len(q), *a.shape[1:])) for a in (key, val))
+    def _fused(self, q: Array, tokens: Tokens, table: Array, add: Map | None) -> Float[Array, "B N h v"]:
+        run = functools.partial(gpu.interactive_lambda, **self._kernel_options())
         others = [] if add is None else [add.reshape(q.shape)]
-        batched = (True, True, True, False, *(True for _ in others))
-        return split_over_batch(run, batched=batched)(q, key, val, table, *others)
+        run = split_over_batch(run, batched=(True, True, True, False, *(True for _ in others)))
+        return run(q, *_of_every_item(tokens, len(q)), table, *others)
+
+    def _fused_on_tpu(self, x: Float[Array, "B N C"], tokens: Tokens) -> Float[Array, "B N C"]:
+        sizes = {"heads": self.num_heads, "norm_eps": self.norm_eps}
+        run = functools.partial(tpu.interactive_lambda, **sizes, **self._kernel_options())
+        run = split_over_batch(run, batched=(True, True, True, False, False, False))
+        weights = (a[...] for a in (self.packed_queries, self.packed_bias, self.position_table))
+        return run(x.astype(self.dtype), *_of_every_item(tokens, len(x)), *weights)
+
+    def _kernel_options(self) -> dict[str, Any]:
+        return {"dtype": self.stream_dtype, "interpret": forms.kernels_interpreted(self.platform)}
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
@@ -110,3 +138,8 @@ class InteractiveLambda(Part):
         if side**2 != positions:
             raise ValueError(f"a position table of {positions} rows is not one of a square map")
         return {"num_heads": channels // depth, "context_length": length, "map_size": side}
+
+
+def _of_every_item(tokens: Tokens, batch: int) -> list[Array]:
+    """Tokens of one context, if they are, for each item of a batch."""
+    return [jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in tokens]
