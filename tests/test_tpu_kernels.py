@@ -99,12 +99,13 @@ class TestLocalLambda:
         )
         agree(run(fused, x), run(plain, x))
 
-    def test_frozen_it_is_the_same(self):
-        module, x = local_lambda("fused"), maps(1, 8, 16, 96)
+    @pytest.mark.parametrize("width", [16, 20])
+    def test_frozen_it_is_the_same(self, width):
+        module, x, stream = local_lambda("fused"), maps(1, 8, width, 96), 2 * maps(1, 8, width, 96)
         plain = module(x)
         module.freeze()
         assert module.packed_window is not None
-        agree(module(x, add=x), plain + x)
+        agree(module.onto(stream, x), plain + stream)
 
     def test_half_precision_is_no_further_off(self):
         x = maps(1, 12, 12, 96)
@@ -130,11 +131,9 @@ class TestLocalLambda:
 @pytest.mark.usefixtures("interpreted")
 class TestInteractiveLambda:
     def frozen(self, side, depth, monkeypatch):
-        """A module of eight heads as the kernel reads it, what norm and plain module make of maps, and these."""
-        sizes, precision = (
-            BlockSizes(channels=8 * depth, map_size=side, num_heads=8),
-            Precision(platform="tpu"),
-        )
+        """A module of eight heads as the kernel reads it; what norm and plain form make of maps; these."""
+        sizes = BlockSizes(channels=8 * depth, map_size=side, num_heads=8)
+        precision = Precision(platform="tpu")
         module = InteractiveLambda(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
         module.norm_q.mean, module.norm_q.scale = (nnx.Param(maps(8 * depth) + n) for n in (0, 1))
         module = fold_batch_norm(module)

@@ -21,6 +21,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.models import forms, inference_copy
 from moebius_jax.models.blocks import Upsample
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.mixers.interactive_lambda import InteractiveLambda
 from moebius_jax.models.parts import PositionOrder
 from moebius_jax.models.precision import Precision, auto_dtype
 from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
@@ -61,14 +62,24 @@ def test_student_mini(student_mini):
 def test_an_accelerators_forms_in_half_precision(platform, stream, monkeypatch):
     """Interpreted, no further from fp32 than the plain forms."""
     monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
-    latents = jnp.asarray(synth.inputs("x", (1, 8, 8, 9)))
+    # Interactive-λ's kernel for TPUs wants eight heads, and registers full of positions.
+    heads, side = (4, 8) if platform == "gpu" else (8, 32)
+    latents = jnp.asarray(synth.inputs("x", (1, side, side, 9)))
 
     def noise(platform, **dtypes):
-        sizes = {"channels": (32, 64), "transformers": (False, True), "layers_per_block": 1}
-        config = TINY_UNET.replace(platform=platform, **sizes)
-        unet = UNet(config, rngs=KeyStream(jax.random.key(0)), **dtypes)
+        sizes = {"transformers": (False, True), "num_heads": heads, "latent_size": side}
+        unet = UNet(
+            TINY_UNET.replace(platform=platform, **sizes), rngs=KeyStream(jax.random.key(0)), **dtypes
+        )
         unet.eval()
-        return np.asarray(jitted(inference_copy(unet))(latents, jnp.array([7]), jnp.arange(10)[None]).sample)
+        unet = inference_copy(unet)
+        packed = {
+            m.packed_queries is not None
+            for _, m in nnx.iter_modules(unet)
+            if isinstance(m, InteractiveLambda)
+        }
+        assert packed == {platform == "tpu"}
+        return np.asarray(jitted(unet)(latents, jnp.array([7]), jnp.arange(10)[None]).sample)
 
     exact, half = noise("cpu"), {"dtype": jnp.bfloat16, "stream_dtype": stream}
     plain, fused = (np.linalg.norm(noise(name, **half) - exact) for name in ("cpu", platform))

@@ -96,21 +96,28 @@ def local_lambda(
     """
     H, W = q.shape[1:3]
     pack = packing(side)
-    q, values = _in_strips(q), _padded_values(val, side)
+    q, *add = (_in_strips(a) for a in (q, *add))
+    values = _padded_values(val, side)
     blocks = _Blocks(q, values, heads, pack)
     row, whole = blocks.row, blocks.whole
     out = heads * val.shape[-1]
     y = pl.pallas_call(
         functools.partial(_apply, pack=pack, heads=heads),
         grid=blocks.grid,
-        in_specs=[row(q.shape[-1]), whole(values), blocks.shared(window), whole(content)],
+        in_specs=[
+            row(q.shape[-1]),
+            whole(values),
+            blocks.shared(window),
+            whole(content),
+            *[row(out) for _ in add],
+        ],
         out_specs=row(out),
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], out), dtype),
         compiler_params=blocks.room,
         interpret=interpret,
         name="local_lambda",
-    )(q, values, window, content)
-    return sum(add, y[:, :H, :W])
+    )(q, values, window, content, *add)
+    return y[:, :H, :W]
 
 
 def local_lambda_gradient(
@@ -172,11 +179,11 @@ def fits(height: int, width: int, heads: int, depth: int, side: int) -> bool:
 
 
 def _bytes(values: tuple[int, ...], rows: int, columns: int, heads: int, depth: int, pack: Packing) -> int:
-    """What a program of the gradient takes, at most, in vector memory."""
+    """What a program takes, at most, in vector memory; backwards there is more at work."""
     whole = block_bytes(values, jnp.bfloat16) + block_bytes(values, jnp.float32)
-    # Of the maps q, its gradient, and the cotangent, which may be in fp32, as forwards the result.
+    # Of the maps q; forwards what is added and the result, which may be in fp32, backwards the cotangent.
     line = rows, columns, heads * depth
-    maps = 2 * block_bytes(line, jnp.bfloat16) + block_bytes(line, jnp.float32)
+    maps = block_bytes(line, jnp.bfloat16) + 2 * block_bytes(line, jnp.float32)
     # Of one row at work: A and G, before and after they are rolled, and sums over the depth.
     work = 2 * block_bytes((columns * heads, pack.lanes), jnp.float32)
     sums = 2 * block_bytes((columns * heads, depth), jnp.float32)
@@ -267,11 +274,11 @@ def _apply(
     val_ref: Array,
     window_ref: Array,
     content_ref: Array,
-    out_ref: Array,
-    *,
+    *refs: Array,
     pack: Packing,
     heads: int,
 ) -> None:
+    *add_refs, out_ref = refs
     rows, W = q_ref.shape[1:3]
     row, v = _Row(W, heads), val_ref.shape[-1]
     first = pl.program_id(1) * rows
@@ -286,7 +293,8 @@ def _apply(
             for strip in range(row.strips):
                 place = 0, _below(y, product, pack), pl.ds(strip * STRIP, pack.span)
                 totals[strip] += _dot(row.of_strip(a, strip), val_ref[place].reshape(pack.lanes, v))
-        row.store(out_ref, i, jnp.concatenate(totals))
+        added = (row.split(ref[0, i].astype(jnp.float32)) for ref in add_refs)
+        row.store(out_ref, i, sum(added, jnp.concatenate(totals)))
 
     lax.fori_loop(0, rows, body, None)
 
