@@ -224,6 +224,27 @@ class TestGatedLinearAttention:
         for a, b in zip(*map(jax.tree.leaves, (found(), plain)), strict=True):
             assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
+    def test_a_sharded_batch_stays_where_it_is(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_gated_linear_attention", lambda *_: True)
+        sizes = BlockSizes(channels=32, map_size=4, num_heads=2)
+        module = GatedLinearAttention(sizes, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
+        x, mesh = maps(8, 4, 4, 32), make_mesh(jax.devices())
+        spread = jax.device_put(x, batch_sharding(mesh))
+        program = jax.jit(with_mesh(module.__call__, mesh)).lower(spread).compile()
+        assert "all-gather" not in program.as_text()
+        assert synth.relative_error(program(spread), np.asarray(module(x))) < 1e-5
+
+    def test_the_result_is_in_the_streams_dtype(self, monkeypatch):
+        dtypes = []
+        monkeypatch.setattr(
+            "moebius_jax.models.mixers.gated_linear_attention.fused",
+            lambda *arrays, dtype, **_: dtypes.append(dtype) or jnp.zeros(arrays[2].shape, dtype),
+        )
+        sizes = BlockSizes(channels=32, map_size=4, num_heads=2)
+        precision = Precision(dtype=jnp.float16, stream_dtype=jnp.float32, platform="gpu")
+        GatedLinearAttention(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))(maps(1, 4, 4, 32))
+        assert dtypes == [jnp.float32]
+
 
 class TestGroupNorm:
     # Groups of 2 and of 80 channels, several in a block and one; whole pieces, ragged ones and very many.

@@ -369,6 +369,14 @@ def test_gradients_of_upsampling_in_phases_are_those_of_the_doubled_map():
         assert synth.relative_error(a, np.asarray(b)) < 1e-5
 
 
+def test_upsampling_on_a_tpu_can_be_trained():
+    """Its kernel has no gradient."""
+    precision = Precision(platform="tpu", dtype=jnp.bfloat16, stream_dtype=jnp.bfloat16)
+    layer = Upsample(8, precision=precision, rngs=KeyStream(jax.random.key(0)))
+    gradient = jax.grad(lambda x: jnp.sum(layer(x).astype(jnp.float32)))(jnp.ones((1, 4, 4, 8), jnp.bfloat16))
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
+
+
 @pytest.mark.slow
 def test_upsampling_does_not_see_the_place_in_the_batch():
     """Under AVX2, where 17 x 17 positions an item were not the same in every place."""

@@ -194,7 +194,7 @@ def _differentiate_on_window(
     row = jnp.arange(COLUMNS * h)
     x, head = tile * COLUMNS + row // h, row % h
     on_map = x < W
-    # Columns that any of the windows reaches, padding included: what is padded becomes zero.
+    # Columns that any of the windows reaches, padding included: the packed window has zeros there.
     width = power_of_two(p)
     reach = jnp.arange(power_of_two(COLUMNS + width - 1))
     column = tile * COLUMNS + reach - p // 2
@@ -221,7 +221,6 @@ def _differentiate_on_window(
                 other=0,
             )
             total += triton.dot(cotangent, val, trans_b=True)
-        total = jnp.where(e < p, total, 0)
         place = b, y, x[:, None], head[:, None], d, e
         triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=in_window)
 
