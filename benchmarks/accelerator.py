@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the processes it starts
 
@@ -112,10 +113,9 @@ def kernels(_: argparse.Namespace) -> Iterator[Row]:
         ("student's gradients", UNetConfig.student(remat=True), gradients, mixed),
     ):
         for setting in ("on", "off"):
-            os.environ[forms.SWITCH] = setting
-            (percent,) = distances(config, found, [dtypes])
+            with mock.patch.dict(os.environ, {forms.SWITCH: setting}):
+                (percent,) = distances(config, found, [dtypes])
             yield {"what": f"error, {name}, kernels {setting}", "percent": percent}
-        del os.environ[forms.SWITCH]
 
 
 def distances(

@@ -342,7 +342,7 @@ def _interactive_lambda_flops(operands: list[Array]) -> int:
     return 2 * B * N * C * (C + 2 * keys[1])
 
 
-# Those without matrix products count as none.
+# Those without matrix products, or with few (λc, gated linear attention), count as none.
 OWN_KERNELS = {
     "local_lambda": _local_lambda_flops,
     "interactive_lambda": _interactive_lambda_flops,

@@ -1,4 +1,4 @@
-"""Speed of the self mixers' inner functions: Local-λ's position term in every order, and the GLA scan.
+"""Speed of the self mixers' inner functions: Local-λ's position term in every order, and GLA.
 
 python -m benchmarks.mixers                     # forward, and forward + backward, batch 2
 python -m benchmarks.mixers --batch 16 --dtype bfloat16
@@ -23,7 +23,7 @@ from moebius_jax.models.parts import PositionOrder
 LEVELS = ((64, 40), (32, 80), (16, 160))  # side of the map, depth k = v, of the released levels
 HEADS, WINDOW = 8, 15
 GLA = "GLA scan"
-FUSED = "fused"  # a GPU's kernels, with the content term
+FUSED = "fused"  # a GPU's kernels, which add the product with λc
 
 
 def forward_and_both(function: Callable[..., jax.Array], arrays: list[jax.Array], repeats: int) -> str:

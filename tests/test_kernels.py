@@ -1,11 +1,14 @@
 """Kernels are their plain forms. Interpreted, in fp32: compiled ones multiply fp32 in fewer bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import synth
 from flax import nnx
+from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moebius_jax.models import forms
@@ -23,6 +26,30 @@ from moebius_jax.models.norms import GroupNorm, LayerNorm
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
+
+
+@pytest.fixture(autouse=True)
+def within_bounds(monkeypatch):
+    """What a kernel reads or writes outside of an array is NaN, not the nearest element as interpreted."""
+    load, store = triton.load, triton.store
+
+    def outside(view, mask):
+        indices = view.transforms[-1].indices
+        inside = [(i >= 0) & (i < n) for i, n in zip(indices, view.ref.shape, strict=True)]
+        shape = np.broadcast_shapes(*(jnp.shape(i) for i in indices))
+        assert all(size & (size - 1) == 0 for size in shape)  # or Triton refuses it
+        return jnp.broadcast_to(
+            ~functools.reduce(jnp.logical_and, inside) & (True if mask is None else mask), shape
+        )
+
+    def checked_load(view, *, mask=None, **options):
+        return jnp.where(outside(view, mask), jnp.nan, load(view, mask=mask, **options))
+
+    def checked_store(view, value, *, mask=None):
+        store(view, jnp.where(outside(view, mask), jnp.nan, value).astype(value.dtype), mask=mask)
+
+    monkeypatch.setattr(triton, "load", checked_load)
+    monkeypatch.setattr(triton, "store", checked_store)
 
 
 def local_lambda(order, *, heads=4, depth=24, window=15, dtype=jnp.float32):
@@ -204,7 +231,7 @@ class TestGatedLinearAttention:
         shape = 2, tokens, heads
         q, key, gate = (jnp.asarray(synth.inputs(name, (*shape, k))) for name in ("q", "key", "gate"))
         arguments = q, key, jnp.asarray(synth.inputs("val", (*shape, v))), -strength * jnp.abs(gate) / 16
-        out = fused_attention(*arguments, dtype=jnp.float32, interpret=True)
+        out = fused_attention(*arguments, interpret=True)
         assert synth.relative_error(out, np.asarray(gated_linear_attention(*arguments))) < 1e-5
 
     def test_the_module_takes_it_gradients_included(self, monkeypatch):
@@ -234,16 +261,45 @@ class TestGatedLinearAttention:
         assert "all-gather" not in program.as_text()
         assert synth.relative_error(program(spread), np.asarray(module(x))) < 1e-5
 
-    def test_the_result_is_in_the_streams_dtype(self, monkeypatch):
-        dtypes = []
-        monkeypatch.setattr(
-            "moebius_jax.models.mixers.gated_linear_attention.fused",
-            lambda *arrays, dtype, **_: dtypes.append(dtype) or jnp.zeros(arrays[2].shape, dtype),
+    @pytest.mark.parametrize("dtypes", [(jnp.float16, jnp.float16), (jnp.bfloat16, jnp.float32)])
+    def test_half_precision_is_no_further_off(self, dtypes, monkeypatch):
+        monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
+        half = dict(zip(("dtype", "stream_dtype"), dtypes, strict=True))
+        found = (self.noise_and_gradient(*case) for case in (("gpu", half), ("cpu", half), ("cpu", {})))
+        for ours, plain, exact in zip(*found, strict=True):
+            off, allowed = (synth.relative_error(a, np.asarray(exact)) for a in (ours, plain))
+            assert off < 1.3 * allowed + 1e-3
+
+    def test_sums_beyond_float16s_range_reach_the_norm(self, monkeypatch):
+        monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
+        half = {"dtype": jnp.float16, "stream_dtype": jnp.float16}
+        ours, _ = self.noise_and_gradient("gpu", half, scale=60)
+        exact, _ = self.noise_and_gradient("cpu", {}, scale=60)
+        assert synth.relative_error(ours, np.asarray(exact)) < 1e-2
+
+    def noise_and_gradient(self, platform, dtypes, *, scale=1):
+        """`scale`: of keys and values."""
+        sizes, precision = (
+            BlockSizes(channels=64, map_size=6, num_heads=2),
+            Precision(platform=platform, **dtypes),
         )
-        sizes = BlockSizes(channels=32, map_size=4, num_heads=2)
-        precision = Precision(dtype=jnp.float16, stream_dtype=jnp.float32, platform="gpu")
-        GatedLinearAttention(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))(maps(1, 4, 4, 32))
-        assert dtypes == [jnp.float32]
+        module = GatedLinearAttention(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
+        for layer in (module.k_proj, module.v_proj):
+            layer.kernel = nnx.Param(scale * layer.kernel[...])
+
+        def loss(x):
+            y = module(x.astype(precision.stream_dtype))
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        gradient, y = jax.grad(loss, has_aux=True)(3 * maps(2, 6, 6, 64))
+        return y, gradient
+
+    def test_is_what_a_gpu_takes_in_half_precision(self):
+        chosen = forms.fused_gated_linear_attention
+        assert chosen(jnp.float16, "gpu")
+        assert not any(
+            chosen(*a) for a in ((jnp.float32, "gpu"), (jnp.bfloat16, "tpu"), (jnp.bfloat16, "cpu"))
+        )
 
 
 class TestGroupNorm:

@@ -201,7 +201,8 @@ class Upsample(nnx.Module):
             self.conv.kernel = None
 
     def __call__(self, x: Map) -> Map:
-        if forms.upsampling_in_phases(self.conv.dtype, self.platform, has_gradient=self.phases is None):
+        is_frozen = self.phases is not None
+        if is_frozen or forms.upsampling_in_phases(self.conv.dtype, self.platform, has_gradient=True):
             return self._in_phases_on_tpu(x) if forms.tpu_kernels(self.platform) else self._in_phases(x)
         B, H, W, C = x.shape
         doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)

@@ -1,8 +1,10 @@
 """Which of several forms of one computation a platform runs. They differ in rounding only.
 
 Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu", "tpu" or "tpu-v4", which
-stands for those before v5; None is the running one. MOEBIUS_KERNELS=off in the environment takes XLA's forms
-everywhere: to tell whether something is a kernel's doing, and where one does not compile.
+stands for those before v5; None is the running one.
+
+MOEBIUS_KERNELS=off in the environment, before a network is prepared and traced, takes XLA's forms wherever
+they are chosen here: to tell whether something is a kernel's doing, and where one does not compile.
 """
 
 import functools

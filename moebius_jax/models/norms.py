@@ -116,6 +116,12 @@ class RMSNorm(nnx.RMSNorm):
             rngs=rngs,
         )
 
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        # Not flax's: it rounds to `dtype` first, whose range the sums it is called on may leave.
+        x = x.astype(jnp.float32)
+        root = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * (root * self.scale[...].astype(jnp.float32))).astype(self.dtype)
+
 
 class BatchNorm(nnx.Module):
     """BatchNorm over every axis but the last, as torch keeps it.

@@ -1,4 +1,4 @@
-"""Gated linear attention (GLA), the teacher's self mixer, as a chunk-parallel scan."""
+"""Gated linear attention (GLA), the teacher's self mixer, as a chunk-parallel scan, on GPUs as a kernel."""
 
 import functools
 from typing import Any, ClassVar
@@ -97,7 +97,6 @@ class GatedLinearAttention(Part):
         self.num_heads = sizes.num_heads
         self.platform = precision.platform
         self.dtype = precision.dtype
-        self.stream_dtype = precision.stream_dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
@@ -116,9 +115,7 @@ class GatedLinearAttention(Part):
     def _attend(self, *arguments: Array) -> Float[Array, "B N h v"]:
         if not forms.fused_gated_linear_attention(self.dtype, self.platform):
             return gated_linear_attention(*arguments)
-        run = functools.partial(
-            fused, dtype=self.stream_dtype, interpret=forms.kernels_interpreted(self.platform)
-        )
+        run = functools.partial(fused, interpret=forms.kernels_interpreted(self.platform))
         return with_gradient_of(gated_linear_attention, split_over_batch(run, batched=(True,) * 4))(
             *arguments
         )

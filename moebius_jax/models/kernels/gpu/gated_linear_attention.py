@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -29,14 +28,13 @@ BLOCK_V = 64
 
 
 def gated_linear_attention(
-    q: Query, key: Query, val: Value, log_decay: Query, *, dtype: Dtype, interpret: bool = False
+    q: Query, key: Query, val: Value, log_decay: Query, *, interpret: bool = False
 ) -> Value:
-    """o, sums in fp32.
+    """o, in fp32: a sum over all tokens, which may leave float16's range before a norm brings it back.
 
     Args:
         q, key, val: of one dtype, q scaled.
         log_decay: log α, at most 0, in fp32.
-        dtype: of the result.
         interpret: run the kernels as Python would, on any machine.
     """
     B, N, h, k = q.shape
@@ -59,7 +57,7 @@ def gated_linear_attention(
     return pl.pallas_call(
         functools.partial(_attend, shape=(N, k, v), segments=segments),
         grid=(B * h, segments, blocks),
-        out_shape=jax.ShapeDtypeStruct((B, N, h, v), dtype),
+        out_shape=jax.ShapeDtypeStruct((B, N, h, v), jnp.float32),
         name="gla",
         **options,
     )(q, key, val, log_decay, *states)
@@ -77,7 +75,7 @@ class _Program:
         self.vs = pl.program_id(2) * BLOCK_V + jnp.arange(BLOCK_V)
         self.ks = jnp.arange(power_of_two(max(self.k, BLOCK_K)))
 
-    def chunks(self) -> Array:
+    def chunks(self) -> int:
         """How many there are in this segment."""
         return pl.cdiv(min(SEGMENT, self.N), CHUNK)
 
@@ -165,7 +163,7 @@ def _attend(
         decay = jnp.cumsum(log_decay, axis=0)
         out = triton.dot(q * jnp.exp(decay), state) + triton.dot(pairs(n), val)
         place = own.b, n[:, None], own.head, own.vs[None]
-        triton.store(out_ref.at[place], out.astype(out_ref.dtype), mask=(n < own.N)[:, None] & in_v[None])
+        triton.store(out_ref.at[place], out, mask=(n < own.N)[:, None] & in_v[None])
         return own.after(state, key, val, decay, log_decay.sum(0))
 
     state = lax.fori_loop(0, segments - 1, join, own.nothing()) if before else own.nothing()

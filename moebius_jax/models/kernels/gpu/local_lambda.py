@@ -61,11 +61,10 @@ def local_lambda(
     """
     B, H, W, channels = q.shape
     k, v = channels // heads, val.shape[-1]
-    columns = min(COLUMNS, power_of_two(W))
     q, *add = (a.reshape(B, H, W, heads, -1) for a in (q, *add))
     y = pl.pallas_call(
-        functools.partial(_apply, shape=(H, W, heads, k, v), p=side, columns=columns),
-        grid=(B, H, pl.cdiv(W, columns), pl.cdiv(v, BLOCK_V)),
+        functools.partial(_apply, shape=(H, W, heads, k, v), p=side),
+        grid=(B, H, pl.cdiv(W, COLUMNS), pl.cdiv(v, BLOCK_V)),
         out_shape=jax.ShapeDtypeStruct((B, H, W, heads, v), dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
@@ -137,25 +136,24 @@ def _apply(
     *refs: Array,
     shape: tuple[int, ...],
     p: int,
-    columns: int,
 ) -> None:
-    """`columns` positions of one row, all heads, a block of v; rows of its products are (position, head)."""
+    """Some positions of one row, all heads, a block of v; rows of its products are (position, head)."""
     H, W, h, k, v = shape
     *add_refs, out_ref = refs
     b, y, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
     in_v = vs < v
-    row = jnp.arange(columns * h)
-    x, head = tile * columns + row // h, row % h
+    row = jnp.arange(COLUMNS * h)
+    x, head = tile * COLUMNS + row // h, row % h
     on_map = x < W
     # Columns that any of the windows reaches: from p//2 before the tile to p//2 behind it.
-    reach = jnp.arange(power_of_two(columns + p - 1))
-    column = tile * columns + reach - p // 2
+    reach = jnp.arange(power_of_two(COLUMNS + p - 1))
+    column = tile * COLUMNS + reach - p // 2
     e = reach[None] - (row // h)[:, None]  # where a column lies in a position's window
     in_window = (e >= 0) & (e < p) & on_map[:, None]
     in_map = (column >= 0) & (column < W)
 
-    total = jnp.zeros((columns * h, BLOCK_V), jnp.float32)
+    total = jnp.zeros((COLUMNS * h, BLOCK_V), jnp.float32)
     for start in range(0, k, BLOCK_K):
         ks = start + jnp.arange(BLOCK_K)
         q = triton.load(
