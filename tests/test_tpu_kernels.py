@@ -155,6 +155,19 @@ class TestInteractiveLambda:
         module, plain, (stream, x, context) = self.frozen(side, depth, monkeypatch)
         agree(module.onto(stream, x, module.prepare(context)), plain)
 
+    def test_without_a_norm_before_it_it_is_the_plain_form(self, monkeypatch):
+        monkeypatch.setattr(forms, "fused_interactive_lambda", lambda *_: True)
+        sizes = BlockSizes(channels=64, map_size=16, num_heads=8)
+        module = InteractiveLambda(
+            sizes, precision=Precision(platform="tpu"), rngs=KeyStream(jax.random.key(0))
+        )
+        module = fold_batch_norm(module)
+        x, context = maps(2, 16, 16, 64), maps(2, 10, sizes.context_dim)
+        plain = module(x, module.prepare(context))
+        module.freeze()
+        assert "pallas_call" not in str(jax.make_jaxpr(module.__call__)(x, module.prepare(context)))
+        agree(module(x, module.prepare(context)), plain)
+
     def test_one_context_is_every_items(self, monkeypatch):
         module, _, (stream, x, context) = self.frozen(16, 8, monkeypatch)
         first = module.onto(stream, x, module.prepare(context[:1]))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from typing import Any, ClassVar
 
 import jax
@@ -73,13 +74,13 @@ class InteractiveLambda(Part):
         return self(x, tokens, add=stream)
 
     def takes_over(self, norm: LayerNorm) -> bool:
-        return norm.dtype == self.dtype and self._has_kernel() and forms.tpu_kernels(self.platform)
+        return norm.dtype == self.dtype and self._has_kernel(tpu)
 
     def freeze(self) -> None:
         """For inference: takes a kernel that has no gradient, and what it reads as it reads it."""
         self.is_frozen = True
         table = self.position_table[...].astype(self.dtype)
-        if self.to_q.norm_eps is not None and self._has_kernel() and forms.tpu_kernels(self.platform):
+        if self.to_q.norm_eps is not None and self._has_kernel(tpu):
             weights = self.to_q.kernel[...].astype(self.dtype), self.to_q.bias[...].astype(jnp.float32)[None]
             packed = (nnx.data(nnx.Param(tpu.packed_queries(a, self.num_heads))) for a in weights)
             self.packed_queries, self.packed_bias = packed
@@ -87,8 +88,11 @@ class InteractiveLambda(Part):
             table = tpu.packed_table(table)
         self.position_table = nnx.Param(table)
 
-    def _has_kernel(self) -> bool:
-        return forms.fused_interactive_lambda(self.dtype, self.size[0], self.num_heads, self.platform)
+    def _has_kernel(self, kernels: types.ModuleType) -> bool:
+        """Whether it is this platform's, and the one of these that is taken."""
+        if not forms.fused_interactive_lambda(self.dtype, self.size[0], self.num_heads, self.platform):
+            return False
+        return kernels is (tpu if forms.tpu_kernels(self.platform) else gpu)
 
     def __call__(self, x: Map, tokens: Tokens, *, add: Map | None = None) -> Map:
         """`add`: a map added to the result. ValueError: map or context are not of the trained size."""
@@ -107,7 +111,7 @@ class InteractiveLambda(Part):
             q = self.norm_q(q)
         q = q.reshape(B, H * W, self.num_heads, -1)
         table = self.position_table[...].astype(self.dtype)
-        if self.is_frozen and self._has_kernel():
+        if self.is_frozen and self._has_kernel(gpu):
             return self._fused(q, tokens, table, add).reshape(B, H, W, C)
         key, val = tokens
         einsum = functools.partial(jnp.einsum, precision=self.precision)
