@@ -41,7 +41,6 @@ FREE = frozenset(
 )
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-WINDOW = 15  # of the student's Local-λ, a side
 _ON_CHIP = "S(1)"  # TPU: in vector memory, not in HBM
 
 
@@ -304,7 +303,8 @@ def _local_lambda_flops(operands: list[Array]) -> int:
 
 
 def _on_window_gradient_flops(operands: list[Array]) -> int:
-    return _gpu_lambda_flops(operands[0].dims, sums=32 * WINDOW)
+    side = 15  # the student's; only the result's shape would tell
+    return _gpu_lambda_flops(operands[0].dims, sums=32 * side)
 
 
 def _val_gradient_flops(operands: list[Array]) -> int:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from benchmarks.common import median_seconds, parser, report, told
 from moebius_jax.models.forms import position_order
-from moebius_jax.models.kernels.gpu.local_lambda import local_lambda, local_lambda_gradient, packed_window
-from moebius_jax.models.kernels.wrapped import with_gradient
+from moebius_jax.models.kernels.gpu import local_lambda as gpu
 from moebius_jax.models.mixers.gated_linear_attention import gated_linear_attention
+from moebius_jax.models.mixers.local_lambda import fused
 from moebius_jax.models.mixers.position_term import position_term
 from moebius_jax.models.parts import PositionOrder
 
@@ -58,14 +58,9 @@ def main() -> int:
         arrays = [draw(0, side, side, HEADS, v), draw(1, side, side, v), kernel, bias]
         if name == FUSED:
             q, val = arrays[0].reshape(args.batch, side, side, -1), arrays[1]
-            options = {"heads": HEADS, "side": WINDOW, "interpret": interpret}
-
-            def gradient(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-                q, val, windows, content = local_lambda_gradient(*arguments, **options)
-                return q, val, windows[0], content
-
-            call = with_gradient(functools.partial(local_lambda, dtype=q.dtype, **options), gradient)
-            return forward_and_both(call, [q, val, packed_window(kernel), draw(4, v, v)], args.repeats)
+            sizes = {"heads": HEADS, "side": WINDOW, "dtype": q.dtype}
+            call = functools.partial(fused, kernels=gpu, interpret=interpret, **sizes)
+            return forward_and_both(call, [q, val, gpu.packed_window(kernel), draw(4, v, v)], args.repeats)
         found = forward_and_both(lambda *a: position_term(*a, name), arrays, args.repeats)
         picked = position_order((side, side), HEADS, v, WINDOW, args.dtype, None)
         return f"**{found}**" if name == picked else found

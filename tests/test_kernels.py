@@ -10,6 +10,7 @@ import synth
 from flax import nnx
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
+from kernel_checks import agree, maps, no_further_off, value_and_gradients
 
 from moebius_jax.models import forms
 from moebius_jax.models.convolutions import DepthwiseConv
@@ -62,10 +63,6 @@ def local_lambda(order, *, heads=4, depth=24, window=15, dtype=jnp.float32):
     return module
 
 
-def maps(*shape, scale=1.0):
-    return scale * jnp.asarray(synth.inputs("x", shape))
-
-
 class TestLocalLambda:
     # A row of several tiles and a ragged one; depths of one and of several blocks; large keys.
     @pytest.mark.parametrize(
@@ -85,16 +82,10 @@ class TestLocalLambda:
     )
     def test_gradients_are_the_plain_ones(self, shape, heads, depth, window):
         x, stream = maps(*shape, heads * depth), 2 * maps(*shape, heads * depth)
-        weights = maps(*shape, 1)  # every position counts otherwise
-
-        def gradients(order):
-            module = local_lambda(order, heads=heads, depth=depth, window=window)
-            return jax.grad(
-                lambda module, *maps: jnp.sum(jnp.sin(module.onto(*maps)) * weights), argnums=(0, 1, 2)
-            )(module, stream, x)
-
-        for a, b in zip(*map(jax.tree.leaves, (gradients("fused"), gradients("conv3d"))), strict=True):
-            assert synth.relative_error(a, np.asarray(b)) < 1e-5
+        modules = (
+            local_lambda(order, heads=heads, depth=depth, window=window) for order in ("fused", "conv3d")
+        )
+        agree(*(value_and_gradients(module, stream, x) for module in modules))
 
     @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
     def test_half_precision_is_no_further_off(self, dtype):
@@ -108,38 +99,25 @@ class TestLocalLambda:
 
     def test_half_precision_gradients_are_no_further_off(self):
         x = maps(1, 12, 20, 96)
-
-        def gradients(order, dtype):
-            module = local_lambda(order, dtype=dtype)
-            return jax.grad(lambda m, x: jnp.sum(jnp.sin(m(x).astype(jnp.float32))), argnums=(0, 1))(
-                module, x.astype(dtype)
-            )
-
-        exact = gradients("conv3d", jnp.float32)
-        found = (gradients(order, jnp.bfloat16) for order in ("fused", "toeplitz"))
-        for a, b, reference in zip(*map(jax.tree.leaves, (*found, exact)), strict=True):
-            off, allowed = (synth.relative_error(g, np.asarray(reference)) for g in (a, b))
-            assert off < 1.3 * allowed + 1e-3
+        exact = value_and_gradients(local_lambda("conv3d"), x)
+        half = x.astype(jnp.bfloat16)
+        found = (
+            value_and_gradients(local_lambda(order, dtype=jnp.bfloat16), half)
+            for order in ("fused", "toeplitz")
+        )
+        no_further_off(*found, exact)
 
     def test_sharded_batch_stays_where_it_is(self):
         module, x = local_lambda("fused", heads=2, depth=16), maps(8, 6, 6, 32)
         mesh = make_mesh(jax.devices())
 
-        def call(module, x):
-            def loss(module, x):
-                y = module(x)
-                return jnp.sum(jnp.sin(y)), y
-
-            return jax.grad(loss, argnums=(0, 1), has_aux=True)(module, x)
-
         spread = jax.device_put(x, batch_sharding(mesh))
-        run = jax.jit(with_mesh(call, mesh)).lower(module, spread).compile()
-        (_, of_x), y = found = run(module, spread)
+        run = jax.jit(with_mesh(value_and_gradients, mesh)).lower(module, spread).compile()
+        y, (_, of_x) = found = run(module, spread)
         for a in (y, of_x):
             assert a.sharding.is_equivalent_to(batch_sharding(mesh), a.ndim)
         assert "all-gather" not in run.as_text()
-        for a, b in zip(*map(jax.tree.leaves, (found, jax.jit(call)(module, x))), strict=True):
-            assert synth.relative_error(a, np.asarray(b)) < 1e-5
+        agree(found, jax.jit(value_and_gradients)(module, x))
 
 
 def test_other_numbers_of_heads_are_refused():
@@ -238,18 +216,9 @@ class TestGatedLinearAttention:
         sizes = BlockSizes(channels=64, map_size=6, num_heads=2)
         module = GatedLinearAttention(sizes, precision=Precision(), rngs=KeyStream(jax.random.key(0)))
         x = maps(2, 6, 6, 64)
-
-        def found():
-            def loss(module, x):
-                y = module(x)
-                return jnp.sum(jnp.sin(y)), y
-
-            return jax.grad(loss, argnums=(0, 1), has_aux=True)(module, x)
-
-        plain = found()
+        plain = value_and_gradients(module, x)
         monkeypatch.setattr(forms, "fused_gated_linear_attention", lambda *_: True)
-        for a, b in zip(*map(jax.tree.leaves, (found(), plain)), strict=True):
-            assert synth.relative_error(a, np.asarray(b)) < 1e-5
+        agree(value_and_gradients(module, x), plain)
 
     def test_a_sharded_batch_stays_where_it_is(self, monkeypatch):
         monkeypatch.setattr(forms, "fused_gated_linear_attention", lambda *_: True)
@@ -265,34 +234,23 @@ class TestGatedLinearAttention:
     def test_half_precision_is_no_further_off(self, dtypes, monkeypatch):
         monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
         half = dict(zip(("dtype", "stream_dtype"), dtypes, strict=True))
-        found = (self.noise_and_gradient(*case) for case in (("gpu", half), ("cpu", half), ("cpu", {})))
-        for ours, plain, exact in zip(*found, strict=True):
-            off, allowed = (synth.relative_error(a, np.asarray(exact)) for a in (ours, plain))
-            assert off < 1.3 * allowed + 1e-3
+        no_further_off(*(self.found(*case) for case in (("gpu", half), ("cpu", half), ("cpu", {}))))
 
     def test_sums_beyond_float16s_range_reach_the_norm(self, monkeypatch):
         monkeypatch.setattr(forms, "kernels_interpreted", lambda _: True)
         half = {"dtype": jnp.float16, "stream_dtype": jnp.float16}
-        ours, _ = self.noise_and_gradient("gpu", half, scale=60)
-        exact, _ = self.noise_and_gradient("cpu", {}, scale=60)
+        ours, _ = self.found("gpu", half, scale=60)
+        exact, _ = self.found("cpu", {}, scale=60)
         assert synth.relative_error(ours, np.asarray(exact)) < 1e-2
 
-    def noise_and_gradient(self, platform, dtypes, *, scale=1):
-        """`scale`: of keys and values."""
-        sizes, precision = (
-            BlockSizes(channels=64, map_size=6, num_heads=2),
-            Precision(platform=platform, **dtypes),
-        )
+    def found(self, platform, dtypes, *, scale=1):
+        """Value and gradients; `scale`: of keys and values."""
+        sizes = BlockSizes(channels=64, map_size=6, num_heads=2)
+        precision = Precision(platform=platform, **dtypes)
         module = GatedLinearAttention(sizes, precision=precision, rngs=KeyStream(jax.random.key(0)))
         for layer in (module.k_proj, module.v_proj):
             layer.kernel = nnx.Param(scale * layer.kernel[...])
-
-        def loss(x):
-            y = module(x.astype(precision.stream_dtype))
-            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
-
-        gradient, y = jax.grad(loss, has_aux=True)(3 * maps(2, 6, 6, 64))
-        return y, gradient
+        return value_and_gradients(module, 3 * maps(2, 6, 6, 64).astype(precision.stream_dtype))
 
     def test_is_what_a_gpu_takes_in_half_precision(self):
         chosen = forms.fused_gated_linear_attention

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import synth
 from flax import nnx
+from kernel_checks import agree, maps, no_further_off, value_and_gradients
 
 from moebius_jax import fold_batch_norm
 from moebius_jax.models import forms
@@ -21,10 +21,6 @@ from moebius_jax.models.norms import LayerNorm
 from moebius_jax.models.parts import BlockSizes
 from moebius_jax.models.precision import Precision
 from moebius_jax.sharding import batch_sharding, make_mesh, with_mesh
-
-
-def maps(*shape, scale=1.0):
-    return scale * jnp.asarray(synth.inputs("x", shape))
 
 
 def local_lambda(order, *, heads=4, depth=24, window=15, dtype=jnp.float32):
@@ -42,34 +38,11 @@ def depthwise(channels, *, use_bias=True, dtype=jnp.float32):
     return DepthwiseConv(channels, use_bias=use_bias, precision=precision, rngs=KeyStream(jax.random.key(0)))
 
 
-def value_and_gradients(module, x):
-    """What it makes of x, and gradients of everything, by a loss in which every position counts otherwise."""
-    weights = jnp.asarray(synth.inputs("weights", x.shape[:-1]))[..., None]
-
-    def loss(module, x):
-        y = module(x)
-        return jnp.sum(jnp.sin(y.astype(jnp.float32)) * weights), y
-
-    found, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(module, x)
-    return y, found
-
-
 def run(module, x):
     def fresh(module, x):  # what was traced with another choice of forms is not to be taken again
         return value_and_gradients(module, x)
 
     return jax.jit(fresh)(module, x)
-
-
-def agree(ours, reference, tolerance=1e-5):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
-        assert synth.relative_error(a, np.asarray(b)) < tolerance
-
-
-def no_further_off(ours, plain, exact):
-    for a, b, reference in zip(*map(jax.tree.leaves, (ours, plain, exact)), strict=True):
-        off, allowed = (synth.relative_error(x, np.asarray(reference)) for x in (a, b))
-        assert off < 1.3 * allowed + 1e-3
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def fused_interactive_lambda(dtype: Dtype, positions: int, heads: int, platform:
 
 
 def fused_gated_linear_attention(dtype: Dtype, platform: str | None) -> bool:
-    """Whether GLA's recurrence is two kernels of ours rather than the forty of a scan of XLA's."""
+    """Whether GLA's recurrence is two kernels of ours rather than the thirty of a scan of XLA's."""
     return _has_kernels(dtype, platform)
 
 

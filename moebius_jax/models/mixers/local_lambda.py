@@ -112,24 +112,20 @@ class LocalLambda(Part):
     def _fused(self, q: Map, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel but for λc, which is small; their gradients in others."""
         kernels = self._kernels()
-        options = {
-            "heads": self.num_heads,
-            "side": len(kernel),
-            "interpret": forms.kernels_interpreted(self.platform),
-        }
-        others = [] if add is None else [add]
-        run = functools.partial(kernels.local_lambda, dtype=self.stream_dtype, **options)
-        run = split_over_batch(run, batched=(True, True, False, True, *(True for _ in others)))
-        back = functools.partial(kernels.local_lambda_gradient, **options)
-        back = split_over_batch(back, batched=(True, True, False, True, True))
-
-        def gradient(q: Array, val: Array, window: Array, content: Array, *rest: Array) -> tuple[Array, ...]:
-            *add, cotangent = rest
-            q, val, windows, content = back(q, val, window, content, cotangent)
-            return q, val, windows.sum(0), content, *(cotangent for _ in add)
-
         window = kernels.packed_window(kernel) if self.packed_window is None else self.packed_window[...]
-        return with_gradient(run, gradient)(q, val, window, self._content(key, val, bias), *others)
+        others = () if add is None else (add,)
+        return fused(
+            q,
+            val,
+            window,
+            self._content(key, val, bias),
+            *others,
+            kernels=kernels,
+            heads=self.num_heads,
+            side=len(kernel),
+            dtype=self.stream_dtype,
+            interpret=forms.kernels_interpreted(self.platform),
+        )
 
     def _content(self, key: Array, val: Array, bias: Array) -> Float[Array, "B k v"]:
         """λc + b."""
@@ -178,3 +174,21 @@ class LocalLambda(Part):
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
         return {"num_heads": channels // shapes["to_k.weight"][0], "window": shapes["pos_conv.weight"][-1]}
+
+
+def fused(
+    *arguments: Array, kernels: types.ModuleType, heads: int, side: int, dtype: Dtype, interpret: bool
+) -> Map:
+    """`kernels.local_lambda` of these arguments, differentiable and split over the batch."""
+    options = {"heads": heads, "side": side, "interpret": interpret}
+    run = functools.partial(kernels.local_lambda, dtype=dtype, **options)
+    run = split_over_batch(run, batched=(True, True, False, *(True for _ in arguments[3:])))
+    back = functools.partial(kernels.local_lambda_gradient, **options)
+    back = split_over_batch(back, batched=(True, True, False, True, True))
+
+    def gradient(q: Array, val: Array, window: Array, content: Array, *rest: Array) -> tuple[Array, ...]:
+        *add, cotangent = rest
+        q, val, windows, content = back(q, val, window, content, cotangent)
+        return q, val, windows.sum(0), content, *(cotangent for _ in add)
+
+    return with_gradient(run, gradient)(*arguments)

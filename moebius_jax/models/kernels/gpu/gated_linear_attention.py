@@ -100,7 +100,13 @@ class _Program:
 
 
 def _make_states(
-    key_ref: Array, val_ref: Array, decay_ref: Array, total_ref: Array, state_ref: Array, *, shape: tuple
+    key_ref: Array,
+    val_ref: Array,
+    decay_ref: Array,
+    total_ref: Array,
+    state_ref: Array,
+    *,
+    shape: tuple[int, int, int],
 ) -> None:
     """A segment's log decay and state."""
     own = _Program(key_ref.shape[2], shape)

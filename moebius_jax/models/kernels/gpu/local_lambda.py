@@ -128,6 +128,39 @@ def _on_window(q: Float[Array, "B H W h k"], window: Window, side: int) -> OnWin
     return jnp.einsum("byxhk,ek->byxhe", q, window).reshape(*q.shape[:4], side, -1)
 
 
+class _Positions:
+    """Some positions of one row with all heads, a row of the products each, and the columns they reach.
+
+    Attributes:
+        b, y: item and row of this program.
+        x, head: of each row of its products; `on_map` says whether there is such a position.
+        e: where each column lies in a position's window; `in_window`, whether it does: within `width`.
+    """
+
+    def __init__(self, H: int, W: int, heads: int, p: int, *, width: int) -> None:
+        self.H, self.p = H, p
+        self.b, self.y, tile = (pl.program_id(i) for i in range(3))
+        row = jnp.arange(COLUMNS * heads)
+        self.x, self.head = tile * COLUMNS + row // heads, row % heads
+        self.on_map = self.x < W
+        # From p//2 before the tile on.
+        reach = jnp.arange(power_of_two(COLUMNS + width - 1))
+        self.column = tile * COLUMNS + reach - p // 2
+        self.in_row = (self.column >= 0) & (self.column < W)
+        self.e = reach[None] - (row // heads)[:, None]
+        self.in_window = (self.e >= 0) & (self.e < width) & self.on_map[:, None]
+
+    def on_window(self, d: Array) -> tuple[Array, ...]:
+        """The place in A of every position's columns in row d of its window."""
+        return self.b, self.y, self.x[:, None], self.head[:, None], d, self.e
+
+    def values(self, val_ref: Array, d: Array, vs: Array) -> Float[Array, "s v"]:
+        """Of the columns in row d of the window, zeros beyond the map."""
+        line = self.y + d - self.p // 2
+        inside = ((line >= 0) & (line < self.H)) & self.in_row[:, None] & (vs < val_ref.shape[-1])[None]
+        return triton.load(val_ref.at[self.b, line, self.column[:, None], vs[None]], mask=inside, other=0)
+
+
 def _apply(
     a_ref: Array,
     q_ref: Array,
@@ -140,18 +173,10 @@ def _apply(
     """Some positions of one row, all heads, a block of v; rows of its products are (position, head)."""
     H, W, h, k, v = shape
     *add_refs, out_ref = refs
-    b, y, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    own = _Positions(H, W, h, p, width=p)
+    b, y, x, head, on_map = own.b, own.y, own.x, own.head, own.on_map
     vs = pl.program_id(3) * BLOCK_V + jnp.arange(BLOCK_V)
     in_v = vs < v
-    row = jnp.arange(COLUMNS * h)
-    x, head = tile * COLUMNS + row // h, row % h
-    on_map = x < W
-    # Columns that any of the windows reaches: from p//2 before the tile to p//2 behind it.
-    reach = jnp.arange(power_of_two(COLUMNS + p - 1))
-    column = tile * COLUMNS + reach - p // 2
-    e = reach[None] - (row // h)[:, None]  # where a column lies in a position's window
-    in_window = (e >= 0) & (e < p) & on_map[:, None]
-    in_map = (column >= 0) & (column < W)
 
     total = jnp.zeros((COLUMNS * h, BLOCK_V), jnp.float32)
     for start in range(0, k, BLOCK_K):
@@ -167,14 +192,8 @@ def _apply(
         total += triton.dot(q, content)
 
     def body(d: Array, total: Array) -> Array:
-        line = y + d - p // 2
-        a = triton.load(a_ref.at[b, y, x[:, None], head[:, None], d, e], mask=in_window, other=0)
-        val = triton.load(
-            val_ref.at[b, line, column[:, None], vs[None]],
-            mask=((line >= 0) & (line < H)) & in_map[:, None] & in_v[None],
-            other=0,
-        )
-        return total + triton.dot(a, val)
+        a = triton.load(a_ref.at[own.on_window(d)], mask=own.in_window, other=0)
+        return total + triton.dot(a, own.values(val_ref, d, vs))
 
     total = lax.fori_loop(0, p, body, total)
     place, inside = (b, y, x[:, None], head[:, None], vs[None]), on_map[:, None] & in_v[None]
@@ -188,39 +207,22 @@ def _differentiate_on_window(
 ) -> None:
     """dA of some positions of one row, all heads; rows of its products are (position, head)."""
     H, W, h, v = shape
-    b, y, tile = (pl.program_id(i) for i in range(3))
-    row = jnp.arange(COLUMNS * h)
-    x, head = tile * COLUMNS + row // h, row % h
-    on_map = x < W
-    # Columns that any of the windows reaches, padding included: the packed window has zeros there.
-    width = power_of_two(p)
-    reach = jnp.arange(power_of_two(COLUMNS + width - 1))
-    column = tile * COLUMNS + reach - p // 2
-    e = reach[None] - (row // h)[:, None]
-    in_window = (e >= 0) & (e < width) & on_map[:, None]
-    in_map = (column >= 0) & (column < W)
+    own = _Positions(H, W, h, p, width=power_of_two(p))  # padding too, for which the packed window has zeros
     blocks = [start + jnp.arange(BLOCK_V) for start in range(0, v, BLOCK_V)]
     cotangents = [
         triton.load(
-            cotangent_ref.at[b, y, x[:, None], head[:, None], vs[None]],
-            mask=on_map[:, None] & (vs < v)[None],
+            cotangent_ref.at[own.b, own.y, own.x[:, None], own.head[:, None], vs[None]],
+            mask=own.on_map[:, None] & (vs < v)[None],
             other=0,
         )
         for vs in blocks
     ]
 
     def body(d: Array, _: None) -> None:
-        line = y + d - p // 2
-        total = jnp.zeros((len(row), len(reach)), jnp.float32)
+        total = jnp.zeros(own.e.shape, jnp.float32)
         for vs, cotangent in zip(blocks, cotangents, strict=True):
-            val = triton.load(
-                val_ref.at[b, line, column[:, None], vs[None]],
-                mask=((line >= 0) & (line < H)) & in_map[:, None] & (vs < v)[None],
-                other=0,
-            )
-            total += triton.dot(cotangent, val, trans_b=True)
-        place = b, y, x[:, None], head[:, None], d, e
-        triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=in_window)
+            total += triton.dot(cotangent, own.values(val_ref, d, vs), trans_b=True)
+        triton.store(out_ref.at[own.on_window(d)], total.astype(out_ref.dtype), mask=own.in_window)
 
     lax.fori_loop(0, p, body, None)
 

@@ -19,14 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moebius_jax.models.kernels.tpu.memory import block_bytes, compiler_params
+from moebius_jax.models.kernels.common import dot
+from moebius_jax.models.kernels.tpu.memory import LANES, SUBLANES, block_bytes, compiler_params
 
 Map = Float[Array, "B N C"]
 Tokens = Float[Array, "B L k"]
 Table = Float[Array, "k L+ N"]
 
-SUBLANES = 8  # of a register in fp32, twice as many in bfloat16
-LANES = 128
 POSITIONS = 256  # of one program, at most
 UNROLL = 4  # turns of the sum over k, which shares its work of moving carried registers
 
@@ -125,9 +124,9 @@ def _kernel(
     x = x_ref[0].astype(jnp.float32)
     x -= x.mean(-1, keepdims=True)
     x *= lax.rsqrt((x * x).mean(-1, keepdims=True) + norm_eps)
-    q = _dot(weight_ref[...], x.astype(dtype), over=(1, 1)) + bias_ref[...]
+    q = dot(weight_ref[...], x.astype(dtype), over=(1, 1)) + bias_ref[...]
     q_ref[...] = q.astype(dtype).astype(jnp.float32)
-    scores = _dot(keys_ref[0], q.astype(dtype), over=(1, 0))
+    scores = dot(keys_ref[0], q.astype(dtype), over=(1, 0))
 
     def body(k: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         q = q_ref[pl.ds(k * heads, heads)]
@@ -137,10 +136,5 @@ def _kernel(
     start = tuple(scores[token * heads : (token + 1) * heads] for token in range(tokens))
     depth = len(table_ref)
     totals = lax.fori_loop(0, depth, body, start, unroll=math.gcd(depth, UNROLL))
-    y = _dot(jnp.concatenate(totals).astype(dtype), values_ref[0], over=(0, 0))
+    y = dot(jnp.concatenate(totals).astype(dtype), values_ref[0], over=(0, 0))
     out_ref[0] = y.astype(out_ref.dtype)
-
-
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """Product in fp32, summed over one axis of each."""
-    return lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)

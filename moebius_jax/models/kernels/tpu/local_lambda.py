@@ -18,7 +18,7 @@ which end at 31 - e.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,8 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moebius_jax.models.kernels.common import power_of_two
-from moebius_jax.models.kernels.tpu.memory import MOST, block_bytes, compiler_params
+from moebius_jax.models.kernels.common import dot, power_of_two
+from moebius_jax.models.kernels.tpu.memory import LANES, MOST, block_bytes, compiler_params
 
 Query = Float[Array, "B H W hk"]
 Value = Float[Array, "B H W v"]
@@ -39,7 +39,6 @@ Content = Float[Array, "B k v"]
 Output = Float[Array, "B H W hv"]
 
 STRIP = 16  # columns
-LANES = 128
 ROWS = 8  # of the map, of one program
 
 
@@ -286,13 +285,13 @@ def _apply(
     def body(i: Array, _: None) -> None:
         q = row.split(q_ref[0, i])
         y = first + i
-        content = _dot(q, content_ref[0])
+        content = dot(q, content_ref[0])
         totals = [row.of_strip(content, strip) for strip in range(row.strips)]
         for product in range(pack.products):
-            a = row.rolled(_dot(q, window_ref[:, _lanes(pack, product)]), q.dtype)
+            a = row.rolled(dot(q, window_ref[:, _lanes(pack, product)]), q.dtype)
             for strip in range(row.strips):
                 place = 0, _below(y, product, pack), pl.ds(strip * STRIP, pack.span)
-                totals[strip] += _dot(row.of_strip(a, strip), val_ref[place].reshape(pack.lanes, v))
+                totals[strip] += dot(row.of_strip(a, strip), val_ref[place].reshape(pack.lanes, v))
         added = (row.split(ref[0, i].astype(jnp.float32)) for ref in add_refs)
         row.store(out_ref, i, sum(added, jnp.concatenate(totals)))
 
@@ -327,21 +326,21 @@ def _differentiate(
     def body(i: Array, _: None) -> None:
         q, cotangent = row.split(q_ref[0, i]), row.split(cotangent_ref[0, i])
         y = first + i
-        content_out_ref[0] += _dot(q, cotangent, over=(0, 0))
-        total = _dot(cotangent, content_ref[0], over=(1, 1))
+        content_out_ref[0] += dot(q, cotangent, over=(0, 0))
+        total = dot(cotangent, content_ref[0], over=(1, 1))
         for product in range(pack.products):
             lanes, below = _lanes(pack, product), _below(y, product, pack)
-            a = row.rolled(_dot(q, window_ref[:, lanes]), q.dtype)
+            a = row.rolled(dot(q, window_ref[:, lanes]), q.dtype)
             g = []
             for strip in range(row.strips):
                 ours, left = row.of_strip(cotangent, strip), strip * STRIP
-                sums = _dot(row.of_strip(a, strip), ours, over=(0, 0))
+                sums = dot(row.of_strip(a, strip), ours, over=(0, 0))
                 val_out_ref[0, below, pl.ds(left, pack.span)] += sums.reshape(pack.rows, pack.span, v)
                 val = reversed_ref[0, below, pl.ds(width - pack.span - left, pack.span)]
-                g.append(_dot(ours, val.reshape(pack.lanes, v), over=(1, 1)))
+                g.append(dot(ours, val.reshape(pack.lanes, v), over=(1, 1)))
             g = row.rolled(jnp.concatenate(g), q.dtype)
-            total += _dot(g, flipped_ref[:, lanes], over=(1, 1))
-            window_out_ref[0, lanes] += _dot(g, q, over=(0, 0))
+            total += dot(g, flipped_ref[:, lanes], over=(1, 1))
+            window_out_ref[0, lanes] += dot(g, q, over=(0, 0))
         row.store(q_out_ref, i, total)
 
     lax.fori_loop(0, rows, body, None)
@@ -354,8 +353,3 @@ def _lanes(pack: Packing, product: int) -> slice:
 def _below(y: Array, product: int, pack: Packing) -> pl.Slice:
     """Rows of the padded values that a product of row y reads."""
     return pl.ds(y + product * pack.rows, pack.rows)
-
-
-def _dot(a: Array, b: Array, over: Sequence[int] = (1, 0)) -> Array:
-    """Product in fp32, summed over one axis of each."""
-    return lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)

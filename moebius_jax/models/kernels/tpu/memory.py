@@ -11,7 +11,8 @@ DEFAULT = 16 << 20  # bytes that the compiler grants unasked, on every generatio
 MOST = 64 << 20  # of 128 MiB on v5e and v6e
 SPARE = 4 << 20  # what is worked on
 
-TILE = 16, 128  # rows and columns that the last two axes of a block are rounded up to
+SUBLANES, LANES = 8, 128  # of a register in fp32; in bfloat16 it has twice as many sublanes
+TILE = 2 * SUBLANES, LANES  # rows and columns that the last two axes of a block are rounded up to
 
 
 def block_bytes(shape: Sequence[int], dtype: Dtype) -> int:
