@@ -61,7 +61,8 @@ def test_auto_chooses_by_size_and_platform():
         return position_order((width, width), heads, depth or depths[width], 15, dtype, platform)
 
     assert order(64, "gpu") == "toeplitz"
-    assert order(32, "gpu") == order(32, "cpu") == "banded"
+    assert order(32, "gpu") == order(16, "cpu") == "banded"
+    assert order(32, "cpu") == order(64, "cpu") == "tiles"
     assert order(32, "cpu", depth=8) == order(16, "cpu", depth=16) == "toeplitz"
     assert order(64, "gpu", jnp.float16) == order(16, "gpu", jnp.bfloat16) == "fused"
     assert order(64, "gpu", jnp.float16, heads=6) == "toeplitz"

@@ -19,6 +19,7 @@ from jax import lax
 from moebius_jax.errors import UserError
 from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.kernels.tpu import depthwise, interactive_lambda, local_lambda
+from moebius_jax.models.mixers.position_term import TILE
 from moebius_jax.models.parts import PositionOrder
 
 SWITCH = "MOEBIUS_KERNELS"  # in the environment
@@ -63,12 +64,18 @@ def position_order(
 def _unfused_position_order(
     width: int, heads: int, depth: int, window: int, platform: str | None
 ) -> PositionOrder:
-    """The best of XLA's: the one with less in memory for each position, q·w on the window's rows or λp."""
-    # The released student's two cross between 32 and 64 positions a side on an H200 and on CPUs, and between
-    # 16 and 32 on TPUs, by the compiler's count. Narrow networks have a small λp, whatever the map: at 32
-    # positions and a depth of 8, "banded" takes 25 times as long on a CPU.
-    banded = heads * window * width * (2 if _or_running(platform) == "tpu" else 1)
-    return "banded" if banded < depth**2 else "toeplitz"
+    """The best of XLA's: λp or q·w, on the window's rows or on what a tile sees."""
+    row, tile = window * width, (window + TILE - 1) ** 2
+    if _or_running(platform) != "cpu":
+        # The one with less in memory for each position. The released student's two cross between 32 and 64
+        # positions a side on an H200, and between 16 and 32 on TPUs, by the compiler's count.
+        banded = heads * row * (2 if _or_running(platform) == "tpu" else 1)
+        return "banded" if banded < depth**2 else "toeplitz"
+    # A number of λp or q·w, written and read again, takes as long as so many multiply-adds.
+    number = 300
+    if depth**2 * (row + number) < heads * min(row, tile) * (2 * depth + number):
+        return "toeplitz"
+    return "banded" if row < tile else "tiles"
 
 
 def thin_products(platform: str | None) -> lax.Precision | lax.DotAlgorithmPreset:

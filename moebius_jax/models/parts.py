@@ -11,7 +11,7 @@ from moebius_jax.models.architecture import EXECUTION
 from moebius_jax.models.released import Shapes, Table
 from moebius_jax.schema import Platform, Side, Width, checked
 
-PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "fused"]
+PositionOrder = Literal["auto", "conv3d", "toeplitz", "banded", "tiles", "fused"]
 
 
 @checked

@@ -18,7 +18,7 @@ from moebius_jax.models.kernels.gpu.content_lambda import content_lambda
 from moebius_jax.models.kernels.tpu import local_lambda as tpu
 from moebius_jax.models.kernels.wrapped import split_over_batch, with_gradient, with_gradient_of
 from moebius_jax.models.linear import Linear, PointwiseConv
-from moebius_jax.models.mixers.position_term import banded_kernel, position_term
+from moebius_jax.models.mixers.position_term import packed_kernel, position_term
 from moebius_jax.models.norms import BatchNorm
 from moebius_jax.models.parts import BlockSizes, Part, PositionOrder
 from moebius_jax.models.precision import Precision
@@ -68,7 +68,8 @@ class LocalLambda(Part):
         self.dtype = precision.dtype
         self.stream_dtype = precision.stream_dtype
         self.map_size = sizes.map_size
-        self.packed_window = self.band = None  # the window as the order reads it, once frozen
+        self.packed_window = None  # once frozen, as an order reads it
+        self.packed_for = None  # that order and, where it matters, the map's width
         self.to_all = None  # the three projections as one, once frozen
 
     def onto(self, stream: Map, x: Map) -> Map:
@@ -100,9 +101,12 @@ class LocalLambda(Part):
     ) -> Float[Array, "B H W h v"]:
         """Content and position term, one after the other."""
         content = jnp.einsum("byxhk,bkv->byxhv", q, jnp.einsum("byxk,byxv->bkv", self._weights(key), val))
-        is_prepared = self.band is not None and self.map_size == q.shape[2]
-        band = self.band[...] if is_prepared else None
-        return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order, band=band)
+        packed = self._packed_window(order, q.shape[2])
+        return content.astype(self.stream_dtype) + position_term(q, val, kernel, bias, order, packed=packed)
+
+    def _packed_window(self, order: PositionOrder, width: int) -> Array | None:
+        """The window as this order reads it, where it is there already."""
+        return self.packed_window[...] if self.packed_for == _packing(order, width) else None
 
     def _weights(self, key: Map) -> Map:
         """Softmax over the map."""
@@ -112,7 +116,9 @@ class LocalLambda(Part):
     def _fused(self, q: Map, key: Array, val: Array, kernel: Array, bias: Array, *, add: Map | None) -> Map:
         """Both in one kernel but for λc, which is small; their gradients in others."""
         kernels = self._kernels()
-        window = kernels.packed_window(kernel) if self.packed_window is None else self.packed_window[...]
+        window = self._packed_window("fused", q.shape[2])
+        if window is None:
+            window = kernels.packed_window(kernel)
         others = () if add is None else (add,)
         return fused(
             q,
@@ -166,14 +172,24 @@ class LocalLambda(Part):
         self.position.bias = nnx.Param(self.position.bias[...].astype(self.dtype))
         kernel = self.position.kernel[...].astype(self.dtype)
         order = self._order(self.map_size, self.map_size, kernel.shape[-1])
-        if order == "fused":
-            self.packed_window = nnx.data(nnx.Param(self._kernels().packed_window(kernel)))
-        elif order != "conv3d":
-            self.band = nnx.data(nnx.Param(banded_kernel(kernel, self.map_size)))
+        if order == "conv3d":
+            return
+        packed = (
+            self._kernels().packed_window(kernel)
+            if order == "fused"
+            else packed_kernel(kernel, order, self.map_size)
+        )
+        self.packed_window = nnx.data(nnx.Param(packed))
+        self.packed_for = _packing(order, self.map_size)
 
     @classmethod
     def read_sizes(cls, shapes: Shapes, channels: int) -> dict[str, Any]:
         return {"num_heads": channels // shapes["to_k.weight"][0], "window": shapes["pos_conv.weight"][-1]}
+
+
+def _packing(order: PositionOrder, width: int) -> tuple[PositionOrder, int | None]:
+    """What a packed window depends on."""
+    return order, width if order in ("toeplitz", "banded") else None
 
 
 def fused(
