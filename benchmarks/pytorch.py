@@ -1,6 +1,6 @@
-"""The student beside the same layers in PyTorch, on this machine's CPU and the same weights and input.
+"""The student and the VAE beside the same layers in PyTorch, on this machine's CPU, same weights and input.
 
-    python -m benchmarks.pytorch                        # both, of random weights: a few minutes
+    python -m benchmarks.pytorch                        # all, of random weights: minutes
     python -m benchmarks.pytorch --only half --unet DIR     # of converted ones
 
 `half`: how far half precision takes the predicted noise from float32. PyTorch's is rounded after every
@@ -8,11 +8,14 @@ operation, sums kept in float32, as its GPU kernels do (a CPU without half-preci
 to say the same). Ours may be no further off.
 
 `speed`: one denoising call of two samples (a guided step), all of them in turns, at equal threads. Compiling
-PyTorch's needs a C++ compiler. Needs the `dev` extra.
+PyTorch's needs a C++ compiler.
+
+`vae`: encoder and decoder on one image of 512 x 512 pixels, likewise; how far apart their results are, too.
+
+Needs the `dev` extra.
 """
 
 import argparse
-import functools
 import os
 import statistics
 import sys
@@ -25,14 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from benchmarks import pytorch_vae
 from benchmarks.common import Row, parser, report, told
 from benchmarks.pytorch_student import Student
 from moebius_jax import UNet, UNetConfig
-from moebius_jax.models import inference_copy
+from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models.initializers import KeyStream
+from moebius_jax.models.vae import Posterior
 from moebius_jax.weights.load import load_unet
 from moebius_jax.weights.names import expected_tensors
 from moebius_jax.weights.tensors import network_tensors
@@ -78,18 +84,19 @@ def inputs(config: UNetConfig, batch: int) -> tuple[np.ndarray, np.ndarray, np.n
     return latents, np.full(batch, 500, np.int32), ids
 
 
-def in_pytorch(network: UNet) -> Student:
-    """PyTorch's student with a network's weights."""
+def in_pytorch(network: UNet | VAE) -> Module:
+    """The same network in PyTorch, with its weights."""
     tensors = {name: np.asarray(value) for name, value in network_tensors(network).items()}
     state = {
         name: torch.from_numpy(np.array(slot.layout.to_torch(tensors[slot.path])))
         for name, slot in expected_tensors(network.config).items()
     }
-    student = Student(network.config.latent_size)
-    missing, unexpected = student.load_state_dict(state, strict=False)
+    is_vae = isinstance(network, VAE)
+    module = pytorch_vae.VAE() if is_vae else Student(network.config.latent_size)
+    missing, unexpected = module.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
-        raise RuntimeError(f"not the student's layers: {missing}, {unexpected}")
-    return student.eval()
+        raise RuntimeError(f"not the network's layers: {missing}, {unexpected}")
+    return module.eval()
 
 
 def torch_call(student: Callable[..., torch.Tensor], dtype: torch.dtype) -> Noise:
@@ -140,6 +147,54 @@ def speed(build: Build, repeats: int) -> list[Row]:
         "PyTorch, torch.compile": torch_call(torch.compile(student), torch.float32),
         "JAX": jax_call(network),
     }
+    return in_turns(calls, args, repeats)
+
+
+def vae(repeats: int) -> list[Row]:
+    """The same of the released VAE's halves, in float32."""
+    network = VAE(VAEConfig(), rngs=KeyStream(jax.random.key(0)))
+    network.eval()
+    theirs = in_pytorch(network)
+    graphdef, weights = nnx.split(inference_copy(network))
+    random = np.random.default_rng(0)
+    image = random.uniform(-1, 1, (1, 512, 512, 3)).astype(np.float32)
+    latents = random.standard_normal((1, 64, 64, 4), np.float32)
+    halves = {
+        "encoder": (theirs.encode, lambda vae, x: _moments(vae.posterior(x)), image),
+        "decoder": (theirs.decode, lambda vae, x: vae.decode(vae.scaled(x)), latents),
+    }
+    rows = []
+    for name, (module, method, x) in halves.items():
+        program = jax.jit(lambda weights, x, method=method: method(nnx.merge(graphdef, weights), x))
+        calls = {
+            "PyTorch": torch_map(module),
+            "PyTorch, torch.compile": torch_map(torch.compile(module)),
+            "JAX": lambda x, program=program: np.asarray(program(weights, x)),
+        }
+        exact = calls["PyTorch"](x)
+        error = float(np.abs(calls["JAX"](x) - exact).max() / np.abs(exact).max())
+        rows += [{"half": name, **row, "error": error} for row in in_turns(calls, (x,), repeats)]
+    return rows
+
+
+def _moments(posterior: Posterior) -> jax.Array:
+    return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
+
+def torch_map(module: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """A PyTorch function of a map, on NHWC arrays."""
+
+    @torch.no_grad()
+    def call(x: np.ndarray) -> np.ndarray:
+        return module(torch.from_numpy(x).movedim(-1, 1).contiguous()).movedim(1, -1).numpy()
+
+    return call
+
+
+def in_turns(
+    calls: Mapping[str, Callable[..., Any]], args: tuple[np.ndarray, ...], repeats: int
+) -> list[Row]:
+    """Median wall and processor seconds of calls that do the same, "JAX" among them."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():
         call(*args)  # compiles
@@ -160,7 +215,7 @@ def speed(build: Build, repeats: int) -> list[Row]:
 
 def parse() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--only", choices=("half", "speed"))
+    options.add_argument("--only", choices=("half", "speed", "vae"))
     options.add_argument("--unet", metavar="DIR", help="a converted student (default: random weights)")
     return options.parse_args()
 
@@ -177,8 +232,12 @@ def main() -> int:
         network.eval()
         return network
 
-    studies = {"half": half, "speed": functools.partial(speed, repeats=args.repeats)}
-    rows = [row for name, study in studies.items() if args.only in (None, name) for row in study(build)]
+    studies = {
+        "half": lambda: half(build),
+        "speed": lambda: speed(build, args.repeats),
+        "vae": lambda: vae(args.repeats),
+    }
+    rows = [row for name, study in studies.items() if args.only in (None, name) for row in study()]
     return report(rows, args)
 
 

@@ -27,7 +27,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 File = Annotated[Path, BeforeValidator(lambda x: Path(x) if isinstance(x, str) else x)]
 # Beyond any network there is; a damaged file may say anything, and a network is built to be looked at.
 Width = Annotated[int, Field(ge=1, le=2**16)]
-Platform = Literal["cpu", "gpu", "tpu", "tpu-v4"]  # as jax does, and those before v5
+# As jax does, TPUs before v5, and what is exported to run anywhere.
+Platform = Literal["cpu", "gpu", "tpu", "tpu-v4", "portable"]
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
 Location = Annotated[str, AfterValidator(lambda text: location(text) and text)]  # here, or in a bucket

@@ -122,7 +122,8 @@ def programs(unet: UNet, vae: VAE, *, guided: bool) -> list[Program]:
 
 
 def _portable(network: Any, **dtypes: Any) -> Any:
-    """The network in the forms of a CPU, whatever this machine is: no kernels written for a platform."""
-    made = fill(abstract_network(network.config.replace(platform="cpu"), **dtypes), network_tensors(network))
+    """The network in the forms that run anywhere, whatever this machine is."""
+    config = network.config.replace(platform="portable")
+    made = fill(abstract_network(config, **dtypes), network_tensors(network))
     made.eval()
     return made

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moebius_jax.models import forms
+from moebius_jax.models import forms, winograd
 from moebius_jax.models.config import UNetConfig
 from moebius_jax.models.convolutions import Conv3x3, Padding
 from moebius_jax.models.kernels.tpu.upsample import interleave
@@ -213,20 +213,27 @@ class Upsample(nnx.Module):
 
     def _in_phases(self, x: Map) -> Map:
         B, H, W, _ = x.shape
-        phases = self._phase_kernels() if self.phases is None else self.phases[...]
-        spare = [forms.spare_positions(n + 1, self.platform) for n in (H, W)]
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.conv.dtype),
-            phases,
-            window_strides=(1, 1),
-            padding=[(1, 1 + more) for more in spare],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = self._phases(x.astype(self.conv.dtype))
         # Row i of the doubled map's odd rows lies between rows i and i+1, of its even ones between i-1 and i.
         y = y.reshape(*y.shape[:3], 2, 2, -1)
         rows = [jnp.stack([y[:, i : i + H, j : j + W, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
         doubled = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)
         return (doubled + self.conv.bias[...].astype(doubled.dtype)).astype(self.conv.stream_dtype)
+
+    def _phases(self, x: Map) -> Float[Array, "B H+1 W+1 4D"]:
+        """All four, one row and column of spare positions more where a CPU wants them."""
+        is_frozen = self.phases is not None
+        phases = self.phases[...] if is_frozen else self._phase_kernels()
+        if is_frozen and forms.fewer_multiplications(x.shape, phases.shape, x.dtype, self.platform):
+            return winograd.convolved(x, phases)
+        spare = [forms.spare_positions(n + 1, self.platform) for n in x.shape[1:3]]
+        return jax.lax.conv_general_dilated(
+            x,
+            phases,
+            window_strides=(1, 1),
+            padding=[(1, 1 + more) for more in spare],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     def _in_phases_on_tpu(self, x: Map) -> Map:
         phases = [

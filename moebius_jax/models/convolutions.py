@@ -11,7 +11,7 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from moebius_jax.models import forms
+from moebius_jax.models import forms, winograd
 from moebius_jax.models.initializers import kaiming_uniform
 from moebius_jax.models.kernels.gpu.depthwise import depthwise_sums
 from moebius_jax.models.kernels.tpu import depthwise
@@ -223,9 +223,12 @@ class Conv3x3(nnx.Conv):
             rngs=rngs,
         )
         self.stream_dtype = precision.stream_dtype
+        self.platform = precision.platform
+        self.is_frozen = False
 
     def freeze(self) -> None:
         """For inference: parameters in the dtype they are multiplied in."""
+        self.is_frozen = True
         if self.kernel is not None:  # an `Upsample` has taken it
             self.kernel = nnx.Param(self.kernel[...].astype(self.dtype))
         self.bias = nnx.Param(self.bias[...].astype(self.dtype))
@@ -233,7 +236,15 @@ class Conv3x3(nnx.Conv):
     def __call__(self, x: Map, *, add: Sequence[Array | Product] = ()) -> Map:
         """The convolution, and what is added to it: maps, rows [B or 1, 1, 1, C], `Product`s."""
         # Not preferred_element_type: jax cannot differentiate a convolution whose result has another dtype.
-        return summed(super().__call__(x).astype(self.stream_dtype), add)
+        return summed(self._convolved(x).astype(self.stream_dtype), add)
+
+    def _convolved(self, x: Map) -> Map:
+        if not self.is_frozen or self.strides != 1:
+            return super().__call__(x)
+        kernel = self.kernel[...]
+        if not forms.fewer_multiplications(x.shape, kernel.shape, self.dtype, self.platform):
+            return super().__call__(x)
+        return winograd.convolved(x.astype(self.dtype), kernel, self.padding) + self.bias[...]
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Which of several forms of one computation a platform runs. They differ in rounding only.
 
 Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu", "tpu" or "tpu-v4", which
-stands for those before v5; None is the running one.
+stands for those before v5; "portable" takes the forms with the fewest operations, for programs that any of
+them and other runtimes may run; None is the running one.
 
 MOEBIUS_KERNELS=off in the environment, before a network is prepared and traced, takes XLA's forms wherever
 they are chosen here: to tell whether something is a kernel's doing, and where one does not compile.
@@ -17,6 +18,7 @@ from flax.typing import Dtype
 from jax import lax
 
 from moebius_jax.errors import UserError
+from moebius_jax.models import winograd
 from moebius_jax.models.kernels.common import power_of_two
 from moebius_jax.models.kernels.tpu import depthwise, interactive_lambda, local_lambda
 from moebius_jax.models.mixers.position_term import TILE
@@ -97,6 +99,19 @@ def fused_group_norm(dtype: Dtype, platform: str | None) -> bool:
     return _has_kernels(dtype, platform)
 
 
+def channels_averaged_first(platform: str | None) -> bool:
+    """Whether GroupNorm's averages are of channels first, then of groups."""
+    # Cut into groups, a map's rows of eight channels are too short for a CPU's vectors. A TPU takes longer.
+    return _or_running(platform) == "cpu"
+
+
+def softmax_divided_last(platform: str | None) -> bool:
+    """Whether a softmax over many positions is divided by its sum after the product with the values."""
+    # Otherwise XLA makes one loop of both products on a CPU, which takes three times as long as they do. A
+    # GPU reads the weights once more.
+    return _or_running(platform) == "cpu"
+
+
 def one_pass_rows(platform: str | None) -> bool:
     """Whether LayerNorm of a half-precision map takes its two sums in one pass."""
     # A GPU keeps a row in registers between two passes, in one kernel; a TPU's compiler makes two of it.
@@ -150,6 +165,22 @@ def upsampling_in_phases(dtype: Dtype, platform: str | None, *, has_gradient: bo
     if _or_running(platform) != "tpu":
         return True
     return not has_gradient and _has_tpu_kernels(dtype, platform)
+
+
+def fewer_multiplications(
+    shape: tuple[int, ...], kernel: tuple[int, ...], dtype: Dtype, platform: str | None
+) -> bool:
+    """Whether a convolution at stride 1 of a map [B, H, W, C] with a kernel [r, r, C, D] is `winograd`'s."""
+    if _or_running(platform) != "cpu" or jnp.dtype(dtype) != jnp.float32:
+        return False
+    (_, height, width, _), (side, _, channels, outputs) = shape, kernel
+    tile, points = winograd.sizes(side)
+    saved = (side**2 - (points / tile) ** 2) * channels * outputs
+    numbers = (points / tile) ** 2 * (channels + outputs) + points**2 * channels * outputs / (height * width)
+    # A number of the transformed map, result or kernel, written and read again, takes as long as 150
+    # multiply-adds: measured from 16 to 512 positions a side, 64 to 1280 channels. And such a layer takes a
+    # tenth of a second to compile: it must save a fiftieth in each picture.
+    return height * width * (saved - 150 * numbers) > 2e9
 
 
 def spare_positions(side: int, platform: str | None) -> int:

@@ -1,6 +1,7 @@
 """Normalisation layers: statistics and arithmetic in fp32 whatever the dtypes, results in `stream_dtype`."""
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -18,26 +19,33 @@ from moebius_jax.models.released import Table
 GROUPS = 32  # of every GroupNorm of every published network
 
 
-def moments(x: Float[Array, "..."], axes: tuple[int, ...], *, one_pass: bool) -> tuple[Array, Array]:
-    """Mean and biased variance over `axes`, in fp32, with the axes kept.
+Average = Callable[[Array], Array]  # of what is normalised together, in a shape that broadcasts with it
+
+
+def moments(x: Float[Array, "..."], average: Average, *, one_pass: bool) -> tuple[Array, Array]:
+    """Mean and biased variance, in fp32, as `average` shapes them.
 
     Two passes over the map, as torch, or one: mean(x²) - mean(x)². What that loses to cancellation, 2^-24 of
     mean²/variance, is no more than what products of operands of 8 or 11 bits have lost before.
     """
     x = x.astype(jnp.float32)
-    mean = x.mean(axes, keepdims=True)
+    mean = average(x)
     if not one_pass:
-        return mean, jnp.square(x - mean).mean(axes, keepdims=True)
-    return mean, jnp.maximum(jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean), 0)
+        return mean, average(jnp.square(x - mean))
+    return mean, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0)
 
 
 def normalised(
-    x: Float[Array, "..."], axes: tuple[int, ...], *, eps: float, scale: Array, bias: Array, one_pass: bool
+    x: Float[Array, "..."], average: Average, *, eps: float, scale: Array, bias: Array, one_pass: bool
 ) -> Float[Array, "..."]:
-    """(x - mean) / sqrt(variance + eps) · scale + bias, moments over `axes`; in fp32."""
-    mean, var = moments(x, axes, one_pass=one_pass)
+    """(x - mean) / sqrt(variance + eps) · scale + bias; in fp32."""
+    mean, var = moments(x, average, one_pass=one_pass)
     scale, bias = (p.astype(jnp.float32) for p in (scale, bias))
     return (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
+
+
+def _over(*axes: int) -> Average:
+    return functools.partial(jnp.mean, axis=axes, keepdims=True)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -73,12 +81,25 @@ class GroupNorm(nnx.GroupNorm):
             options = {"groups": self.num_groups, "eps": self.epsilon, "then": then, "dtype": self.dtype}
             run = functools.partial(group_norm, **options, interpret=interpret)
             return split_over_batch(run, batched=(True, False, False))(x, self.scale[...], self.bias[...])
+        y = self._by_channel(x) if forms.channels_averaged_first(self.platform) else self._by_group(x)
+        y = y.astype(self.dtype)
+        return y if then is None else then(y)
+
+    def _by_group(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
         grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)
         scale, bias = (p[...].reshape(self.num_groups, -1) for p in (self.scale, self.bias))
-        axes = (*range(1, x.ndim - 1), x.ndim)
-        y = normalised(grouped, axes, eps=self.epsilon, scale=scale, bias=bias, one_pass=self.one_pass)
-        y = y.reshape(x.shape).astype(self.dtype)
-        return y if then is None else then(y)
+        average = _over(*range(1, x.ndim - 1), -1)
+        options = {"eps": self.epsilon, "one_pass": self.one_pass}
+        return normalised(grouped, average, scale=scale, bias=bias, **options).reshape(x.shape)
+
+    def _by_channel(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
+        def average(x: Float[Array, "B *n C"]) -> Float[Array, "B *ones C"]:
+            of_channels = x.mean(range(1, x.ndim - 1), keepdims=True)
+            of_groups = of_channels.reshape(*of_channels.shape[:-1], self.num_groups, -1).mean(-1)
+            return jnp.repeat(of_groups, x.shape[-1] // self.num_groups, axis=-1)
+
+        options = {"eps": self.epsilon, "one_pass": self.one_pass}
+        return normalised(x, average, scale=self.scale[...], bias=self.bias[...], **options)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -98,7 +119,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         scale, bias = self.scale[...], self.bias[...]
-        y = normalised(x, (x.ndim - 1,), eps=self.epsilon, scale=scale, bias=bias, one_pass=self.one_pass)
+        y = normalised(x, _over(-1), eps=self.epsilon, scale=scale, bias=bias, one_pass=self.one_pass)
         return y.astype(self.dtype)
 
 
@@ -156,7 +177,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = (moment.ravel() for moment in self._moments(x, tuple(range(x.ndim - 1))))
+            mean, var = (moment.ravel() for moment in self._moments(x, _over(*range(x.ndim - 1))))
             count = x.size // x.shape[-1]
             self._track(mean, var * count / max(count - 1, 1))
         scale, bias = self.affine(mean, var)
@@ -166,22 +187,21 @@ class BatchNorm(nnx.Module):
         if x.shape[0] % self.groups:
             raise ValueError(f"a batch of {x.shape[0]} cannot be cut in {self.groups} equal parts")
         parts = x.astype(jnp.float32).reshape(self.groups, -1, *x.shape[1:])
-        axes = tuple(range(1, parts.ndim - 1))
-        mean, var = self._moments(parts, axes)
+        mean, var = self._moments(parts, _over(*range(1, parts.ndim - 1)))
         count = parts[0].size // parts.shape[-1]
         self._track(mean.mean(0).ravel(), var.mean(0).ravel() * count / max(count - 1, 1))
         scale, bias = self.affine(mean, var)
         return (parts * scale + bias).reshape(x.shape).astype(self.dtype)
 
-    def _moments(self, x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    def _moments(self, x: Float[Array, "..."], average: Average) -> tuple[Array, Array]:
         """As `moments`; beside half precision in one pass, from the running mean on.
 
         A batch's mean that is 30 standard deviations from the running one costs 1e-3 of a standard deviation.
         """
         if not self.one_pass:
-            return moments(x, axes, one_pass=False)
+            return moments(x, average, one_pass=False)
         near = lax.stop_gradient(self.mean[...])
-        mean, var = moments(x - near, axes, one_pass=True)
+        mean, var = moments(x - near, average, one_pass=True)
         return near + mean, var
 
     def affine(self, mean: Float[Array, "*n C"], var: Float[Array, "*n C"]) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 from pydantic import Field
 
+from moebius_jax.models import forms
 from moebius_jax.models.architecture import ADDED, EXECUTION, Architecture
 from moebius_jax.models.blocks import Downsample, Upsample
 from moebius_jax.models.convolutions import Conv3x3
@@ -187,6 +188,7 @@ class Attention(nnx.Module):
         self.to_k = Linear(channels, channels, **common)
         self.to_v = Linear(channels, channels, **common)
         self.to_out = Linear(channels, channels, **common)
+        self.platform = precision.platform
         self.scale = 1.0
 
     def __call__(self, x: Map) -> Map:
@@ -194,8 +196,13 @@ class Attention(nnx.Module):
         y = self.group_norm(x)
         q, k, v = (layer(y).reshape(B, -1, C) for layer in (self.to_q, self.to_k, self.to_v))
         logits = jnp.einsum("bnd,bld->bnl", q * C**-0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bnl,bld->bnd", weights, v).reshape(x.shape)
+        if forms.softmax_divided_last(self.platform):
+            weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+            y = jnp.einsum("bnl,bld->bnd", weights, v, preferred_element_type=jnp.float32)
+            y = (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
+        else:
+            y = jnp.einsum("bnl,bld->bnd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+        y = y.reshape(x.shape)
         return self.to_out(y * self.scale, add=(x,))
 
 
