@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_UNET, TINY_VAE
+from flax import nnx
 
 from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.cli.export import main
@@ -51,6 +52,13 @@ def test_outputs_agree(exported):
         ("decoder", "images"),
     }
     assert max(d.relative for d in differences) < TOLERANCE
+
+
+def test_programs_are_in_portable_forms(pipeline):
+    for program in programs(pipeline.unet, pipeline.vae, guided=True):
+        network = nnx.merge(program.graphdef, program.weights)
+        platforms = {m.platform for _, m in nnx.iter_modules(network) if hasattr(m, "platform")}
+        assert platforms == {"portable"}
 
 
 def test_manifest_describes_the_files(exported, pipeline):

@@ -128,6 +128,20 @@ def test_portable_forms(vae_mini):
     assert 0 < synth.relative_error(*means) < 3e-6
 
 
+def test_platforms_choose_their_forms():
+    platforms = ("cpu", "gpu", "tpu", "portable")
+    for choice in (forms.channels_averaged_first, forms.softmax_divided_last):
+        assert [choice(platform) for platform in platforms] == [True, False, False, False]
+
+
+def test_large_attention_logits(vae_mini):
+    """Whose exponentials alone would be infinite."""
+    vae = nnx.clone(vae_mini)
+    query = vae.decoder.mid_block.attentions[0].to_q.kernel
+    query.set_value(query[...] * 1000)
+    assert jnp.isfinite(decode(vae, latents(64))).all()
+
+
 def test_logvar_stays_in_its_range():
     vae = VAE(TINY_VAE, rngs=KeyStream(jax.random.key(0)))
     vae.quant_conv.bias.set_value(jnp.full(8, 1e3))

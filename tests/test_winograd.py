@@ -105,8 +105,8 @@ def test_frozen_layers_take_it(kind, sizes):
 
 
 def test_not_at_stride_two():
-    layer = layer_of(Downsample, "cpu", freeze=True, channels=256)
-    assert layer(jnp.ones((1, 64, 64, 256))).shape == (1, 32, 32, 256)
+    layer = layer_of(Downsample, "cpu", freeze=True, channels=512)
+    assert layer(jnp.ones((1, 64, 64, 512))).shape == (1, 32, 32, 512)
 
 
 @pytest.mark.parametrize("side", [2, 3])

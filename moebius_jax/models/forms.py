@@ -1,8 +1,8 @@
 """Which of several forms of one computation a platform runs. They differ in rounding only.
 
 Every choice was counted or timed: benchmarks/RESULTS.md. `platform` is "cpu", "gpu", "tpu" or "tpu-v4", which
-stands for those before v5; "portable" takes the forms with the fewest operations, for programs that any of
-them and other runtimes may run; None is the running one.
+stands for those before v5; "portable" takes the plain forms, none of them chosen for one platform's compiler,
+for programs that may run anywhere; None is the running one.
 
 MOEBIUS_KERNELS=off in the environment, before a network is prepared and traced, takes XLA's forms wherever
 they are chosen here: to tell whether something is a kernel's doing, and where one does not compile.
