@@ -43,7 +43,7 @@ from moebius_jax.weights.load import load_unet
 from moebius_jax.weights.names import expected_tensors
 from moebius_jax.weights.tensors import network_tensors
 
-Noise = Callable[..., np.ndarray]  # predicted, [B, H, W, 4]
+Call = Callable[..., np.ndarray]  # of NHWC arrays, one too
 Build = Callable[[str], UNet]  # the student computing in this dtype
 
 
@@ -91,25 +91,26 @@ def in_pytorch(network: UNet | VAE) -> Module:
         name: torch.from_numpy(np.array(slot.layout.to_torch(tensors[slot.path])))
         for name, slot in expected_tensors(network.config).items()
     }
-    is_vae = isinstance(network, VAE)
-    module = pytorch_vae.VAE() if is_vae else Student(network.config.latent_size)
+    module = pytorch_vae.VAE() if isinstance(network, VAE) else Student(network.config.latent_size)
     missing, unexpected = module.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
         raise RuntimeError(f"not the network's layers: {missing}, {unexpected}")
     return module.eval()
 
 
-def torch_call(student: Callable[..., torch.Tensor], dtype: torch.dtype) -> Noise:
+def torch_call(module: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32) -> Call:
+    """A PyTorch function of a map [B, C, H, W] and more, as one of NHWC arrays."""
+
     @torch.no_grad()
-    def call(latents: np.ndarray, timesteps: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(latents).movedim(-1, 1).contiguous().to(dtype)
-        noise = student(x, torch.from_numpy(timesteps), torch.from_numpy(np.array(ids)))
-        return noise.float().movedim(1, -1).numpy()
+    def call(x: np.ndarray, *more: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(x).movedim(-1, 1).contiguous().to(dtype)
+        y = module(x, *(torch.from_numpy(np.array(a)) for a in more))
+        return y.float().movedim(1, -1).numpy()
 
     return call
 
 
-def jax_call(network: UNet) -> Noise:
+def jax_call(network: UNet) -> Call:
     graphdef, weights = nnx.split(inference_copy(network))
     program = jax.jit(lambda weights, *args: nnx.merge(graphdef, weights)(*args).sample)
     return lambda *args: np.asarray(program(weights, *args), np.float32)
@@ -120,7 +121,7 @@ def half(build: Build) -> list[Row]:
     network = build("float32")
     args = inputs(network.config, 1)
     student = in_pytorch(network)
-    exact = torch_call(student, torch.float32)(*args)
+    exact = torch_call(student)(*args)
 
     def row(what: str, dtype: str, noise: np.ndarray) -> Row:
         error = np.linalg.norm(noise - exact) / np.linalg.norm(exact)
@@ -143,8 +144,8 @@ def speed(build: Build, repeats: int) -> list[Row]:
     args = inputs(network.config, 2)
     student = in_pytorch(network)
     calls = {
-        "PyTorch": torch_call(student, torch.float32),
-        "PyTorch, torch.compile": torch_call(torch.compile(student), torch.float32),
+        "PyTorch": torch_call(student),
+        "PyTorch, torch.compile": torch_call(torch.compile(student)),
         "JAX": jax_call(network),
     }
     return in_turns(calls, args, repeats)
@@ -167,8 +168,8 @@ def vae(repeats: int) -> list[Row]:
     for name, (module, method, x) in halves.items():
         program = jax.jit(lambda weights, x, method=method: method(nnx.merge(graphdef, weights), x))
         calls = {
-            "PyTorch": torch_map(module),
-            "PyTorch, torch.compile": torch_map(torch.compile(module)),
+            "PyTorch": torch_call(module),
+            "PyTorch, torch.compile": torch_call(torch.compile(module)),
             "JAX": lambda x, program=program: np.asarray(program(weights, x)),
         }
         exact = calls["PyTorch"](x)
@@ -181,19 +182,7 @@ def _moments(posterior: Posterior) -> jax.Array:
     return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
 
-def torch_map(module: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """A PyTorch function of a map, on NHWC arrays."""
-
-    @torch.no_grad()
-    def call(x: np.ndarray) -> np.ndarray:
-        return module(torch.from_numpy(x).movedim(-1, 1).contiguous()).movedim(1, -1).numpy()
-
-    return call
-
-
-def in_turns(
-    calls: Mapping[str, Callable[..., Any]], args: tuple[np.ndarray, ...], repeats: int
-) -> list[Row]:
+def in_turns(calls: Mapping[str, Call], args: tuple[np.ndarray, ...], repeats: int) -> list[Row]:
     """Median wall and processor seconds of calls that do the same, "JAX" among them."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():

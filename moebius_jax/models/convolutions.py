@@ -239,12 +239,10 @@ class Conv3x3(nnx.Conv):
         return summed(self._convolved(x).astype(self.stream_dtype), add)
 
     def _convolved(self, x: Map) -> Map:
-        if not self.is_frozen or self.strides != 1:
-            return super().__call__(x)
-        kernel = self.kernel[...]
-        if not forms.fewer_multiplications(x.shape, kernel.shape, self.dtype, self.platform):
-            return super().__call__(x)
-        return winograd.convolved(x.astype(self.dtype), kernel, self.padding) + self.bias[...]
+        kernel, is_fit = self.kernel[...], self.is_frozen and self.strides == 1
+        if is_fit and forms.fewer_multiplications(x.shape, kernel.shape, self.dtype, self.platform):
+            return winograd.convolved(x.astype(self.dtype), kernel, self.padding) + self.bias[...]
+        return super().__call__(x)
 
     @staticmethod
     def read_widths(shapes: Shapes) -> tuple[int, int]:

@@ -187,7 +187,7 @@ def spare_positions(side: int, platform: str | None) -> int:
     """By how many positions an output of `side` rows or columns is lengthened, to be cut off again."""
     # On AVX2, Eigen takes four positions at a time, across items, and rounds differently where fewer are
     # left: with an odd number of positions an item, results would depend on the place in the batch.
-    return side % 2 if _or_running(platform) == "cpu" else 0
+    return side % 2 if _or_running(platform) in ("cpu", "portable") else 0
 
 
 def _has_kernels(dtype: Dtype, platform: str | None) -> bool:

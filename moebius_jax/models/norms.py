@@ -17,8 +17,6 @@ from moebius_jax.models.precision import Precision
 from moebius_jax.models.released import Table
 
 GROUPS = 32  # of every GroupNorm of every published network
-
-
 Average = Callable[[Array], Array]  # of what is normalised together, in a shape that broadcasts with it
 
 
@@ -81,25 +79,22 @@ class GroupNorm(nnx.GroupNorm):
             options = {"groups": self.num_groups, "eps": self.epsilon, "then": then, "dtype": self.dtype}
             run = functools.partial(group_norm, **options, interpret=interpret)
             return split_over_batch(run, batched=(True, False, False))(x, self.scale[...], self.bias[...])
-        y = self._by_channel(x) if forms.channels_averaged_first(self.platform) else self._by_group(x)
+        scale, bias = self.scale[...], self.bias[...]
+        options = {"eps": self.epsilon, "one_pass": self.one_pass}
+        if forms.channels_averaged_first(self.platform):
+            y = normalised(x, self._average, scale=scale, bias=bias, **options)
+        else:
+            grouped, scale, bias = (a.reshape(*a.shape[:-1], self.num_groups, -1) for a in (x, scale, bias))
+            average = _over(*range(1, x.ndim - 1), -1)
+            y = normalised(grouped, average, scale=scale, bias=bias, **options).reshape(x.shape)
         y = y.astype(self.dtype)
         return y if then is None else then(y)
 
-    def _by_group(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
-        grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)
-        scale, bias = (p[...].reshape(self.num_groups, -1) for p in (self.scale, self.bias))
-        average = _over(*range(1, x.ndim - 1), -1)
-        options = {"eps": self.epsilon, "one_pass": self.one_pass}
-        return normalised(grouped, average, scale=scale, bias=bias, **options).reshape(x.shape)
-
-    def _by_channel(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
-        def average(x: Float[Array, "B *n C"]) -> Float[Array, "B *ones C"]:
-            of_channels = x.mean(range(1, x.ndim - 1), keepdims=True)
-            of_groups = of_channels.reshape(*of_channels.shape[:-1], self.num_groups, -1).mean(-1)
-            return jnp.repeat(of_groups, x.shape[-1] // self.num_groups, axis=-1)
-
-        options = {"eps": self.epsilon, "one_pass": self.one_pass}
-        return normalised(x, average, scale=self.scale[...], bias=self.bias[...], **options)
+    def _average(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *ones C"]:
+        """Of each group, by way of its channels' own."""
+        of_channels = x.mean(range(1, x.ndim - 1), keepdims=True)
+        of_groups = of_channels.reshape(*of_channels.shape[:-1], self.num_groups, -1).mean(-1)
+        return jnp.repeat(of_groups, x.shape[-1] // self.num_groups, axis=-1)
 
 
 class LayerNorm(nnx.LayerNorm):

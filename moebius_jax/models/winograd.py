@@ -7,7 +7,7 @@ n = m + r - 1 points determine, along rows and along columns. With an r x r kern
 
 where ⊙ is a product over the channels for each of the n² points (Lavin and Gray 2016, "Fast Algorithms for
 Convolutional Neural Networks"): 36 of them where a 3x3 convolution makes 144, 16 for 36 of a 2x2 one. What is
-saved there is paid in maps that are read and written more often (`forms.winograd` weighs the two).
+saved there is paid in maps that are read and written more often: `forms.fewer_multiplications` weighs it.
 """
 
 import functools
@@ -50,9 +50,8 @@ def convolved(
         for side, count, (before, _) in zip(x.shape[1:3], (rows, columns), padding, strict=True)
     ]
     padded = jnp.pad(x, [(0, 0), *filled, (0, 0)])
-    seen = jnp.stack(
-        _combined(inputs, [padded[:, i : i + tile * rows : tile] for i in range(n)])
-    )  # i B y W C
+    seen = _combined(inputs, [padded[:, i : i + tile * rows : tile] for i in range(n)])
+    seen = jnp.stack(seen)  # i B y W C
     seen = _combined(inputs, [seen[:, :, :, j : j + tile * columns : tile] for j in range(n)])
     weights = jnp.stack(_combined(kernels, kernel))  # i r C D
     weights = _combined(kernels, jnp.moveaxis(weights, 1, 0))
