@@ -18,7 +18,9 @@ def value_and_gradients(module, *maps):
         y = module(*maps) if len(maps) == 1 else module.onto(*maps)
         return jnp.sum(jnp.sin(y.astype(jnp.float32)) * weights), y
 
-    found, y = jax.grad(loss, argnums=tuple(range(1 + len(maps))), has_aux=True)(module, *maps)
+    # One program, compiled as a whole; `loss` is new each time, so what a test changes is traced anew.
+    gradients = jax.jit(jax.grad(loss, argnums=tuple(range(1 + len(maps))), has_aux=True))
+    found, y = gradients(module, *maps)
     return y, found
 
 
