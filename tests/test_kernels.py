@@ -119,7 +119,7 @@ class TestLocalLambda:
         for a in (y, of_x):
             assert a.sharding.is_equivalent_to(batch_sharding(mesh), a.ndim)
         assert "all-gather" not in run.as_text()
-        agree(found, jax.jit(value_and_gradients)(module, x))
+        agree(found, value_and_gradients(module, x))
 
 
 def test_other_numbers_of_heads_are_refused():
