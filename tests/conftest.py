@@ -1,14 +1,16 @@
 """Eight simulated devices, full fp32 precision, and small networks every test can use."""
 
 import collections
+import gc
 import importlib.metadata
 import os
 import pathlib
 
-# Tests spend their time compiling: half of it with LLVM's optimiser off and with XLA's older code generator,
-# which jax 0.11 has no more.
-os.environ["FAST_COMPILE"] = "--xla_backend_optimization_level=0" + (
-    " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
+# Tests spend their time compiling: half of it with LLVM's optimiser off, programs handed to LLVM in one piece
+# (many are for many cores), and XLA's older code generator, which jax 0.11 has no more.
+os.environ["FAST_COMPILE"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
 )
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {os.environ['FAST_COMPILE']}"
@@ -39,6 +41,9 @@ from moebius_jax.weights.tensors import abstract_network, fill
 
 # GPUs and TPUs would otherwise multiply fp32 matrices in lower precision.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A process that has traced for minutes holds millions of objects; looking through all takes half a second.
+gc.set_threshold(100_000, 20, 10)
 
 # A network of the student's kind for 64 px squares, a hundredth of a second a step.
 TINY_UNET = UNetConfig.student(

@@ -235,8 +235,10 @@ def quiet_storage() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except BaseException:
+        gc.collect()  # forgotten futures report when they are collected; in a large process it takes a second
+        raise
     finally:
-        gc.collect()  # forgotten futures report when they are collected
         logger.setLevel(level)
 
 
