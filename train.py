@@ -50,7 +50,7 @@ from moebius_jax.distillation.gradients import Balanced, balanced_gradients, tea
 from moebius_jax.distillation.loss import Context, Loss
 from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import sole_user
-from moebius_jax.hardware import peak_flops, require_memory
+from moebius_jax.hardware import device_error, peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.outbox import Outbox
 from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings, with_mesh
@@ -367,7 +367,11 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
             pending = (done, metrics)
             progress.step()
     except JaxRuntimeError as error:
-        company.tell(error)
+        less = "more accumulation, a smaller batch_size, student.remat=true or fsdp"
+        meant = device_error(error, f"a step of {config.batch_size} samples", less=less)
+        company.tell(meant or error)
+        if meant:
+            raise meant from None
         if jax.process_count() == 1 or not is_lost_connection(error):
             raise
         raise UserError(

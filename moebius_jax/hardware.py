@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from moebius_jax.errors import UserError, first_line
+from moebius_jax.models.forms import SWITCH
 
 # Dense bfloat16 FLOP/s and bytes/s of device kinds, as jax names them.
 PEAKS = {
@@ -33,18 +34,38 @@ def peak_flops(mesh: Mesh) -> float | None:
     return PEAKS[kind][0] * mesh.size if kind in PEAKS else None
 
 
+# How compilers begin when one kernel is the matter: too large for a GPU's processor or a TPU's core, or not
+# understood.
+_OF_KERNELS = ("Shared memory size", "memory space vmem", "Triton", "Mosaic")
+_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # CPUs report it as an internal error
+
+
+def device_error(error: Exception, what: str, *, less: str = "a smaller batch size") -> UserError | None:
+    """What a device's (or the host's) error means for the caller; None if it is none of these.
+
+    `what` does not fit in its memory, where `less` may, or its compiler takes one of our kernels as too large
+    or cannot read it.
+    """
+    is_of_device = isinstance(error, jax.errors.JaxRuntimeError)
+    if is_of_device and any(said in first_line(error) for said in _OF_KERNELS):
+        return UserError(
+            f"{what}: a kernel of ours does not compile for {jax.local_devices()[0].device_kind} "
+            f"({first_line(error)}); with {SWITCH}=off in the environment there are none"
+        )
+    if isinstance(error, MemoryError) or (is_of_device and any(said in str(error) for said in _OF_MEMORY)):
+        return UserError(f"{what} does not fit in the device's memory; use {less}")
+    return None
+
+
 @contextlib.contextmanager
-def memory_errors(what: str) -> Iterator[None]:
-    """Makes a `UserError` of a device's (or the host's) error that `what` does not fit in its memory."""
+def device_errors(what: str) -> Iterator[None]:
+    """Makes a `UserError` of an error that `device_error` knows."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        # CPUs report it as an internal error.
-        if isinstance(error, jax.errors.JaxRuntimeError) and not any(
-            said in str(error) for said in ("RESOURCE_EXHAUSTED", "Out of memory")
-        ):
-            raise
-        raise UserError(f"{what} does not fit in the device's memory; use a smaller batch size") from None
+        if meant := device_error(error, what):
+            raise meant from None
+        raise
 
 
 def require_memory(tree: Any) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import draw_photos, not_as_written
@@ -377,6 +378,18 @@ def test_sizes_that_do_not_fit_and_places_that_cannot_be_written(photos, in_proc
     assert "cannot be written" in err
     assert "Traceback" not in err
     assert "M parameters" not in err, "networks are drawn for minutes, and all for nothing"
+
+
+@pytest.mark.slow
+def test_too_large_a_step_is_one_line(in_process, monkeypatch, tmp_path):
+    def full(*_args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr("train.to_devices", full)
+    status, err = in_process(TASK, "vae=none", "--workdir", tmp_path)
+    assert status == 1
+    assert "error: a step of 8 samples does not fit in the device's memory; use more accumulation" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.long

@@ -249,14 +249,35 @@ def test_sharded_is_unsharded(tiny_pipeline, meshes_of):
     assert np.abs(np.asarray(result) - one).max() <= 1
 
 
-def test_too_large_a_batch_is_named(tiny_pipeline, monkeypatch):
-    def full(*_args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory", "a batch of 1 squares does not fit in the device's memory"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm\nMosaic: 2 G", "does not fit"),
+        # Of less than a batch: a smaller one would be of no help.
+        ("RESOURCE_EXHAUSTED: Shared memory size limit exceeded", "a kernel of ours .*MOEBIUS_KERNELS=off"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", "a kernel of ours"),
+        ("FAILED_PRECONDITION: Triton support is only enabled for", "a kernel of ours"),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", "a kernel of ours"),
+    ],
+)
+def test_what_is_too_much_for_a_device_is_named(said, message, tiny_pipeline, monkeypatch):
+    def fails(*_args):
+        raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(Sampler, "__call__", full)
+    monkeypatch.setattr(Sampler, "__call__", fails)
     image = np.zeros((64, 64, 3), np.uint8)
-    with pytest.raises(UserError, match="a batch of 1 squares does not fit"):
+    with pytest.raises(UserError, match=message):
         tiny_pipeline(image, np.eye(64) > 0)
+
+
+def test_other_errors_of_a_device_stay_what_they_are(tiny_pipeline, monkeypatch):
+    def fails(*_args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_LAUNCH_FAILED")
+
+    monkeypatch.setattr(Sampler, "__call__", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="LAUNCH_FAILED"):
+        tiny_pipeline(np.zeros((64, 64, 3), np.uint8), np.eye(64) > 0)
 
 
 def test_finished_items_are_handed_on_at_once(tiny_pipeline):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from moebius_jax.errors import UserError
-from moebius_jax.hardware import memory_errors
+from moebius_jax.hardware import device_errors
 from moebius_jax.imaging import crop, masks, release
 from moebius_jax.imaging.enlarge import Enlargement, Tile, sides
 from moebius_jax.imaging.regions import Window, plan_windows
@@ -270,7 +270,7 @@ def _start(
             taken.append(row)
     if not taken:
         return None
-    with memory_errors(f"a batch of {batch_size} squares"):
+    with device_errors(f"a batch of {batch_size} squares"):
         filled = taken + [taken[0]] * (batch_size - len(taken))
         seeds = np.array([(row.job.item.seed, row.job.item.index, row.number) for row in filled], np.uint32)
         images, finite = sampler(
@@ -293,7 +293,7 @@ def _given_noise(rows: list[_Row]) -> Float[np.ndarray, "B h w c"] | None:
 def _finish(batch: _Batch, options: InpaintOptions, sampling: SamplingOptions) -> list[_Row]:
     """Takes a batch's squares back; returns what is to be painted again of them."""
     # Dispatch is asynchronous: the devices' errors come here.
-    with memory_errors(f"a batch of {len(batch.images)} squares"):
+    with device_errors(f"a batch of {len(batch.images)} squares"):
         images, finite = np.asarray(batch.images), np.asarray(batch.finite)
     again = []
     for row, image, is_finite in zip(batch.rows, images, finite, strict=False):

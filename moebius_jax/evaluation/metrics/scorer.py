@@ -27,7 +27,7 @@ from moebius_jax.evaluation.metrics.lpips import LPIPS, require_size
 from moebius_jax.evaluation.metrics.names import METRICS, NEEDS_INCEPTION, Metric
 from moebius_jax.evaluation.metrics.scores import Scores
 from moebius_jax.evaluation.prefetch import prefetch
-from moebius_jax.hardware import memory_errors
+from moebius_jax.hardware import device_errors
 from moebius_jax.models import Inception
 
 _MOST_WAITING = 4  # batches of pictures kept until others of their size come
@@ -161,7 +161,7 @@ class Scorer:
             np.stack([getattr(r, f) for r in filled]) for f in ("truth", "result", "hole")
         )
         found: dict[Any, Any] = {}
-        with memory_errors(f"scoring {full} pictures of {truths.shape[2]} x {truths.shape[1]}"):
+        with device_errors(f"scoring {full} pictures of {truths.shape[2]} x {truths.shape[1]}"):
             for backbone, network in self._lpips.items():
                 found[f"lpips_{backbone}"] = network(results, truths, holes)
             if self._inception is not None:
