@@ -50,7 +50,7 @@ from moebius_jax.distillation.gradients import Balanced, balanced_gradients, tea
 from moebius_jax.distillation.loss import Context, Loss
 from moebius_jax.errors import SharedError, UserError, first_line
 from moebius_jax.files import sole_user
-from moebius_jax.hardware import device_error, peak_flops, require_memory
+from moebius_jax.hardware import device_error, device_errors, peak_flops, require_memory
 from moebius_jax.imaging.picture import write_image
 from moebius_jax.outbox import Outbox
 from moebius_jax.sharding import make_mesh, of_each_device, replicated, tree_shardings, with_mesh
@@ -89,6 +89,7 @@ from moebius_jax.weights.tensors import Tensors
 
 Frozen = Mapping[str, Tensors]  # tensors of the networks that are not trained, by network
 _COMPILING_S = 3600  # what one process may take longer than another
+_LESS = "more accumulation, a smaller batch_size, student.remat=true or fsdp"  # where a step needs too much
 Update = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
@@ -271,8 +272,10 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
         config, dataset, position, warn=lambda m: print(f"warning: {m}", file=sys.stderr)
     )
     started = time.perf_counter()
+    one_step = f"a step of {config.batch_size} samples"
     update = make_update(config, mesh, networks, optimizer)
-    update = update.lower(state, frozen, abstract_batch(config, mesh, dataset)).compile()
+    with device_errors(one_step, less=_LESS):
+        update = update.lower(state, frozen, abstract_batch(config, mesh, dataset)).compile()
     wait_for_all("compiled", _COMPILING_S)
     say(f"compiled in {time.perf_counter() - started:.0f} s")
     validation = grids = None
@@ -367,8 +370,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
             pending = (done, metrics)
             progress.step()
     except JaxRuntimeError as error:
-        less = "more accumulation, a smaller batch_size, student.remat=true or fsdp"
-        meant = device_error(error, f"a step of {config.batch_size} samples", less=less)
+        meant = device_error(error, one_step, less=_LESS)
         company.tell(meant or error)
         if meant:
             raise meant from None

@@ -26,6 +26,10 @@ PEAKS = {
     "TPU v5": (459e12, 2.765e12),  # v5p
     "TPU v6 lite": (918e12, 1.64e12),
 }
+# How compilers begin when one kernel is the matter: too large for a GPU's processor or a TPU's core, or not
+# understood.
+_OF_KERNELS = ("Shared memory size", "memory space vmem", "Triton", "Mosaic")
+_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # CPUs report it as an internal error
 
 
 def peak_flops(mesh: Mesh) -> float | None:
@@ -34,36 +38,30 @@ def peak_flops(mesh: Mesh) -> float | None:
     return PEAKS[kind][0] * mesh.size if kind in PEAKS else None
 
 
-# How compilers begin when one kernel is the matter: too large for a GPU's processor or a TPU's core, or not
-# understood.
-_OF_KERNELS = ("Shared memory size", "memory space vmem", "Triton", "Mosaic")
-_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # CPUs report it as an internal error
-
-
 def device_error(error: Exception, what: str, *, less: str = "a smaller batch size") -> UserError | None:
     """What a device's (or the host's) error means for the caller; None if it is none of these.
 
     `what` does not fit in its memory, where `less` may, or its compiler takes one of our kernels as too large
     or cannot read it.
     """
-    is_of_device = isinstance(error, jax.errors.JaxRuntimeError)
-    if is_of_device and any(said in first_line(error) for said in _OF_KERNELS):
+    is_of_device, said = isinstance(error, jax.errors.JaxRuntimeError), first_line(error)
+    if is_of_device and any(word in said for word in _OF_KERNELS):
         return UserError(
-            f"{what}: a kernel of ours does not compile for {jax.local_devices()[0].device_kind} "
-            f"({first_line(error)}); with {SWITCH}=off in the environment there are none"
+            f"{what}: a kernel of ours does not compile for {jax.local_devices()[0].device_kind} ({said}); "
+            f"with {SWITCH}=off in the environment there are none"
         )
-    if isinstance(error, MemoryError) or (is_of_device and any(said in str(error) for said in _OF_MEMORY)):
+    if isinstance(error, MemoryError) or (is_of_device and any(word in str(error) for word in _OF_MEMORY)):
         return UserError(f"{what} does not fit in the device's memory; use {less}")
     return None
 
 
 @contextlib.contextmanager
-def device_errors(what: str) -> Iterator[None]:
-    """Makes a `UserError` of an error that `device_error` knows."""
+def device_errors(what: str, **options: str) -> Iterator[None]:
+    """Makes a `UserError` of an error that `device_error`, which has the `options`, knows."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if meant := device_error(error, what):
+        if meant := device_error(error, what, **options):
             raise meant from None
         raise
 

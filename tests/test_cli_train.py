@@ -381,14 +381,22 @@ def test_sizes_that_do_not_fit_and_places_that_cannot_be_written(photos, in_proc
 
 
 @pytest.mark.slow
-def test_too_large_a_step_is_one_line(in_process, monkeypatch, tmp_path):
-    def full(*_args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+@pytest.mark.parametrize(
+    ("where", "said", "message"),
+    [
+        ("jax.stages.Lowered.compile", "Shared memory size limit exceeded", ": a kernel of ours does not"),
+        ("jax.stages.Lowered.compile", "Ran out of memory", " does not fit in the device's memory; use more"),
+        ("train.to_devices", "Out of memory", " does not fit in the device's memory; use more accumulation"),
+    ],
+)
+def test_too_large_a_step_is_one_line(where, said, message, in_process, monkeypatch, tmp_path):
+    def fails(*_args):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    monkeypatch.setattr("train.to_devices", full)
+    monkeypatch.setattr(where, fails)
     status, err = in_process(TASK, "vae=none", "--workdir", tmp_path)
     assert status == 1
-    assert "error: a step of 8 samples does not fit in the device's memory; use more accumulation" in err
+    assert f"error: a step of 8 samples{message}" in err
     assert "Traceback" not in err
 
 

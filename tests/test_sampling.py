@@ -249,6 +249,19 @@ def test_sharded_is_unsharded(tiny_pipeline, meshes_of):
     assert np.abs(np.asarray(result) - one).max() <= 1
 
 
+@pytest.fixture
+def device_says(monkeypatch):
+    """Called with what a device's error says that all sampling is to end in from then on."""
+
+    def end_in(said):
+        def fails(*_args):
+            raise jax.errors.JaxRuntimeError(said)
+
+        monkeypatch.setattr(Sampler, "__call__", fails)
+
+    return end_in
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -261,21 +274,15 @@ def test_sharded_is_unsharded(tiny_pipeline, meshes_of):
         ("INTERNAL: Mosaic failed to compile TPU kernel", "a kernel of ours"),
     ],
 )
-def test_what_is_too_much_for_a_device_is_named(said, message, tiny_pipeline, monkeypatch):
-    def fails(*_args):
-        raise jax.errors.JaxRuntimeError(said)
-
-    monkeypatch.setattr(Sampler, "__call__", fails)
+def test_what_is_too_much_for_a_device_is_named(said, message, tiny_pipeline, device_says):
+    device_says(said)
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(UserError, match=message):
         tiny_pipeline(image, np.eye(64) > 0)
 
 
-def test_other_errors_of_a_device_stay_what_they_are(tiny_pipeline, monkeypatch):
-    def fails(*_args):
-        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_LAUNCH_FAILED")
-
-    monkeypatch.setattr(Sampler, "__call__", fails)
+def test_other_errors_of_a_device_stay_what_they_are(tiny_pipeline, device_says):
+    device_says("INTERNAL: CUDA_ERROR_LAUNCH_FAILED")
     with pytest.raises(jax.errors.JaxRuntimeError, match="LAUNCH_FAILED"):
         tiny_pipeline(np.zeros((64, 64, 3), np.uint8), np.eye(64) > 0)
 
