@@ -43,7 +43,7 @@ from benchmarks.train import ROWS, SIZES, abstract_step, configure
 from moebius_jax.cli.terminal import run
 from moebius_jax.diffusion.denoise import inpaint_latents
 from moebius_jax.errors import UserError
-from moebius_jax.hardware import slice_devices
+from moebius_jax.hardware import compile_and_read, slice_devices
 from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models.initializers import KeyStream
@@ -184,8 +184,7 @@ def counted(
 
     `schedules` is the folder that a TPU's compiler writes schedules to.
     """
-    compiled = lowered.compile()
-    text = compiled.as_text()
+    compiled, text = compile_and_read(lowered)
     if args.hlo:
         args.hlo.write_text(text)
     kernels = hlo.kernels(text)
