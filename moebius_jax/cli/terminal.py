@@ -116,7 +116,8 @@ def enable_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # jax keeps what took a second or more; what a start compiles besides takes seconds together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
 
 from moebius_jax.errors import UserError, first_line
 from moebius_jax.files import replace_when_complete
@@ -25,7 +24,7 @@ from moebius_jax.models.architecture import Architecture
 from moebius_jax.schema import checked, one_of, read_json
 from moebius_jax.weights import checksums
 from moebius_jax.weights.kinds import KINDS, kind_of
-from moebius_jax.weights.tensors import abstract_tensors, flatten, nest, statistics_of
+from moebius_jax.weights.tensors import Bare, abstract_network, abstract_tensors, flatten, nest
 
 VAE_VERSION = 2  # in 1 its tensors had other names
 
@@ -165,15 +164,16 @@ def read_config(folder: Path) -> FolderConfig:
 def load_numpy(folder: Path) -> dict[str, np.ndarray]:
     """All tensors as NumPy arrays by dotted name, in their stored dtypes."""
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    tensors = restore(folder, read_config(folder), placement=cpu)
+    config = read_config(folder)
+    shapes = Bare(abstract_network(config.architecture, param_dtype=jnp.dtype(config.dtype))).shapes
+    tensors = restore(folder, shapes, placement=cpu)
     return {name: np.asarray(value) for name, value in tensors.items()}
 
 
 def restore(
     folder: Path,
-    config: FolderConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
     *,
-    param_dtype: Dtype | None = None,
     placement: Placement = None,
     verify: bool = True,
 ) -> dict[str, jax.Array]:
@@ -181,8 +181,7 @@ def restore(
 
     Args:
         folder: with `weights/`.
-        config: what its config.json says.
-        param_dtype: of the parameters; None keeps the stored one. Statistics are fp32.
+        shapes: by dotted name, shape and dtype of each as it is wanted, whatever dtype it is stored in.
         placement: a sharding for every tensor, or a function of (dotted name, shape); None is the default
             device.
         verify: compare the folder's files with their checksums first.
@@ -195,12 +194,9 @@ def restore(
     if placement is None:
         placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = placement if callable(placement) else lambda *_: placement
-    kept, statistics = jnp.dtype(param_dtype or config.dtype), statistics_of(config.architecture)
     targets = {
-        name: jax.ShapeDtypeStruct(
-            a.shape, jnp.float32 if name in statistics else kept, sharding=place(name, a.shape)
-        )
-        for name, a in abstract_tensors(config.architecture).items()
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(name, a.shape))
+        for name, a in shapes.items()
     }
     problem = f"{folder / 'weights'}: damaged, or not of the network in config.json"
     with orbax_errors(problem), _checkpointer() as checkpointer:

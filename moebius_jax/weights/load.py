@@ -21,7 +21,7 @@ from moebius_jax.models import (
 )
 from moebius_jax.models.architecture import Architecture
 from moebius_jax.weights.folder import FolderConfig, Placement, read_config, restore, save
-from moebius_jax.weights.tensors import abstract_network, fill, network_tensors, statistics_of
+from moebius_jax.weights.tensors import Bare, abstract_network, network_tensors, statistics_of
 
 
 def load_network(
@@ -52,8 +52,8 @@ def load_network(
     folder = fetched(folder)
     config = _require(folder, expected)
     kept = jnp.dtype(param_dtype or config.dtype)
-    network = abstract_network(config.architecture.replace(**changes or {}), param_dtype=kept, **dtypes)
-    network = fill(network, restore(folder, config, param_dtype=kept, placement=placement, verify=verify))
+    bare = Bare(abstract_network(config.architecture.replace(**changes or {}), param_dtype=kept, **dtypes))
+    network = bare(restore(folder, bare.shapes, placement=placement, verify=verify))
     network.eval()
     return network
 
