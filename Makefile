@@ -36,6 +36,7 @@ $(VENV)/.exports: $(VENV)/.runs
 
 # npm runs no script of a package's: onnxruntime-web needs none.
 web/node_modules: web/package-lock.json
+	@command -v npm >/dev/null || { echo "make web: npm not found; it comes with Node.js (https://nodejs.org)"; exit 1; }
 	npm ci --prefix web --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 

@@ -78,7 +78,7 @@ def interval(values: np.ndarray) -> str:
 
 
 def main() -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, timed=False)
     options.add_argument("photos", type=Path)
     options.add_argument("--model", default="tiny")
     options.add_argument("--size", type=int, default=128)

@@ -41,10 +41,11 @@ def wrapped_calls(
                 cls.__call__ = call
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """Options every benchmark has."""
+def parser(doc: str, *, timed: bool = True) -> argparse.ArgumentParser:
+    """Options every benchmark has; `timed` is one that repeats calls to time them."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
+    if timed:
+        made.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return made
 

@@ -9,8 +9,8 @@
 NVIDIA's and Google's compilers run on a plain x86 Linux machine. The program is compiled for a described
 device and its optimised form is read. Times are a model, not a measurement: on an H200 each kernel takes
 max(2 us, bytes / 4.3 TB/s, FLOPs / 60 % of peak); on TPUs what the compiler estimates or, for kernels of
-ours, the length of its schedule and at least bytes / bandwidth. On an H200 the model was 2 to 4 times faster
-than what was measured, so it ranks changes and is no speed.
+ours, the length of its schedule and at least bytes / bandwidth. Forms of Local-λ that were timed on an
+H200, before this code, took 2 to 4 times as long as it says: it ranks changes and is no speed.
 
 For a CPU, kernels and bytes are counted and no time is modelled.
 
@@ -56,7 +56,7 @@ TABLE = HERE / "compiled.json"
 PLATFORM = {"h200": "gpu", "v5e": "tpu", "v6e": "tpu", "cpu": "cpu"}
 SLICES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 LAUNCH = 2e-6  # seconds a kernel takes however little it does
-BANDWIDTH = 4.3e12  # measured on an H200, as is the 790 TFLOP/s of half precision
+BANDWIDTH = 4.3e12  # measured on an H200, before this code, as are the 790 TFLOP/s of half precision
 FLOP_RATES = {"f16": 0.6 * 790e12, "bf16": 0.6 * 790e12, "tf32": 0.6 * 395e12}
 SLOW_FLOPS = 0.7 * 60e12  # fp32 multiply-adds
 

@@ -199,7 +199,7 @@ def prepare(work: Path) -> None:
 
 
 def main() -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, timed=False)
     options.add_argument("--count", type=int, default=200, help="kills in all")
     options.add_argument("--only", help="one kind of command")
     options.add_argument("--seed", type=int, default=0)

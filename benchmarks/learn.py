@@ -39,7 +39,7 @@ TASK_ALONE = next(iter(STUDENTS))
 
 
 def parse() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = parser(__doc__, timed=False)
     add = options.add_argument
     add("stage", choices=STAGES)
     add("--work", type=Path, required=True)

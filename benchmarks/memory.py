@@ -94,7 +94,7 @@ def train(work: Path, steps: int) -> Row:
 
 
 def main() -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, timed=False)
     options.add_argument("--only", choices=("sample", "train"))
     options.add_argument("--pictures", type=int, default=300)
     options.add_argument("--train-steps", type=int, default=500)

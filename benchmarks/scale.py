@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, topology: str, batch_size: int | None, sch
 
 
 def parse() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = parser(__doc__, timed=False)
     add = options.add_argument
     add("--topologies", nargs="+", default=["v5e:4x8", "v5e:8x8", "v5e:16x16"], metavar="SLICE")
     add("--sizes", choices=SIZES, default="reduced", help="of the networks (default reduced)")

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Trains the network that comes with the package (docs/tiny.md), from nothing; run again, it goes on.
+# Trains a network like the one that comes with the package (docs/tiny.md), from nothing, and leaves it in WORK/tiny,
+# which `sample.py --model` takes; run again, it goes on.
 #
 #   pip install -e ".[train,eval]"
 #   sh examples/train_tiny.sh WORK        # about 1 GB; four hours on two CPU cores
@@ -23,4 +24,4 @@ test -d "$work/sharpened/model" || python train.py "examples/tiny/sharpen.py:$wo
 test -d "$work/one_step/model" || python train.py "examples/tiny/one_step.py:$work/vae" --workdir "$work/one_step" \
   init="$work/sharpened/model" data.path="$work/latents_train" log.validation="$work/latents_held_out"
 test -d "$work/mean" || python examples/tiny/average.py "$work/sharpened/model" "$work/one_step/model" "$work/mean"
-python examples/tiny/package.py "$work/mean" moebius_jax/tiny
+python examples/tiny/package.py "$work/mean" "$work/tiny"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moebius_jax.models import UNet, UNetConfig, fold_batch_norm
     from moebius_jax.weights.load import load_elatentlpips, load_unet, load_vae, save_unet, save_vae
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "EvaluationReport",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moebius_jax import files
-from moebius_jax.errors import UserError, first_line
+from moebius_jax.errors import UserError, first_line, how_to_install
 from moebius_jax.files import AlreadyThere, partial_of, require_local
 
 SCHEME = "gs://"
@@ -47,7 +47,7 @@ def location(text: str) -> Path:
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise ValueError(f'{SCHEME} needs gcsfs; install it: pip install "moebius-jax[gcs]"') from None
+        raise ValueError(f"{SCHEME} needs gcsfs; install it: {how_to_install('gcs')}") from None
     for name in ("gcsfs", "google.auth"):  # what fails is raised, and told in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from etils import epath

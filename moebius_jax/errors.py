@@ -27,3 +27,8 @@ def first_line(error: Exception | str) -> str:
     """What a library's exception says, short enough for a message; its type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f'pip install "moebius-jax[{extra}]" (in a checkout: pip install -e ".[{extra}]")'

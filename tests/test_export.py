@@ -175,6 +175,11 @@ def test_onnx_with_half_weights_is_half_the_size(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "half/manifest.json").read_text())["half_weights"] is True
 
 
+def test_formats_that_are_none_are_refused():
+    with pytest.raises(UserError, match="format is 'tflite'; expected one of stablehlo, onnx"):
+        ExportOptions(format="tflite")
+
+
 def test_half_weights_are_for_onnx(tmp_path, capsys):
     assert main(["tiny", str(tmp_path / "out"), "--half-weights"]) == 1
     assert "half_weights is for format onnx" in capsys.readouterr().err

@@ -191,6 +191,7 @@ def test_pushed_by_one_and_loaded_by_another(server, repositories, tmp_path):
     card = (repositories / "someone/painter/README.md").read_text()
     assert card.startswith("---\nlibrary_name: moebius-jax\n")
     assert "license: apache-2.0" in card
+    assert 'from_pretrained("someone/painter")' in card
     loaded = run(LOAD, tmp_path / "other", endpoint, HF_HUB_OFFLINE="0")
     assert loaded.returncode == 0, loaded.stderr
     assert last_line(loaded.stdout) == "1.5 dpmpp_2m (64, 128, 256)"

@@ -85,6 +85,7 @@ def test_values(override, key, expected):
         ("optimizer.newton_schulz_dtype=float33", "is 'float33'; expected 'bfloat16' or 'float32'"),
         ("student.num_heads=5", "multiple"),
         ("loss.task.network=folder", r"^loss\.task\.network is 'folder'; this loss has no network"),
+        ("sampling.truncate=true", r"^sampling\.truncate goes with mode=release of a call"),
         ("optimizer.warmup_steps=999999999", r"^optimizer\.warmup_steps is 999999999; expected no more than"),
         ("optimizer.decay_at=0.5,0.5", r"^optimizer\.decay_at is \(0.5, 0.5\); expected rising"),
         ("noise_offset=-1", r"^noise_offset is '-1'; expected 0 or more"),

@@ -1,6 +1,8 @@
-"""Puts a trained model into the package: in half precision, without the paths of where it was trained.
+"""Makes of a trained model one to give away: in half precision, without the paths of where it was trained.
 
-python examples/tiny/package.py WORK/sharpened/model moebius_jax/tiny
+    python examples/tiny/package.py WORK/mean WORK/tiny
+
+The package's own is such a folder, `moebius_jax/tiny`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The last stage of `tiny`'s training: its clean latents, decoded, are to look like the picture's.
+"""The third stage of `tiny`'s training: its clean latents, decoded, are to look like the picture's.
 
     python train.py examples/tiny/sharpen.py:WORK/vae --workdir WORK/sharpened init=WORK/run/model \
         data.path=WORK/latents_train

@@ -3,7 +3,14 @@
 import argparse
 import sys
 
-from moebius_jax.cli.arguments import REVISION, add_no_verify, any_location, local_path, require_positive
+from moebius_jax.cli.arguments import (
+    REVISION,
+    add_extension_argument,
+    add_no_verify,
+    any_location,
+    local_path,
+    require_positive,
+)
 from moebius_jax.cli.terminal import require_extra, run
 from moebius_jax.defaults import DTYPES, TINY
 
@@ -55,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="a step of one branch, half the work, for a scale of 1 (as of a model whose own is 1)",
     )
+    add_extension_argument(parser)
     add_no_verify(parser)
     add("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)

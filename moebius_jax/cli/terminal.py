@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from moebius_jax.errors import UserError
+from moebius_jax.errors import UserError, how_to_install
 
 _SIGPIPE = 141  # as a shell reports programs that a closed pipe ended
 INTERRUPTED = 130  # likewise, by Ctrl-C
@@ -90,10 +90,7 @@ def require_extra(extra: str, *modules: str) -> None:
     """Raises UserError if one of these modules is not installed; names the extra that brings them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f'{", ".join(missing)} missing; install the {extra} extra: pip install "moebius-jax[{extra}]" '
-            f'(in a checkout: pip install -e ".[{extra}]")'
-        )
+        raise UserError(f"{', '.join(missing)} missing; install the {extra} extra: {how_to_install(extra)}")
 
 
 def exit_without_extra(extra: str, *modules: str) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from moebius_jax.export.manifest import manifest
 from moebius_jax.export.programs import Program, programs
 from moebius_jax.files import replace_when_complete
 from moebius_jax.inpaint.pipeline import MoebiusInpaintPipeline
-from moebius_jax.schema import AtLeastOne, checked
+from moebius_jax.schema import AtLeastOne, checked, one_of
 from moebius_jax.weights.folder import is_ours
 from moebius_jax.weights.release_files import sha256
 
@@ -40,13 +40,13 @@ class ExportOptions:
         UserError: a field is out of range, or half weights are asked for in another format.
     """
 
-    format: str = "stablehlo"
+    format: Annotated[str, one_of(FORMATS)] = "stablehlo"
     batch: AtLeastOne | None = None
     guided: bool | None = None
     half_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.half_weights and FORMATS.get(self.format) is not onnx:
+        if self.half_weights and FORMATS[self.format] is not onnx:
             raise ValueError(
                 "half_weights is for format onnx; StableHLO has its weights in files of their own"
             )

@@ -66,7 +66,12 @@ class ModelFolders:
 
 @contextlib.contextmanager
 def write_model_folder(
-    folder: Path, *, sampling: SamplingOptions, overwrite: bool, license: str | None = None
+    folder: Path,
+    *,
+    sampling: SamplingOptions,
+    overwrite: bool,
+    license: str | None = None,
+    known_as: str | None = None,
 ) -> Iterator[Path]:
     """Yields a folder to put `UNET` and `VAE` into; it appears under its name, with a card, when complete.
 
@@ -75,6 +80,7 @@ def write_model_folder(
         sampling: the model's defaults.
         overwrite: replace an existing folder.
         license: of the weights, an identifier the Hub knows ("apache-2.0"), for the card.
+        known_as: what `from_pretrained` will load it by, for the card; None is the folder's path.
 
     Raises:
         UserError: it exists and may not be replaced, or cannot be written.
@@ -85,7 +91,9 @@ def write_model_folder(
         partial.mkdir()
         yield partial
         (partial / _FILE).write_text(json.dumps(said) + "\n")
-        (partial / CARD).write_text(_card(folder.name, read_config(partial / UNET), license))
+        (partial / CARD).write_text(
+            _card(folder.name, known_as or f"path/to/{folder.name}", read_config(partial / UNET), license)
+        )
 
 
 def _described(folder: Path, sampling: SamplingOptions) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def _is_ours(folder: Path) -> bool:
     return (folder / _FILE).is_file() and is_ours(folder / UNET / "config.json")
 
 
-def _card(name: str, unet: FolderConfig, license: str | None) -> str:
+def _card(name: str, known_as: str, unet: FolderConfig, license: str | None) -> str:
     """A model card: what the Hub reads at its top, what it is, how to load it."""
     config = unet.architecture
     source = "".join(
@@ -134,7 +142,7 @@ An inpainting network of moebius-jax: {config.describe()}, channels
 ```python
 from moebius_jax import MoebiusInpaintPipeline
 
-pipe = MoebiusInpaintPipeline.from_pretrained("{name}")  # this folder, or its name on the Hub
+pipe = MoebiusInpaintPipeline.from_pretrained("{known_as}")
 result = pipe(image, mask).images[0]
 ```
 """

@@ -29,7 +29,7 @@ from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
-from moebius_jax.weights.hub import Track, push
+from moebius_jax.weights.hub import Track, create_repository, upload
 from moebius_jax.weights.load import load_unet, load_vae, save_network
 
 StepEnd = Callable[["MoebiusInpaintPipeline", int, int, dict[str, Any]], dict[str, Any]]
@@ -164,12 +164,17 @@ class MoebiusInpaintPipeline:
         Raises:
             UserError: the folder exists or cannot be written.
         """
-        options = {"sampling": self.defaults, "overwrite": overwrite, "license": license}
         try:
             require_local(str(folder))
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
-        with write_model_folder(Path(folder), **options) as partial:
+        self._save(Path(folder), overwrite=overwrite, license=license)
+
+    def _save(
+        self, folder: Path, *, license: str | None, overwrite: bool = False, known_as: str | None = None
+    ) -> None:
+        options = {"overwrite": overwrite, "license": license, "known_as": known_as}
+        with write_model_folder(folder, sampling=self.defaults, **options) as partial:
             save_network(partial / model_folder.UNET, self.unet)
             save_network(partial / model_folder.VAE, self.vae)
 
@@ -190,9 +195,10 @@ class MoebiusInpaintPipeline:
         if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]*\w[\w.-]*", repository):
             raise UserError(f"{repository!r}: expected a repository's name, such as owner/name")
         with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / repository.rpartition("/")[2]
-            self.save_pretrained(saved, license=license)
-            return push(saved, repository, private=private)
+            name = create_repository(repository, private=private)
+            saved = Path(folder) / name.rpartition("/")[2]
+            self._save(saved, license=license, known_as=name)
+            return upload(saved, name)
 
     def __call__(
         self,

@@ -136,7 +136,8 @@ class RunCheckpoints:
             config: of the run, flat; the data are in another order for every seed.
 
         Raises:
-            UserError: there are checkpoints, and none can be read.
+            UserError: there are checkpoints, and none can be read; or the newest is of another seed, network
+                or prediction, or where this process cannot read it.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:

@@ -158,6 +158,8 @@ class TrainConfig:
             raise ValueError(
                 f"sampling.scheduler is {self.sampling.scheduler}; expected a name, for pipeline.json"
             )
+        if self.sampling.truncate:
+            raise ValueError("sampling.truncate goes with mode=release of a call; a model cannot keep it")
         if self.log.grid_every:
             try:
                 self.sampling.changed(num_inference_steps=self.log.grid_steps)

@@ -1,11 +1,12 @@
 """The release's folder layout: on disk, and on the Hub with a cache of converted folders."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -140,23 +141,40 @@ def fetch_folder(
     return found.parent
 
 
-def push(folder: Path, repository: str, *, private: bool | None = None) -> str:
-    """Uploads a folder of ours as a repository, which is made where there is none; returns its address.
+def create_repository(repository: str, *, private: bool | None = None) -> str:
+    """Makes a repository where there is none; returns its name with its owner.
 
     Raises:
         UserError: not logged in, not allowed, or not reachable.
     """
     from huggingface_hub import HfApi
 
+    with _uploading(repository):
+        return HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Uploads a folder of ours as a repository that exists; returns its address.
+
+    Raises:
+        UserError: not logged in, not allowed, or not reachable.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _uploading(repository):
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by moebius-jax")
+    return f"{api.endpoint}/{repository}"
+
+
+@contextlib.contextmanager
+def _uploading(repository: str) -> Iterator[None]:
     try:
-        api = HfApi()
-        url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by moebius-jax")
+        yield
     except Exception as error:  # the HTTP client's own errors are of no common type
         raise UserError(
             f"{repository}: cannot be uploaded ({first_line(error)}); log in with hf auth login"
         ) from None
-    return str(url)
 
 
 def _convert(file: Path, folder: Path, track: Track) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moebius_jax.errors import UserError, first_line
+from moebius_jax.errors import UserError, first_line, how_to_install
 from moebius_jax.schema import checked, read_json
 
 SUFFIXES = (".bin", ".pth", ".pt", ".safetensors")
@@ -159,7 +159,7 @@ def _import_torch(path: Path, doing: str) -> Any:
     except ImportError:
         raise UserError(
             f"{path}: {doing} {path.suffix} files needs torch, which is not installed; "
-            "run: pip install 'moebius-jax[convert]' (a .safetensors file needs no torch)"
+            f"run: {how_to_install('convert')}; a .safetensors file needs no torch"
         ) from None
     return torch
 

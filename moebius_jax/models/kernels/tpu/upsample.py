@@ -17,8 +17,6 @@ from jaxtyping import Array, BFloat16, Float
 
 from moebius_jax.models.kernels.tpu.memory import block_bytes, compiler_params
 
-Phase = BFloat16[Array, "B H W C"]
-
 ROWS = 4  # of each phase, of one program
 
 
