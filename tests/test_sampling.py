@@ -1,10 +1,13 @@
 """The sampling core: the release's trajectory, guidance, keys, compilation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import synth
+from conftest import TINY_UNET
 from flax import nnx
 
 from moebius_jax import UserError
@@ -25,6 +28,7 @@ from moebius_jax.inpaint.stream import InpaintOptions, Item, inpaint_stream
 from moebius_jax.models import inference_copy
 from moebius_jax.models.convolutions import Conv3x3, DepthwiseConv
 from moebius_jax.sharding import make_mesh
+from moebius_jax.weights.tensors import abstract_network, fill, network_tensors
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +232,45 @@ def test_nan_is_reported_per_item(sampler):
 
     _, finite = sampler(images, holes, seeds, SamplingOptions(num_inference_steps=2), poison)
     np.testing.assert_array_equal(finite, [True, False])
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "chosen", "precision"),
+    [
+        ("tpu", jnp.float32, None, "HIGH"),
+        ("tpu", jnp.float32, "highest", "HIGHEST"),
+        ("tpu", jnp.bfloat16, None, "None"),
+        ("gpu", jnp.float32, None, "None"),
+    ],
+)
+def test_float32_is_multiplied_as_float32(platform, dtype, chosen, precision, tiny_pipeline, monkeypatch):
+    """A TPU would take one pass of bfloat16, unless the user has said what to do; step by step too."""
+    found = []
+
+    def multiplied() -> None:
+        product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 2)), jnp.ones((2, 2))).jaxpr.eqns[-1]
+        found.append(str(product.params["precision"] and product.params["precision"][0]))
+
+    def whole_loop(_graphdef, _params, latents, *_, **__):
+        multiplied()
+        return latents
+
+    def one_step(_graphdef, _params, latents, before, *_, **__):
+        multiplied()
+        return latents, before
+
+    monkeypatch.setattr("moebius_jax.inpaint.sampler.inpaint_latents", whole_loop)
+    monkeypatch.setattr("moebius_jax.inpaint.sampler.single_step", one_step)
+    config = dataclasses.replace(TINY_UNET, platform=platform)
+    unet = fill(
+        abstract_network(config, dtype=dtype, stream_dtype=dtype), network_tensors(tiny_pipeline.unet)
+    )
+    sampler, options = Sampler(unet, tiny_pipeline.vae), SamplingOptions(num_inference_steps=2)
+    with jax.default_matmul_precision(chosen):
+        sampler(*batch(8), options)
+        sampler(*batch(8), options, lambda *step: step[-1])
+    assert found == [precision] * len(found)
+    assert len(found) == 2
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def add_model_arguments(
         "--vae-dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of the VAE (default auto: float16 on GPUs, float32 elsewhere)",
+        help="of the VAE (default auto: float16 on GPUs, float32 elsewhere; how accelerators multiply "
+        'float32: docs/inference.md, "Precision")',
     )
     add_no_verify(parser)
 

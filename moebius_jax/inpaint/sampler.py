@@ -1,6 +1,7 @@
 """A batch of square images through encoder, denoising loop and decoder, on every local device."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from moebius_jax.diffusion.draws import Draw, draw_noise, draw_normal, sample_ke
 from moebius_jax.diffusion.solvers import Solver, SolverSteps, solver_steps, timesteps
 from moebius_jax.errors import UserError
 from moebius_jax.inpaint.latents import Conditions, decode, encode
-from moebius_jax.models import VAE, UNet, inference_copy
+from moebius_jax.models import VAE, UNet, forms, inference_copy
 from moebius_jax.schema import AtLeast0, Below1, checked
 from moebius_jax.sharding import batch_sharding, make_mesh, plain_bools, replicated, with_mesh
 
@@ -99,11 +100,24 @@ class Sampler:
         self._graphdef, params = nnx.split(inference_copy(unet))
         self._params = jax.device_put(params, replicated(self.mesh))
         self._vae = jax.device_put(inference_copy(vae), replicated(self.mesh))
-        self._encode, self._inpaint, self._step, self._decode = (
-            with_mesh(program, self.mesh) for program in (encode, inpaint_latents, single_step, decode)
+        self._encode, self._decode = (with_mesh(program, self.mesh) for program in (encode, decode))
+        self._inpaint, self._step = (
+            self._denoising(program, unet) for program in (inpaint_latents, single_step)
         )
         self.config = unet.config
         self.image_size = unet.config.latent_size * vae.config.factor
+
+    def _denoising(self, program: Callable[..., Any], unet: UNet) -> Callable[..., Any]:
+        program = with_mesh(program, self.mesh)
+        if unet.precision.dtype != jnp.float32:
+            return program
+
+        @functools.wraps(program)
+        def multiplied_in_float32(*args: Any, **kwargs: Any) -> Any:
+            with jax.default_matmul_precision(forms.float32_products(unet.config.platform)):
+                return program(*args, **kwargs)
+
+        return multiplied_in_float32
 
     def batch_size(self, wanted: int) -> int:
         """`wanted` rounded up to a multiple of the devices."""
