@@ -66,7 +66,9 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
             log.append(f"{self.command} {self.path}")
             asked = match[2] if (match := _RESOLVE.match(self.path)) else ""
             headers = {"X-Repo-Commit": asked if re.fullmatch("[0-9a-f]{40}", asked) else COMMIT}
-            if match := _INFO.match(self.path):
+            if self.path == "/api/whoami-v2":
+                status, content = 200, b'{"type": "user", "name": "me"}'
+            elif match := _INFO.match(self.path):
                 status = 200 if (root / match[1]).is_dir() else 404
                 files = [{"rfilename": name} for name in _files(root / match[1])]
                 content = json.dumps({"id": match[1], "sha": COMMIT, "siblings": files}).encode()

@@ -173,6 +173,7 @@ PUSH = """
 from moebius_jax import MoebiusInpaintPipeline as Pipeline
 pipe = Pipeline.from_pretrained("tiny")
 pipe.defaults = pipe.defaults.changed(guidance_scale=1.5, scheduler="dpmpp_2m")
+print(pipe.push_to_hub("alone"))
 print(pipe.push_to_hub("someone/painter", license="apache-2.0"))
 """
 LOAD = """
@@ -191,7 +192,8 @@ def test_pushed_by_one_and_loaded_by_another(server, repositories, tmp_path):
     card = (repositories / "someone/painter/README.md").read_text()
     assert card.startswith("---\nlibrary_name: moebius-jax\n")
     assert "license: apache-2.0" in card
-    assert 'from_pretrained("someone/painter")' in card
+    for repository in ("someone/painter", "me/alone"):
+        assert f'from_pretrained("{repository}")' in (repositories / repository / "README.md").read_text()
     loaded = run(LOAD, tmp_path / "other", endpoint, HF_HUB_OFFLINE="0")
     assert loaded.returncode == 0, loaded.stderr
     assert last_line(loaded.stdout) == "1.5 dpmpp_2m (64, 128, 256)"

@@ -29,7 +29,7 @@ from moebius_jax.models import VAE, UNet, UNetConfig, VAEConfig
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
 from moebius_jax.sharding import make_mesh, replicated
-from moebius_jax.weights.hub import Track, create_repository, upload
+from moebius_jax.weights.hub import Track, push, with_owner
 from moebius_jax.weights.load import load_unet, load_vae, save_network
 
 StepEnd = Callable[["MoebiusInpaintPipeline", int, int, dict[str, Any]], dict[str, Any]]
@@ -195,10 +195,9 @@ class MoebiusInpaintPipeline:
         if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]*\w[\w.-]*", repository):
             raise UserError(f"{repository!r}: expected a repository's name, such as owner/name")
         with tempfile.TemporaryDirectory() as folder:
-            name = create_repository(repository, private=private)
-            saved = Path(folder) / name.rpartition("/")[2]
-            self._save(saved, license=license, known_as=name)
-            return upload(saved, name)
+            saved = Path(folder) / repository.rpartition("/")[2]
+            self._save(saved, license=license, known_as=with_owner(repository))
+            return push(saved, repository, private=private)
 
     def __call__(
         self,

@@ -141,8 +141,22 @@ def fetch_folder(
     return found.parent
 
 
-def create_repository(repository: str, *, private: bool | None = None) -> str:
-    """Makes a repository where there is none; returns its name with its owner.
+def with_owner(repository: str) -> str:
+    """A repository's name with its owner, who is the user where none is named.
+
+    Raises:
+        UserError: not logged in, or not reachable.
+    """
+    from huggingface_hub import HfApi
+
+    if "/" in repository:
+        return repository
+    with _uploading(repository):
+        return f"{HfApi().whoami()['name']}/{repository}"
+
+
+def push(folder: Path, repository: str, *, private: bool | None = None) -> str:
+    """Uploads a folder of ours as a repository, which is made where there is none; returns its address.
 
     Raises:
         UserError: not logged in, not allowed, or not reachable.
@@ -150,21 +164,10 @@ def create_repository(repository: str, *, private: bool | None = None) -> str:
     from huggingface_hub import HfApi
 
     with _uploading(repository):
-        return HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
-
-
-def upload(folder: Path, repository: str) -> str:
-    """Uploads a folder of ours as a repository that exists; returns its address.
-
-    Raises:
-        UserError: not logged in, not allowed, or not reachable.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with _uploading(repository):
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by moebius-jax")
-    return f"{api.endpoint}/{repository}"
+        api = HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by moebius-jax")
+    return str(url)
 
 
 @contextlib.contextmanager
