@@ -313,7 +313,7 @@ class TestTorchFiles:
     def test_without_torch_a_bin_says_what_to_install(self, monkeypatch, tmp_path):
         (tmp_path / "f.bin").write_bytes(b"PK something")
         monkeypatch.setitem(__import__("sys").modules, "torch", None)
-        with pytest.raises(UserError, match=r"needs torch, .*pip install 'moebius-jax\[convert\]'"):
+        with pytest.raises(UserError, match=r'needs torch, .*pip install "moebius-jax\[convert\]"'):
             open_release_file(tmp_path / "f.bin")
 
     def test_arbitrary_objects_are_not_unpickled(self, tmp_path):
