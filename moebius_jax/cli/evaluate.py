@@ -197,7 +197,7 @@ def _protocol_arguments(parser: argparse.ArgumentParser, protocol: Protocol) -> 
     add("--num-inference-steps", type=int, metavar="N", help=f"default {steps}")
     add("--strength", type=float, help=f"share of the steps that is run (default {strength})")
     add("--scheduler", metavar="NAME", help=f"as sample.py's (default {solver})")
-    edge = "width of the pasted hole's soft edge (default 4)"
+    edge = "width of the pasted hole's soft edge (default %(default)g)"
     add("--mask-blur", type=float, default=4.0, metavar="PX", help=edge)
     add("--seed", type=int, default=0, help="default 0")
     add("--batch-size", type=int, default=8, metavar="N", help="default 8")

@@ -108,13 +108,13 @@ class Sampler:
         self.image_size = unet.config.latent_size * vae.config.factor
 
     def _denoising(self, program: Callable[..., Any], unet: UNet) -> Callable[..., Any]:
-        program = with_mesh(program, self.mesh)
+        program, platform = with_mesh(program, self.mesh), unet.config.platform  # `unet` itself is not kept
         if unet.precision.dtype != jnp.float32:
             return program
 
         @functools.wraps(program)
         def multiplied_in_float32(*args: Any, **kwargs: Any) -> Any:
-            with jax.default_matmul_precision(forms.float32_products(unet.config.platform)):
+            with jax.default_matmul_precision(forms.float32_products(platform)):
                 return program(*args, **kwargs)
 
         return multiplied_in_float32
