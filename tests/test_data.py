@@ -1,8 +1,10 @@
 """Annotation files, random masks, samples, and the order they come in."""
 
+import collections
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -208,6 +210,50 @@ class TestSamples:
         assert sizes <= {22, 24, 26, 28, 32}
         assert len(sizes) >= 3
 
+    def test_flipped_is_mirrored_left_to_right(self, record):
+        background = Record(image=record.image, task="background", mask=record.mask)
+        plain, flipped = (
+            draw_sample(
+                background,
+                AugmentConfig(image_size=64, dilation=0, random_mask=0, flip=flip),
+                [],
+                np.random.default_rng(0),
+            )
+            for flip in (0.0, 1.0)
+        )
+        np.testing.assert_array_equal(flipped.image, plain.image[:, ::-1])
+        np.testing.assert_array_equal(flipped.hole, plain.hole[:, ::-1])
+        assert (plain.hole != plain.hole[:, ::-1]).any()
+
+    @pytest.mark.parametrize("holes_on", ["square", "image"])
+    def test_every_preset_is_drawn_from(self, holes_on, record, monkeypatch):
+        masks, drawn = ("thin_512", "medium_512", "thick_512"), collections.Counter()
+        config = AugmentConfig(image_size=64, masks=masks, holes_on=holes_on)
+
+        def draw(name, *shape):
+            drawn[name] += 1
+            return np.ones(shape, bool)
+
+        monkeypatch.setattr(augment, "mask_generator", lambda name: lambda _, size: draw(name, size, size))
+        presets = {n: SimpleNamespace(draw_on=lambda _, *shape, n=n: draw(n, *shape)) for n in masks}
+        monkeypatch.setattr(augment, "PRESETS", presets)
+        for seed in range(60):
+            draw_sample(Record(image=record.image), config, [], np.random.default_rng(seed))
+        assert sorted(drawn) == sorted(masks)
+        assert min(drawn.values()) > 10
+
+    def test_foreground_holes_stay_what_they_are(self, record, tmp_path):
+        """Objects are taken out of the holes of backgrounds alone."""
+        other = np.zeros((64, 128), np.uint8)
+        other[:30] = 255
+        Image.fromarray(other).save(tmp_path / "object.png")
+        config = AugmentConfig(image_size=64, dilation=0, intersection=1.0)
+        alone, among = (
+            draw_sample(record, config, objects, np.random.default_rng(0)).hole
+            for objects in ([], [tmp_path / "object.png"])
+        )
+        assert among.sum() == alone.sum()
+
     def test_images_and_masks_of_different_sizes(self, record):
         """The mask is resized, as the release does it, and that is said once."""
         config = AugmentConfig(image_size=64, dilation=0)
@@ -333,7 +379,8 @@ class TestLoader:
     def test_bad_images_are_named_once_and_replaced(self, images):
         (images / "03.png").write_bytes(b"not a picture")
         said = []
-        batches = self.batches(images, count=12, warn=said.append)
+        # One bad image is allowed however small the folder and the fraction.
+        batches = self.batches(images, count=12, warn=said.append, fraction=0.001)
         assert len(said) == 1
         assert "03.png" in said[0]
         assert all(len(b.samples.image) == 4 for b in batches)

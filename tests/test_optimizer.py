@@ -160,6 +160,9 @@ def test_schedules():
         OptimizerConfig(schedule="cosine", warmup_steps=10, learning_rate=1.0), 110
     )
     assert [float(cosine(s)) for s in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    # A warm-up does not move the steps at which it falls.
+    step = learning_rate_schedule(OptimizerConfig(warmup_steps=10, learning_rate=1.0, decay_at=(0.5,)), 100)
+    assert [float(step(s)) for s in (5, 10, 49, 51)] == pytest.approx([0.5, 1, 1, 0.1])
     assert float(learning_rate_schedule(OptimizerConfig(schedule="constant"), 10)(9)) == pytest.approx(2e-4)
 
 
