@@ -48,7 +48,7 @@ from moebius_jax.inpaint.latents import decode, encode
 from moebius_jax.models import VAE, VAEConfig, inference_copy
 from moebius_jax.models.initializers import KeyStream
 from moebius_jax.models.precision import auto_dtype, auto_vae_dtype
-from moebius_jax.sharding import make_mesh, replicated
+from moebius_jax.sharding import make_mesh, replicated, with_mesh
 from moebius_jax.weights.tensors import abstract_network
 
 HERE = Path(__file__).parent
@@ -119,7 +119,8 @@ def loop_program(args: argparse.Namespace, mesh: Mesh) -> tuple[Any, frozenset[s
     unet = nnx.merge(graphdef, params)
     names = {type(module).__name__ for _, module in nnx.iter_modules(unet)} - {"UNet"}
     with wrapped_calls(unet, scoped):
-        return inpaint_latents.lower(graphdef, *arguments, guided=True), frozenset(names)
+        lowered = with_mesh(inpaint_latents.lower, mesh)(graphdef, *arguments, guided=True)
+    return lowered, frozenset(names)
 
 
 def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
@@ -138,8 +139,8 @@ def vae_programs(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         place,
     )
     return {
-        "encode": lambda: encode.lower(vae, images, holes, noise, noise),
-        "decode": lambda: decode.lower(vae, noise, truncate=False),
+        "encode": lambda: with_mesh(encode.lower, mesh)(vae, images, holes, noise, noise),
+        "decode": lambda: with_mesh(decode.lower, mesh)(vae, noise, truncate=False),
     }
 
 

@@ -189,6 +189,22 @@ def test_seed_and_index_change_the_result(sampler):
             assert (results[i] != results[j]).any()
 
 
+def test_image_and_masked_image_have_draws_of_their_own(sampler, monkeypatch):
+    images, holes, seeds = batch(2)
+    seen = []
+
+    def encode(*arguments):
+        seen.extend(arguments[-2:])
+        raise StopIteration
+
+    monkeypatch.setattr(sampler, "_encode", encode)
+    with pytest.raises(StopIteration):
+        sampler(images, holes, seeds, SamplingOptions())
+    image, masked = map(np.asarray, seen)
+    assert image.shape == masked.shape == (2, 8, 8, 4)
+    assert len(np.unique(np.concatenate([image, masked]))) == 2 * image.size
+
+
 @pytest.mark.slow
 def test_guidance_seed_and_start_do_not_recompile(sampler):
     images, holes, seeds = batch(2)
