@@ -26,7 +26,7 @@ from moebius_jax import MoebiusInpaintPipeline, UserError
 from moebius_jax.cli import evaluate as evaluation_program
 from moebius_jax.cli.evaluate import main
 from moebius_jax.cli.masks import main as draw_masks
-from moebius_jax.evaluation import paint, run
+from moebius_jax.evaluation import existing, paint, run
 from moebius_jax.evaluation.benchmark import BenchmarkSettings
 from moebius_jax.evaluation.cases import list_pictures
 from moebius_jax.evaluation.protocols import PROTOCOLS
@@ -34,6 +34,7 @@ from moebius_jax.evaluation.published import GUIDANCE, QUALITY
 from moebius_jax.files import partial_of
 from moebius_jax.imaging.grid import write_grid
 from moebius_jax.inpaint.sampler import SamplingOptions
+from moebius_jax.inpaint.stream import InpaintOptions
 from moebius_jax.weights.tensors import digest
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,18 @@ def evaluate(images, loaded, tiny_folder, tmp_path, capsys, monkeypatch):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What reports show of a picture: functions from a name to original, result and hole, in their order."""
+    found = []
+    for program in (run, existing):
+        make = program.case_loader
+        monkeypatch.setattr(
+            program, "case_loader", lambda *a, make=make, **k: found.append(make(*a, **k)) or found[-1]
+        )
+    return found
 
 
 def report(folder):
@@ -226,7 +239,26 @@ class TestBenchmark:
         assert status == 0
         assert "5 of 5 results exist already" in out
 
-    def test_stored_set_is_reused_and_recognised(self, evaluate, tmp_path):
+    def test_each_seed_has_pictures_of_its_own(self, evaluate, tmp_path):
+        for seed in (0, 1):
+            evaluate("--seed", seed, "--count", 1, "--sample-only", output=f"seed_{seed}")
+        first, second = (results(tmp_path / f"seed_{seed}/results") for seed in (0, 1))
+        assert first.keys() == second.keys() == {"a.png"}
+        assert first != second
+
+    def test_painted_as_the_paper_has_it(self, evaluate, monkeypatch):
+        """The paper speaks of no matching of colours; the soft edge is asked for."""
+        asked = []
+
+        def painting(_, __, inpainting, ___, **options):
+            asked.append((inpainting, options["batch_size"]))
+            return []
+
+        monkeypatch.setattr(run, "paint", painting)
+        evaluate("--sample-only", "--mask-blur", 3, "--batch-size", 9)
+        assert asked == [(InpaintOptions(mask_blur=3.0, match_color=False), 16)]  # of eight devices
+
+    def test_stored_set_is_reused_and_recognised(self, evaluate, shown, tmp_path):
         evaluate()
         masks = tmp_path / "out/masks"
         status, _, _ = evaluate("--masks", masks, output="second")
@@ -244,6 +276,8 @@ class TestBenchmark:
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(255 - np.asarray(Image.open(file).convert("L"))).save(target)
         evaluate("--masks", inverted, "--invert-masks", output="fourth")
+        for _, _, hole in (shown[0]("a"), shown[-1]("a")):
+            np.testing.assert_array_equal(hole, np.asarray(Image.open(masks / "a.png").convert("L")) > 127)
         fourth = report(tmp_path / "fourth")
         assert fourth["runs"][0]["all"] == first["runs"][0]["all"]
         assert fourth["sources"]["masks"]["sha256"] == first["sources"]["masks"]["sha256"]
@@ -342,13 +376,15 @@ class TestBenchmark:
         evaluate("--count", 5, protocol="celebahq")
         assert "weights ft_places2, the protocol has ft_celebahq" in report(tmp_path / "out")["departures"]
 
-    def test_sweeps(self, evaluate, tmp_path):
+    def test_sweeps(self, evaluate, shown, tmp_path):
         status, out, _ = evaluate("--guidance-sweep", 1, 2.5, "--count", 2, protocol="places2_test")
         assert status == 0
         assert "guidance_1.0 (2 images" in out
         document = report(tmp_path / "out")
         assert [r["label"] for r in document["runs"]] == ["guidance_1.0", "guidance_2.5"]
         assert document["shown"] == 1  # the protocol's scale
+        _, result, _ = shown[0]("a")
+        np.testing.assert_array_equal(result, Image.open(tmp_path / "out/guidance_2.5/a.png"))
         assert document["published"]["guidance"][2] == {"guidance_scale": 2.5, "fid": 9.48, "lpips": 0.207}
         text = (tmp_path / "out/report.md").read_text()
         assert "| guidance scale | PSNR ↑ | L1 ↓ | published FID | published LPIPS |" in text
@@ -694,6 +730,18 @@ class TestScore:
         assert "4 images, the protocol has 10,000" in text
         assert "pictures of 96 x 96 pixels, the protocol has 256 x 256" in text
         assert "<svg" in (out / "report.html").read_text()
+
+    def test_masks_whose_black_is_the_hole(self, score, shown, tmp_path):
+        score("--masks", tmp_path / "masks", "--output", tmp_path / "white")
+        for mask in (tmp_path / "masks").iterdir():
+            Image.fromarray(~np.asarray(Image.open(mask))).save(mask)
+        score("--masks", tmp_path / "masks", "--invert-masks", "--output", tmp_path / "black")
+        white, black = report(tmp_path / "white"), report(tmp_path / "black")
+        assert white["runs"][0]["all"] == black["runs"][0]["all"]
+        assert black["sources"]["masks"]["polarity"] == "black is the hole"
+        _, _, hole = shown[1]("1")
+        assert hole[:40].all()
+        assert not hole[40:].any()
 
     def test_grids_beside_results_are_none(self, score, tmp_path):
         write_grid(tmp_path / "pred/0.png", *pictures(3), overwrite=False)
