@@ -1,5 +1,6 @@
 """Every metric against its reference implementation, and what any such metric must do."""
 
+import dataclasses
 import math
 
 import jax
@@ -336,5 +337,9 @@ class TestProperties:
         bins = scores.bins(METRICS, enough=2)
         assert sum(row["count"] for row in bins) == 6
         assert [(row["low"], row["high"]) for row in bins] == [(0.1, 0.2)]
+        # A share between two bins belongs to the upper one, all of it to the last.
+        ratios = np.array([0.0, 0.2, 0.29, 0.3, 1.0, np.nan])
+        edges = dataclasses.replace(scores, ratios=ratios).bins(("l1",))
+        assert [(row["low"], row["count"]) for row in edges] == [(0.0, 1), (0.2, 2), (0.3, 1), (0.9, 1)]
         assert scores.summary(METRICS)["fid"] == {"whole": None, "hole": None}
         assert scores.summary(METRICS)["lpips_alex"]["whole"] > 0
