@@ -338,17 +338,28 @@ class TestLoading:
         with pytest.raises(UserError, match="nor the variant pretrained/"):
             MoebiusInpaintPipeline.from_pretrained(tmp_path / "hub")
 
-    def test_the_teacher_has_its_own_guidance(self, tmp_path, monkeypatch):
-        for name, config in (("teacher", UNetConfig.teacher()), ("row", UNetConfig.ablation(1))):
-            (tmp_path / name).mkdir()
-            monkeypatch.setattr(
-                model_folder, "read_config", lambda _, c=config: SimpleNamespace(architecture=c, source={})
-            )
-            (tmp_path / name / "config.json").touch()
-            found = model_folder.find_model(
-                tmp_path / name, variant=None, vae=tmp_path, cache_dir=None, track=None
-            )
-            assert found.sampling.guidance_scale == {"teacher": 4.5, "row": 2.5}[name]
+    @pytest.mark.parametrize(
+        ("config", "recorded", "guidance"),
+        [
+            (UNetConfig.teacher(), None, 4.5),
+            (UNetConfig.ablation(1), None, 2.5),
+            (UNetConfig.student(), "pretrained", 2.5),
+            (UNetConfig.student(), "ft_ffhq", 2.0),
+            (UNetConfig.student(), "ft_celebahq", 2.0),
+            (UNetConfig.student(), "somebody's", 2.5),
+        ],
+    )
+    def test_some_weights_have_a_guidance_of_their_own(
+        self, config, recorded, guidance, tmp_path, monkeypatch
+    ):
+        """The network says which it is, or what was written down when it was converted."""
+        source = {"variant": recorded} if recorded else {}
+        read = SimpleNamespace(architecture=config, source=source)
+        monkeypatch.setattr(model_folder, "read_config", lambda _: read)
+        (tmp_path / "config.json").touch()
+        found = model_folder.find_model(tmp_path, vae=tmp_path)
+        assert found.sampling.guidance_scale == guidance
+        assert found.variant == (recorded if recorded != "somebody's" else None)
 
     def test_what_a_call_leaves_open_is_the_models(self, tiny_pipeline, tmp_path, monkeypatch):
         mesh = make_mesh(jax.devices()[:1])
