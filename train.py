@@ -83,7 +83,7 @@ from moebius_jax.training.preview import SampleGrids, preview_grid
 from moebius_jax.training.result import FOLDER as MODEL
 from moebius_jax.training.result import require_room_for_model, write_model
 from moebius_jax.training.state import TrainState, abstract_state, bare_student, initial_state
-from moebius_jax.training.stopping import Stop
+from moebius_jax.training.stopping import Stop, close_all
 from moebius_jax.training.validation import Validation
 from moebius_jax.weights.tensors import Tensors
 
@@ -386,13 +386,11 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack, company: Company
     finally:
         # Also on the way out of an error: a checkpoint that is being written is lost otherwise (of several
         # processes, one that takes longer than they wait for each other).
-        checkpoints.close()
-        trace.close()
-        progress.close()
-        log.close()
-        loader.close()
-        with contextlib.suppress(UserError):  # there are worse troubles, or else it is sent below
-            outbox.send()
+        try:
+            close_all(checkpoints, trace, progress, log, loader, is_failing=sys.exc_info()[1] is not None)
+        finally:
+            with contextlib.suppress(UserError):  # there are worse troubles, or else it is sent below
+                outbox.send()
     if done < config.steps:
         say(f"stopped at step {done}, the same command goes on from there")
         return 0

@@ -11,7 +11,8 @@ from PIL import Image
 
 from moebius_jax.cli.sample import _require_possible, main
 from moebius_jax.errors import UserError
-from moebius_jax.imaging.grid import is_grid
+from moebius_jax.imaging.grid import GAP, is_grid
+from moebius_jax.imaging.picture import write_image
 from moebius_jax.inpaint.pairing import plan_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,15 @@ def sample(files, tiny_folder, capsys):
     return run
 
 
+def assert_grid_of(output, image, mask):
+    """Its panels, from the left: what was given, what was to be painted, what came out."""
+    grid = np.asarray(Image.open(output.with_name(f"{output.stem}_grid.png")))
+    for i, file in enumerate((image, mask, output)):
+        panel = np.asarray(Image.open(file).convert("RGB"))
+        left = i * (panel.shape[1] + GAP)
+        np.testing.assert_array_equal(grid[:, left : left + panel.shape[1]], panel)
+
+
 def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
@@ -73,6 +83,8 @@ def test_folder_in_folder_out(sample, files):
         assert result.shape == image.shape
         np.testing.assert_array_equal(result[:20], image[:20])
         assert (result[35:45, 45:60] != image[35:45, 45:60]).any()
+        mask = files / f"masks/{name}{'_mask' if name == 'b' else ''}.png"
+        assert_grid_of(files / f"out/{name}.png", files / f"images/{name}.png", mask)
 
 
 @pytest.mark.slow
@@ -254,6 +266,7 @@ def test_grids_of_earlier_results_are_made_without_the_model(sample, files):
     assert status == 0
     assert names(files / "out") == ["a.png", "a_grid.png"]
     assert [is_grid(files / "out" / name) for name in ("a.png", "a_grid.png")] == [False, True]
+    assert_grid_of(files / "out/a.png", files / "images/a.png", files / "masks/a.png")
 
 
 @pytest.mark.slow
@@ -263,6 +276,22 @@ def test_transparency_and_jpeg_do_not_go_together(sample, files, photo):
     assert status == 1
     assert "0 results in" in out
     assert "o.jpg: .jpg keeps no transparency" in err
+    # The model's square has none to keep.
+    status, _, err = sample("--mode", "release", image="images/a.png", mask="masks/a.png", output="o.jpg")
+    assert status == 0, err
+    assert Image.open(files / "o.jpg").size == (64, 64)
+
+
+def test_what_is_not_ours_is_refused_before_anything_is_painted(sample, files, monkeypatch):
+    Image.open(files / "images/b.png").save(files / "o.png")
+    painted = []
+    monkeypatch.setattr(
+        "moebius_jax.inpaint.files.inpaint_stream", lambda _, items, *__, **___: painted.extend(items) or []
+    )
+    status, _, err = sample("--overwrite", image="images/a.png", mask="masks/a.png", output="o.png")
+    assert status == 1
+    assert "o.png: " in err
+    assert not painted
 
 
 class TestPairing:
@@ -307,6 +336,16 @@ class TestPairing:
         mask = self.touch(tmp_path / "m", "m.png") / "m.png"
         with pytest.raises(UserError, match=r"cat_grid\.png: is also the name of the grid of cat\.png"):
             plan_tasks(images, mask, tmp_path / "o", seed=0, num_samples=1, grid=True)
+
+    def test_results_beside_their_images_are_no_inputs_the_next_time(self, tmp_path):
+        images = self.touch(tmp_path / "i", "a.jpg")
+        mask = self.touch(tmp_path / "m", "m.png") / "m.png"
+        write_image(images / "a.png", Image.new("RGB", (4, 4)), overwrite=False)
+        (task,), _ = plan_tasks(images, mask, images, seed=0, num_samples=1)
+        assert (task.image.name, task.output.name) == ("a.jpg", "a.png")
+        Image.new("RGB", (4, 4)).save(images / "a.png")  # somebody's own
+        with pytest.raises(UserError, match=r"a\.png: the result would have the name of an input"):
+            plan_tasks(images, mask, images, seed=0, num_samples=1)
 
     def test_index_depends_on_the_name_only(self, tmp_path):
         few = self.touch(tmp_path / "few", "b.png")

@@ -127,6 +127,15 @@ class TestResults:
         assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
         kept = sorted(p.name for p in (workdir / "checkpoints").iterdir())
         assert kept == ["step_12", "step_18", "step_24"]
+        # The model is the average.
+        model, last = load_numpy(workdir / "model/unet"), checkpoint(workdir, 24)
+        for name, value in model.items():
+            np.testing.assert_array_equal(value, last[f"ema/{name}"], err_msg=name)
+        assert any(
+            (value != last[f"params/{name}"]).any()
+            for name, value in model.items()
+            if f"params/{name}" in last
+        )
 
     def test_the_model_is_sampled_as_the_configuration_says(self, all_losses):
         said = json.loads((all_losses / "model/pipeline.json").read_text())

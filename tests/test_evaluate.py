@@ -258,6 +258,17 @@ class TestBenchmark:
         evaluate("--sample-only", "--mask-blur", 3, "--batch-size", 9)
         assert asked == [(InpaintOptions(mask_blur=3.0, match_color=False), 16)]  # of eight devices
 
+    def test_as_many_are_scored_at_a_time_as_asked(self, evaluate, monkeypatch):
+        asked = []
+
+        def scorer(*_, **options):
+            asked.append(options["batch_size"])
+            raise UserError("far enough")
+
+        monkeypatch.setattr("moebius_jax.evaluation.settings.Scorer", scorer)
+        evaluate("--batch-size", 9)
+        assert asked == [9]
+
     def test_stored_set_is_reused_and_recognised(self, evaluate, shown, tmp_path):
         evaluate()
         masks = tmp_path / "out/masks"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -40,10 +41,26 @@ class TestAnySize:
         image = rng.integers(0, 256, (*shape, 3), np.uint8)
         mask = np.zeros(shape, np.uint8)
         mask[shape[0] // 3 : shape[0] // 2, shape[1] // 3 : shape[1] // 2 + 1] = 255
-        (out,) = tiny_pipeline(image, mask, mask_blur=0, **STEPS).images
+        (out,) = tiny_pipeline(image, mask, **STEPS).images
         assert out.shape == image.shape
         np.testing.assert_array_equal(out[mask == 0], image[mask == 0])
         assert (out[mask > 0] != image[mask > 0]).any()
+
+    def test_only_an_edge_that_shows_is_soft(self):
+        assert InpaintOptions().blur == 0
+        assert InpaintOptions(match_color=False).blur == InpaintOptions(mode="release").blur == 4
+        assert InpaintOptions(mode="release", match_color=True).blur == 0
+        assert InpaintOptions(mask_blur=2).blur == InpaintOptions(mask_blur=2, match_color=False).blur == 2
+
+    def test_thin_strokes_are_told_in_the_images_pixels(self, tiny_pipeline):
+        """A window of 320 pixels on the model's 64, whose network sees every eighth."""
+        image, mask = np.zeros((320, 320, 3), np.uint8), np.zeros((320, 320), np.uint8)
+        mask[4:316, 20:24] = 255
+        with pytest.warns(masks.MaskWarning) as told:
+            tiny_pipeline([image, image], mask, padding_mask_crop=4, **STEPS)
+        assert len(told) == 2, "one for each image, about the one mask"
+        for warning in told:
+            assert re.match(r"mask 0: strokes thinner than 40 pixels .*dilation 75\)", str(warning.message))
 
     def test_feather_reaches_no_further_than_it_says(self, tiny_pipeline, photo, mask):
         (out,) = tiny_pipeline(photo, mask, mask_blur=4, padding_mask_crop=8, **STEPS).images

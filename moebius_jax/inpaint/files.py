@@ -10,6 +10,7 @@ from moebius_jax.errors import UserError
 from moebius_jax.files import remove_remains
 from moebius_jax.imaging.grid import grid_path, write_grid
 from moebius_jax.imaging.picture import (
+    Picture,
     is_result,
     read_mask,
     read_picture,
@@ -68,18 +69,23 @@ def inpaint_files(
     for folder in {task.output.parent for task in tasks if not is_bucket(task.output)}:
         remove_remains(folder)
 
+    def require_room(task: Task, picture: Picture) -> None:
+        """Raises UserError if the result could not be written: now, not after the work is done."""
+        if overwrite:
+            require_replaceable(task.output)
+        if grid:
+            require_replaceable(grid_path(task.output))
+        own_size = picture.rgb.shape[1::-1]
+        size = own_size if options.mode == "crop" else (pipe.sampler.image_size,) * 2
+        require_fitting_format(task.output, size)
+        if picture.alpha is not None and size == own_size:  # else it has none, see `Picture.with_rgb`
+            require_alpha_format(task.output)
+
     def items() -> Iterator[Item]:
         for task in tasks:
             try:
                 picture, mask = read_picture(task.image), read_mask(task.mask)
-                # Now, not after the work is done.
-                if overwrite:
-                    require_replaceable(task.output)
-                if grid:
-                    require_replaceable(grid_path(task.output))
-                require_fitting_format(task.output, picture.rgb.shape[1::-1])
-                if picture.alpha is not None:
-                    require_alpha_format(task.output)
+                require_room(task, picture)
             except UserError as error:
                 run.problems.append(str(error))
                 advance()

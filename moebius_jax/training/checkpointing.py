@@ -172,8 +172,10 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Waits for what is being written; errors as for `wait`."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _sum_up(self) -> None:
         """Adds checksums to a checkpoint that is written and has not its final name yet."""

@@ -1,10 +1,45 @@
-"""Being told to stop: by a signal, to one process or to all."""
+"""Being told to stop, by a signal, to one process or to all; and closing what a run has open."""
 
+import contextlib
 import dataclasses
 import signal
-from typing import Any
+import sys
+from typing import Any, Protocol
 
 import jax
+
+from moebius_jax.errors import UserError
+
+
+class Closes(Protocol):
+    """Part of a run that has something open."""
+
+    def close(self) -> None: ...
+
+
+def close_all(*parts: Closes, is_failing: bool) -> None:
+    """Closes each of them in this order, whatever the others meet.
+
+    Args:
+        parts: of a run.
+        is_failing: an error is on its way already; it stays the one that is told, and what is met here
+            becomes a warning.
+
+    Raises:
+        UserError: what one of them met.
+    """
+    with contextlib.ExitStack() as rest:
+        for part in reversed(parts):
+            rest.callback(_close, part, is_failing)
+
+
+def _close(part: Closes, is_failing: bool) -> None:
+    try:
+        part.close()
+    except UserError as error:
+        if not is_failing:
+            raise
+        print(f"warning: {error}", file=sys.stderr)
 
 
 @dataclasses.dataclass
