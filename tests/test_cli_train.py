@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from logged import RELEASED_NAMES, scalars
 from PIL import Image
 from test_processes import free_port
 
+import train as train_program
 from moebius_jax.cli.cache_latents import main as cache_latents
 from moebius_jax.cli.convert import main as convert
 from moebius_jax.cli.sample import main as sample
@@ -26,7 +28,8 @@ from train import main
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny_run.py"
 TASK = "loss.terms=task"  # no teacher: a third of the time
-ALL_LOSSES = ("sampling.num_inference_steps=7", "steps=3", "log.every=1", "checkpoint.every=3", "vae=none")
+ALL_LOSSES = ("sampling.num_inference_steps=7", "steps=3", "log.every=1", "checkpoint.every=3")
+LOOKS = ("log.validate_every=2", "log.grid_every=2", "log.validation=held_out")
 LIMIT_S = 600
 FAST_COMPILE = os.environ["FAST_COMPILE"]  # see conftest.py
 
@@ -76,10 +79,31 @@ def in_process(capfd):
 
 @pytest.fixture(scope="module")
 def all_losses(tmp_path_factory):
-    """Three steps with all four losses, on eight devices."""
-    workdir = tmp_path_factory.mktemp("runs") / "all"
-    assert run_here(*ALL_LOSSES, "--workdir", workdir) == 0
-    return workdir
+    """Three steps with all four losses, on eight devices: the folder, and the tensors `seen` on the way.
+
+    What measures and draws them is stood in for; it is compiled elsewhere.
+    """
+    run = SimpleNamespace(folder=tmp_path_factory.mktemp("runs") / "all", seen=[])
+    opened, open_dataset = [], train_program.open_dataset
+
+    class Looks:
+        def __init__(self, *arguments):
+            assert arguments[-1] is opened[1], "not the held-out data"
+
+        def __call__(self, tensors):
+            run.seen.append(jax.device_get(tensors))
+            return {"validation_loss_task": 0.5}
+
+        def draw(self, tensors):
+            self(tensors)
+            return Image.new("RGB", (8, 8))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_program, "open_dataset", lambda *a: opened.append(open_dataset(*a)) or opened[-1])
+        for name in ("Validation", "SampleGrids"):
+            patch.setattr(train_program, name, Looks)
+        assert run_here(*ALL_LOSSES, *LOOKS, "--workdir", run.folder) == 0
+    return run
 
 
 def wait_for(path, process):
@@ -138,11 +162,11 @@ class TestResults:
         )
 
     def test_the_model_is_sampled_as_the_configuration_says(self, all_losses):
-        said = json.loads((all_losses / "model/pipeline.json").read_text())
+        said = json.loads((all_losses.folder / "model/pipeline.json").read_text())
         assert said == {"guidance_scale": 2.5, "num_inference_steps": 7}
 
     def test_events_bear_the_releases_names(self, all_losses):
-        tags = set(scalars(all_losses))
+        tags = set(scalars(all_losses.folder))
         losses = {"loss", "loss_task", "loss_outkd", "loss_featkd", "loss_elatentlpips"}
         assert losses <= tags
         assert tags >= RELEASED_NAMES - {"feat_gnorm_task", "feat_gnorm_outkd", "feat_gnorm_elatentlpips"}
@@ -161,6 +185,17 @@ class TestResults:
             arguments += [f"--{name}", str(tmp_path / f"{name}.png")]
         assert sample(arguments) == 0
         assert Image.open(tmp_path / "output.png").size == (80, 64)
+
+    def test_what_is_looked_at_on_the_way(self, all_losses):
+        """The averages, on held-out data, when it is time and in the end."""
+        assert scalars(all_losses.folder)["validation_loss_task"] == [0.5, 0.5]
+        pictures = sorted(file.name for file in (all_losses.folder / "samples").iterdir())
+        assert pictures == ["step_0000002.png", "step_0000003.png"]
+        model = load_numpy(all_losses.folder / "model/unet")
+        assert len(all_losses.seen) == 4
+        for last in all_losses.seen[2:]:
+            for name, value in model.items():
+                np.testing.assert_array_equal(last[name], value, err_msg=name)
 
     def test_export_turns_it_into_the_releases_format(self, straight, tmp_path):
         target = tmp_path / "back.safetensors"
@@ -182,6 +217,7 @@ class TestResults:
         status, err = in_process(*options, "--no-verify")
         assert status == 0, err
         assert f"starting from {tmp_path}/model" in err
+        assert "step 1/1" in err  # the last step's figures are told, whether it is time or not
 
 
 @pytest.mark.slow
@@ -274,8 +310,8 @@ def test_two_processes_are_one_run(train, straight, tmp_path):
 @pytest.mark.long
 def test_two_processes_are_one_run_of_all_losses(train, all_losses, tmp_path):
     """Losses of a run over two processes, and its model, against those of one process."""
-    run_of_two(train, tmp_path, *ALL_LOSSES)
-    ours, theirs = scalars(tmp_path), scalars(all_losses)
+    run_of_two(train, tmp_path, *ALL_LOSSES, "vae=none")
+    ours, theirs = scalars(tmp_path), scalars(all_losses.folder)
     # The terms by themselves: the total is weighted by gradients' norms, and those jump where an activation
     # changes sides of zero.
     names = [name for name in theirs if name.startswith("loss_")]
@@ -283,7 +319,7 @@ def test_two_processes_are_one_run_of_all_losses(train, all_losses, tmp_path):
     for name in names:
         assert len(ours[name]) == 3
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
-    ours, theirs = (load_numpy(folder / "model" / "unet") for folder in (tmp_path, all_losses))
+    ours, theirs = (load_numpy(folder / "model" / "unet") for folder in (tmp_path, all_losses.folder))
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-2, atol=1e-3, err_msg=name)
 
