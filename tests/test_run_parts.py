@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.debug import get_config
 from moebius_jax.errors import UserError
-from moebius_jax.sharding import make_mesh
+from moebius_jax.sharding import make_mesh, replicated
 from moebius_jax.training import logs
 from moebius_jax.training.checkpointing import RunCheckpoints
 from moebius_jax.training.config import CheckpointConfig
@@ -121,3 +122,22 @@ def test_some_checkpoints_are_kept_for_good(tmp_path):
     checkpoints.close()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_2", "step_4", "step_5"]
+
+
+def test_small_tensors_are_not_cut_for_every_device(tmp_path, monkeypatch):
+    """Eight devices hold the same: each writes its part of a large one, the first small ones whole."""
+    cut, slice_in_dim = [], jax.lax.slice_in_dim
+    monkeypatch.setattr(
+        jax.lax, "slice_in_dim", lambda x, *a, **k: cut.append(x.shape) or slice_in_dim(x, *a, **k)
+    )
+    everywhere = replicated(make_mesh())
+    small, large = (jax.device_put(jnp.ones((8, n)), everywhere) for n in (1 << 10, 1 << 18))
+    state = TrainState(
+        step=jnp.int32(1), params={"small": small, "large": large}, statistics={}, ema={}, optimizer={}
+    )
+    checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(), warn=pytest.fail)
+    checkpoints.save(state, 1, {"seed": 0})
+    restored, _ = checkpoints.restore(state, {"seed": 0})
+    checkpoints.close()
+    assert cut == [large.shape] * 8
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
